@@ -1,0 +1,88 @@
+"""save and load a patched model: canonical tensors, bit for bit."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import nn
+
+from qkernels import formats
+from qkernels.convert import _set
+from qkernels.errors import CheckpointError, FormatError
+from qkernels.io import native
+from qkernels.linear import QuantLinear
+
+
+def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Save a model with QuantLinears to a directory (safetensors + JSON); it appears whole or not at all.
+
+    Tied tensors are stored once. Raises CheckpointError when `path` exists and is something else.
+    """
+    layers: dict[str, Any] = {
+        name: {"format": m.format.name, "shape": [m.out_features, m.in_features], "bias": m.bias is not None, "perm": m.perm is not None, "compute": m.compute}
+        for name, m in model.named_modules(remove_duplicate=False)
+        if isinstance(m, QuantLinear)
+    }
+    tensors, seen = {}, set()
+    for name, t in model.state_dict().items():
+        key = (t.untyped_storage().data_ptr(), t.storage_offset(), t.shape, t.dtype)
+        if t.numel() and key in seen:
+            continue  # tied: the skeleton ties it again
+        seen.add(key)
+        tensors[name] = t
+    native.write(path, tensors, layers)
+
+
+def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+    """Load a directory that `save` wrote into a skeleton of the same architecture (also one on the meta device); return it.
+
+    The linears that were quantised are replaced. Raises CheckpointError, and leaves the model as it was, when the directory is
+    truncated or edited, or does not fit the model.
+    """
+    tensors, layers = native.read(path)
+    made = {name: _layer(model, name, entry, tensors) for name, entry in layers.items()}
+    rest = {name: t for name, t in tensors.items() if not any(name.startswith(f"{layer}.") for layer in made)}
+    _check_rest(model, rest, made)
+    for name, layer in made.items():
+        _set(model, name, layer)
+    model.load_state_dict(rest, strict=False, assign=any(p.is_meta for p in model.parameters()))
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()
+    return model
+
+
+def _layer(model: nn.Module, name: str, entry: dict[str, Any], tensors: dict[str, torch.Tensor]) -> QuantLinear:
+    try:
+        linear = model.get_submodule(name)
+    except AttributeError:
+        raise CheckpointError(f"the model has no layer {name!r}") from None
+    if not isinstance(linear, nn.Linear):
+        raise CheckpointError(f"layer {name!r} is a {type(linear).__name__}, not a Linear")
+    shape = [linear.out_features, linear.in_features]
+    if entry.get("shape") != shape:
+        raise CheckpointError(f"layer {name!r} was saved as {entry.get('shape')}, the model's is {shape}")
+    prefix = f"{name}."
+    mine = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+    try:
+        layer = QuantLinear(shape[1], shape[0], "bias" in mine, formats.get(entry["format"]), compute=entry["compute"], device="meta")
+        layer.load_state_dict(mine, strict=True, assign=True)
+    except (FormatError, RuntimeError) as error:
+        raise CheckpointError(f"layer {name!r}: {error}") from error
+    if layer.bias is not None and linear.bias is not None:
+        layer.bias.requires_grad_(linear.bias.requires_grad)
+    return layer.train(linear.training)
+
+
+def _check_rest(model: nn.Module, rest: dict[str, torch.Tensor], made: dict[str, QuantLinear]) -> None:
+    own = {k: t for k, t in model.state_dict().items() if not any(k.startswith(f"{layer}.") for layer in made)}
+    for name, t in rest.items():
+        if name not in own:
+            raise CheckpointError(f"the model has no tensor {name!r}")
+        if own[name].shape != t.shape:
+            raise CheckpointError(f"{name!r} was saved as {list(t.shape)}, the model's is {list(own[name].shape)}")
+    storages = {own[n].untyped_storage().data_ptr() for n in rest if not own[n].is_meta}
+    for name, t in own.items():
+        if name not in rest and not t.is_meta and t.untyped_storage().data_ptr() not in storages:
+            raise CheckpointError(f"{name!r} of the model is not in the saved directory")

@@ -1,0 +1,172 @@
+"""replace_linear and restore_linear: swap the linears of a model, all or none."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from qkernels import formats, quantizers
+from qkernels.errors import FormatError, UnsupportedError
+from qkernels.formats import QuantFormat
+from qkernels.kernels.registry import Compute, Problem
+from qkernels.linear import QuantLinear
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer of a report; bytes count weight, scales and zeros, not the bias."""
+
+    name: str
+    format: str
+    kernel: str
+    bytes_before: int
+    bytes_after: int
+
+
+@dataclass
+class Report:
+    """What `replace_linear` did: rows of replaced layers, and name -> reason of skipped ones."""
+
+    replaced: list[Row] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def bytes_before(self) -> int:
+        return sum(row.bytes_before for row in self.replaced)
+
+    @property
+    def bytes_after(self) -> int:
+        return sum(row.bytes_after for row in self.replaced)
+
+    def __str__(self) -> str:
+        width = max((len(row.name) for row in self.replaced), default=5)
+        lines = [f"{'layer':{width}}  {'format':16}  {'kernel':22}  {'MB':>9}  ->  {'MB':>9}"]
+        for row in self.replaced:
+            lines.append(f"{row.name:{width}}  {row.format:16}  {row.kernel:22}  {row.bytes_before / 1e6:9.3f}  ->  {row.bytes_after / 1e6:9.3f}")
+        lines += [f"skipped {name}: {reason}" for name, reason in self.skipped.items()]
+        ratio = f" ({self.bytes_before / self.bytes_after:.2f} x smaller)" if self.bytes_after else ""
+        before, after = self.bytes_before / 1e6, self.bytes_after / 1e6
+        lines.append(f"{len(self.replaced)} layers, {before:.1f} -> {after:.1f} MB{ratio}, {len(self.skipped)} skipped, {self.seconds:.1f} s")
+        return "\n".join(lines)
+
+
+def replace_linear(
+    model: nn.Module,
+    format: str | QuantFormat = "int4",
+    *,
+    quantizer: str | quantizers.Quantizer = "rtn",
+    compute: Compute = "auto",
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] = ("lm_head",),
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    progress: bool = True,
+) -> Report:
+    """Replace the `nn.Linear`s of a model by QuantLinears, in place; finishes, or leaves the model as it was.
+
+    format            name or QuantFormat ("int4", "int8", "nf4", "int4_g32", "mxfp4", …)
+    quantizer         "rtn", "absmax", or a function (weight, format) -> QuantTensor
+    compute           "auto", "float" or "int8"; the report names the kernel that this led to
+    include, exclude  fnmatch globs on a module's full name, or on its last part where the glob has no dot; include=None takes all
+    filter_fn         (module, name) -> bool, asked last
+    Raises            FormatError (unknown format, NaN or inf weights: the layer is named), UnsupportedError (no Linear to replace)
+    """
+    fmt, quantize, start = formats.get(format), quantizers.get(quantizer), time.perf_counter()
+    Problem(fmt, 1, 1, compute=compute)  # checks compute before any work
+    report, chosen = Report(), _choose(model, _globs(include), _globs(exclude), filter_fn)
+    linears = [(name, module) for name, module, reason in chosen if reason is None]
+    report.skipped = {name: reason for name, _, reason in chosen if reason is not None}
+    if not linears:
+        reasons = report.skipped or {"model": f"{type(model).__name__} has no nn.Linear"}
+        raise UnsupportedError("replace_linear found nothing to replace", reasons)
+    made: dict[int, QuantLinear] = {}
+    for name, linear in _progress(linears, progress, f"quantizing to {fmt.name}"):
+        if id(linear) not in made:
+            try:
+                made[id(linear)] = QuantLinear.from_linear(linear, fmt, quantizer=quantize, compute=compute)
+            except FormatError as error:
+                raise FormatError(f"layer {name}: {error}; the model is unchanged") from None
+        layer = made[id(linear)]
+        report.replaced.append(Row(name, fmt.name, layer.kernel or "none", linear.weight.nbytes, layer.nbytes))
+    for name, linear in linears:
+        _set(model, name, made[id(linear)])
+    report.seconds = time.perf_counter() - start
+    return report
+
+
+def restore_linear(model: nn.Module, *, dtype: torch.dtype | None = None) -> int:
+    """Put `nn.Linear`s with the dequantised weights back, in place; return how many."""
+    layers = [(name, m) for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, QuantLinear)]
+    made = {id(m): m.to_linear(dtype) for _, m in layers}
+    for name, m in layers:
+        _set(model, name, made[id(m)])
+    return len(layers)
+
+
+def _choose(
+    model: nn.Module, include: Sequence[str] | None, exclude: Sequence[str], filter_fn: Callable[[nn.Module, str], bool] | None
+) -> list[tuple[str, nn.Linear, str | None]]:
+    """Every linear with its name and the reason to skip it (None: replace it)."""
+    owners: dict[int, set[int]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), set()).add(id(module))
+    chosen = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.Linear):
+            chosen.append((name, module, _why_skip(name, module, include, exclude, filter_fn, owners)))
+    return chosen
+
+
+def _why_skip(
+    name: str,
+    module: nn.Linear,
+    include: Sequence[str] | None,
+    exclude: Sequence[str],
+    filter_fn: Callable[[nn.Module, str], bool] | None,
+    owners: dict[int, set[int]],
+) -> str | None:
+    if name == "":
+        return "the model itself is a Linear: use QuantLinear.from_linear"
+    if isinstance(module, QuantLinear):
+        return "quantised already"
+    if type(module) is not nn.Linear:
+        return f"a {type(module).__name__}, not a plain nn.Linear"
+    if include is not None and not _matches(name, include):
+        return f"not in include={list(include)}"
+    if _matches(name, exclude):
+        return f"excluded by {list(exclude)}"
+    if len(owners.get(id(module.weight), ())) > 1:
+        return "its weight is tied to another module's"
+    if module.weight.device.type == "meta":
+        return "its weight is on the meta device"
+    if filter_fn is not None and not filter_fn(module, name):
+        return "filter_fn said no"
+    return None
+
+
+def _globs(patterns: str | Sequence[str] | None) -> Sequence[str] | None:
+    return (patterns,) if isinstance(patterns, str) else patterns
+
+
+def _matches(name: str, patterns: Sequence[str] | None) -> bool:
+    return any(fnmatchcase(name, p) or ("." not in p and fnmatchcase(name.rpartition(".")[2], p)) for p in patterns or ())
+
+
+def _set(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, module)
+
+
+def _progress(items: list[tuple[str, nn.Linear]], show: bool, text: str) -> Iterator[tuple[str, nn.Linear]]:
+    if not show:
+        yield from items
+        return
+    from rich.progress import track
+
+    yield from track(items, text, transient=True)

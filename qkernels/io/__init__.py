@@ -1,0 +1,1 @@
+"""Readers and writers of checkpoints: files and tensors only, no modules."""

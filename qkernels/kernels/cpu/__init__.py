@@ -1,0 +1,1 @@
+"""CPU kernels: Python bindings of the compiled library (csrc/cpu)."""

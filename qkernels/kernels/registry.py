@@ -1,0 +1,161 @@
+"""The registry of kernels: describe a problem as data, ask every kernel, take the cheapest that can run it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from qkernels.errors import FormatError, UnsupportedError
+from qkernels.formats import QuantFormat, QuantTensor
+from qkernels.kernels.device import Device
+
+Compute = Literal["auto", "float", "int8"]
+COMPUTES = ("auto", "float", "int8")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+Packed = Any  # a NamedTuple in the kernel's own file: tensors, format, shape
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One matmul: x [m, k] of `dtype` times a weight [n, k] in `format`.
+
+    m        rows of x; None: not known yet (a layer that is being loaded)
+    compute  "float": the exact dequantise-multiply; "int8": activations quantised on the fly; "auto": whichever is faster
+    """
+
+    format: QuantFormat
+    n: int
+    k: int
+    m: int | None = None
+    dtype: torch.dtype = torch.bfloat16
+    compute: Compute = "auto"
+    bias: bool = False
+    perm: bool = False
+    device: Device = field(default_factory=lambda: Device("cpu"))
+
+    def __post_init__(self) -> None:
+        if self.compute not in COMPUTES:
+            near = difflib.get_close_matches(str(self.compute), COMPUTES, n=1, cutoff=0.0)[0]
+            raise FormatError(f"compute={self.compute!r} is not one of {', '.join(COMPUTES)}; nearest: {near}")
+        if self.dtype not in DTYPES:
+            raise FormatError(f"activations of {self.dtype} are not supported; use float32, bfloat16 or float16")
+
+    @property
+    def rows(self) -> int:
+        """m, or 1 (decoding) while it is unknown."""
+        return 1 if self.m is None else max(self.m, 1)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One packed layout and everything that runs on it.
+
+    why_not   None when the kernel can run the problem, else the reason, with the value that is in the way
+    cost      estimated microseconds
+    prepare   canonical -> packed; restore is its exact inverse
+    run       (x [..., K], packed, bias [N] or None) -> [..., N]
+    """
+
+    name: str
+    backend: str
+    source: str
+    compute: Literal["float", "int8"]
+    why_not: Callable[[Problem], str | None]
+    cost: Callable[[Problem], float]
+    prepare: Callable[[QuantTensor], Packed]
+    restore: Callable[[Packed], QuantTensor]
+    run: Callable[[Tensor, Packed, Tensor | None], Tensor]
+    packed_type: type
+    dequantize: Callable[[Packed], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The kernel that was chosen, what each candidate would cost (µs), and why the others cannot run."""
+
+    problem: Problem
+    kernel: Kernel
+    costs: dict[str, float]
+    rejected: dict[str, str]
+
+    def __str__(self) -> str:
+        p = self.problem
+        shape = f"{'?' if p.m is None else p.m} x {p.n} x {p.k}"
+        head = f"{p.format.name}, M x N x K = {shape}, {str(p.dtype).removeprefix('torch.')}, compute={p.compute}, {p.device}: {self.kernel.name}"
+        ranked = sorted(self.costs.items(), key=lambda item: (item[1], item[0]))
+        rows = [f"  {'->' if name == self.kernel.name else '  '} {name}: {cost:.1f} us estimated" for name, cost in ranked]
+        return "\n".join([head, *rows, *(f"     {name}: {why}" for name, why in sorted(self.rejected.items()))])
+
+
+_KERNELS: dict[str, Kernel] = {}
+
+
+def register(kernel: Kernel) -> Kernel:
+    """Add a kernel; a name that is taken or longer than 40 characters raises FormatError."""
+    if kernel.name in _KERNELS or len(kernel.name) > 40:
+        raise FormatError(f"the kernel name {kernel.name!r} is taken or longer than 40 characters")
+    _KERNELS[kernel.name] = kernel
+    return kernel
+
+
+def all_kernels() -> list[Kernel]:
+    return list(_KERNELS.values())
+
+
+def get(name: str) -> Kernel:
+    if name not in _KERNELS:
+        near = difflib.get_close_matches(name, _KERNELS, n=3, cutoff=0.0)
+        raise FormatError(f"unknown kernel {name!r}; nearest: {', '.join(near)}")
+    return _KERNELS[name]
+
+
+def why_not(kernel: Kernel, p: Problem) -> str | None:
+    """The kernel's own reason, after the one that all share: the way of computing that was asked for."""
+    if p.compute == "float" and kernel.compute == "int8":
+        return "computes with int8 activations; compute='float' was asked for"
+    return kernel.why_not(p)
+
+
+def plan(p: Problem, kernel: str | None = None) -> Plan:
+    """Choose a kernel for a problem; with `kernel`, that one or an error.
+
+    compute="int8" is met by an int8 kernel where one can run, else by an exact one.
+    Raises UnsupportedError with every kernel's reason when none can run it, or the forced one cannot.
+    """
+    candidates = all_kernels() if kernel is None else [get(kernel)]
+    reasons = {c.name: why_not(c, p) for c in candidates}
+    able = [c for c in candidates if reasons[c.name] is None]
+    rejected = {name: reason for name, reason in reasons.items() if reason is not None}
+    if not able:
+        raise UnsupportedError(f"no kernel can run {p.format.name} [{p.n}, {p.k}] on {p.device}", rejected)
+    costs = {c.name: c.cost(p) for c in able}
+    preferred = [c for c in able if c.compute == p.compute] or able
+    best = min(preferred, key=lambda c: (costs[c.name], c.name))
+    return Plan(p, best, costs, rejected)
+
+
+def explain(
+    format: str | QuantFormat = "int4",
+    nk: tuple[int, int] = (4096, 4096),
+    m: int | None = None,
+    *,
+    device: str | Device = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+    compute: Compute = "auto",
+) -> Plan:
+    """Say which kernel would run a matmul and why; needs no such device. `print` the result.
+
+    >>> print(qkernels.explain("int4", (4096, 4096), 16, device="cpu:avx2"))
+    """
+    from qkernels import formats
+    from qkernels.kernels import device as devices
+
+    where = device if isinstance(device, Device) else devices.parse(device)
+    return plan(Problem(formats.get(format), *nk, m=m, dtype=dtype, compute=compute, device=where))
+
+

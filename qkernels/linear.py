@@ -1,0 +1,270 @@
+"""QuantLinear: `nn.Linear` with a weight in a quantised format."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qkernels import formats, quantizers, reference
+from qkernels.errors import FormatError
+from qkernels.formats import QuantFormat, QuantTensor
+from qkernels.formats.tensor import FIELDS, expected_tensors
+from qkernels.kernels import device as devices
+from qkernels.kernels import registry
+from qkernels.kernels.registry import Compute, Packed, Plan, Problem
+
+log = logging.getLogger("qkernels")
+_TENSORS = ("weight", "scales", "zeros", "tensor_scale", "perm")  # names in state_dict(), in the order of FIELDS
+
+
+class QuantLinear(nn.Linear):
+    """A drop-in `nn.Linear` whose weight is quantised and frozen.
+
+    The parameters `weight` (packed codes), `scales`, … hold the form that the chosen kernel runs on; `state_dict()` always gives the
+    canonical one, so a saved layer does not depend on the machine. A gradient flows to x and to the bias.
+
+    in_features, out_features, bias   as `nn.Linear`
+    format      name or QuantFormat
+    compute     "float", "int8" or "auto" (see Problem)
+    kernel      name of a kernel to force; None takes the cheapest
+    dtype       of the bias
+    A new layer's weight is all code 0: fill it by `load_state_dict`, or make it by `from_linear` / `from_quant_tensor`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        format: str | QuantFormat = "int4",
+        *,
+        compute: Compute = "auto",
+        kernel: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Module.__init__(self)  # not nn.Linear's: it would allocate the dense weight
+        self.in_features, self.out_features = in_features, out_features
+        self.format = formats.get(format)
+        self.compute, self.forced_kernel = compute, kernel
+        Problem(self.format, out_features, in_features, compute=compute)  # checks compute
+        for name in _TENSORS:
+            self.register_parameter(name, None)
+        expected = expected_tensors(self.format, (out_features, in_features))
+        self._hold({name: torch.zeros(shape, dtype=torch.uint8, device=device).to(dt) for name, (shape, dt) in expected.items()})
+        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None  # type: ignore[assignment]
+        if self.weight.device.type != "meta":
+            self._prepare(self.quant_tensor())
+
+    # -- making one --------------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        format: str | QuantFormat = "int4",
+        *,
+        quantizer: str | quantizers.Quantizer = "rtn",
+        compute: Compute = "auto",
+        kernel: str | None = None,
+    ) -> QuantLinear:
+        """Quantise an `nn.Linear`. The bias is shared, not copied. Raises FormatError on NaN or infinite weights."""
+        q = quantizers.get(quantizer)(linear.weight.detach(), formats.get(format))
+        return cls.from_quant_tensor(q, linear.bias, compute=compute, kernel=kernel, dtype=linear.weight.dtype).train(linear.training)
+
+    @classmethod
+    def from_quant_tensor(
+        cls,
+        q: QuantTensor,
+        bias: Tensor | None = None,
+        *,
+        compute: Compute = "auto",
+        kernel: str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> QuantLinear:
+        """Wrap a canonical weight."""
+        n, k = q.shape
+        layer = cls(k, n, False, q.format, compute=compute, kernel=kernel, device="meta")
+        if bias is not None:
+            layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
+        layer._prepare(q, dtype)
+        return layer
+
+    # -- what it holds -----------------------------------------------------------------------------------------------------------
+
+    @property
+    def kernel(self) -> str | None:
+        """Name of the kernel that serves the layer; None on the meta device."""
+        return self._kernel
+
+    def plan(self, m: int | None = None, dtype: torch.dtype | None = None) -> Plan:
+        """Which kernel would be chosen for this layer where it is, and why."""
+        return self._plan(devices.current(self.weight.device), m, dtype, self.perm is not None)
+
+    def quant_tensor(self) -> QuantTensor:
+        """The weight in the canonical form; made anew when the layer holds a kernel's own form."""
+        if self._kernel is not None:
+            return registry.get(self._kernel).restore(self._packed())
+        tensors = [getattr(self, name) for name in _TENSORS]
+        return QuantTensor(self.format, (self.out_features, self.in_features), *(None if t is None else t.detach() for t in tensors))
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The [N, K] weight that the codes stand for."""
+        return reference.decode(self.quant_tensor()).to(dtype)
+
+    def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
+        """An `nn.Linear` with the dequantised weight; dtype defaults to the bias's, else torch's default."""
+        dtype = dtype or (self.bias.dtype if self.bias is not None else torch.get_default_dtype())
+        linear = nn.Linear(self.in_features, self.out_features, False, device="meta")
+        linear.weight = nn.Parameter(self.dequantize(dtype), requires_grad=False)
+        linear.bias = self.bias
+        return linear.train(self.training)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held for the weight: every parameter but the bias."""
+        return sum(t.nbytes for name in _TENSORS if (t := getattr(self, name)) is not None)
+
+    def extra_repr(self) -> str:
+        bias = self.bias is not None
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, format={self.format.name}, kernel={self._kernel}"
+
+    # -- running -----------------------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] float32, bfloat16 or float16 -> [..., out_features] in the same dtype."""
+        if x.shape[-1] != self.in_features:
+            raise FormatError(f"x {list(x.shape)} does not fit a layer with in_features = {self.in_features}")
+        if self._kernel is None:
+            raise FormatError("the layer is on the meta device: load or materialise its weight first")
+        if torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad)):
+            return _Matmul.apply(x, self.bias, self._kernel, self._packed())
+        return registry.get(self._kernel).run(x, self._packed(), self.bias)
+
+    # -- holding the weight: canonical or a kernel's own form, never both --------------------------------------------------------
+
+    _kernel: str | None = None
+
+    def _packed(self) -> Packed:
+        packed_type = registry.get(self._kernel).packed_type  # type: ignore[arg-type]
+        return packed_type(self.format, (self.out_features, self.in_features), *(getattr(self, name) for name in _TENSORS))
+
+    def _plan(self, device: devices.Device, m: int | None, dtype: torch.dtype | None, perm: bool) -> Plan:
+        if dtype is None:
+            dtype = self.bias.dtype if self.bias is not None else torch.bfloat16
+        if dtype not in registry.DTYPES:
+            dtype = torch.float32
+        problem = Problem(self.format, self.out_features, self.in_features, m, dtype, self.compute, self.bias is not None, perm, device)
+        return registry.plan(problem, self.forced_kernel)
+
+    def _prepare(self, q: QuantTensor, dtype: torch.dtype | None = None) -> None:
+        """Choose a kernel for where `q` lies and hold the weight in that kernel's form."""
+        if q.codes.device.type == "meta":
+            self._kernel = None
+            self._hold(dict(zip(FIELDS, (q.codes, q.scales, q.zeros, q.tensor_scale, q.perm), strict=True)))
+            return
+        kernel = self._plan(devices.current(q.codes.device), None, dtype, q.perm is not None).kernel
+        packed = kernel.prepare(q)
+        self._kernel = kernel.name
+        self._hold(dict(zip(FIELDS, packed[2:], strict=True)))
+
+    def _hold(self, tensors: Mapping[str, Tensor | None]) -> None:
+        for name, field in zip(_TENSORS, FIELDS, strict=True):
+            t = tensors.get(field)
+            setattr(self, name, None if t is None else nn.Parameter(t, requires_grad=False))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+        """`.to()` and its kin: follow the device, keep the dtype of codes and scales (the bias changes as any other)."""
+        probe = fn(torch.empty(0, dtype=torch.uint8, device=self.weight.device))
+        moved = probe.device != self.weight.device
+        held = self.quant_tensor().tensors() if moved else {f: getattr(self, name) for name, f in zip(_TENSORS, FIELDS, strict=True)}
+        kept = {field: _keep_dtype(fn, t) for field, t in held.items() if t is not None}
+        if self.bias is not None:
+            grad = self.bias.requires_grad
+            self.bias = nn.Parameter(fn(self.bias.detach()), requires_grad=grad)
+        if moved:
+            self._prepare(QuantTensor.from_tensors(self.format, (self.out_features, self.in_features), kept))
+        else:
+            self._hold(kept)
+        return self
+
+    # -- state_dict: always the canonical tensors --------------------------------------------------------------------------------
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        q = self.quant_tensor()
+        for name, field in zip(_TENSORS, FIELDS, strict=True):
+            if (t := getattr(q, field)) is not None:
+                destination[prefix + name] = t
+        if self.bias is not None:
+            destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        expected = expected_tensors(self.format, (self.out_features, self.in_features))
+        given = {field: state_dict[prefix + name] for name, field in zip(_TENSORS, FIELDS, strict=True) if prefix + name in state_dict}
+        missing = [prefix + name for name, field in zip(_TENSORS, FIELDS, strict=True) if field in expected and field not in given]
+        known = {prefix + name for name in (*_TENSORS, "bias")}
+        unexpected_keys.extend(k for k in state_dict if strict and k.startswith(prefix) and k not in known)
+        missing_keys.extend(missing)
+        assign = bool(local_metadata.get("assign_to_params_buffers", False))
+        if not missing:
+            try:
+                q = QuantTensor.from_tensors(self.format, (self.out_features, self.in_features), given)
+                self._prepare(q if assign else q.to(self.weight.device))
+            except FormatError as error:
+                error_msgs.append(f"{prefix.rstrip('.')}: {error}")
+        self._load_bias(state_dict.get(prefix + "bias"), prefix, assign, strict, missing_keys, unexpected_keys, error_msgs)
+
+    def _load_bias(
+        self, bias: Tensor | None, prefix: str, assign: bool, strict: bool, missing: list[str], unexpected: list[str], errors: list[str]
+    ) -> None:
+        if self.bias is None or bias is None:
+            if self.bias is not None:
+                missing.append(prefix + "bias")
+            elif bias is not None and strict:
+                unexpected.append(prefix + "bias")
+        elif bias.shape != self.bias.shape:
+            errors.append(f"{prefix}bias is {list(bias.shape)}, the layer's is {list(self.bias.shape)}")
+        elif assign:
+            self.bias = nn.Parameter(bias, requires_grad=self.bias.requires_grad)
+        else:
+            with torch.no_grad():
+                self.bias.copy_(bias)
+
+
+def _keep_dtype(fn: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
+    """Apply fn to the bytes of t, so that a change of floating-point dtype cannot touch them."""
+    return fn(t.detach().contiguous().view(torch.uint8)).view(t.dtype)
+
+
+class _Matmul(torch.autograd.Function):
+    """x · Ŵᵀ + bias with a gradient for x and bias; the weight is frozen."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, kernel: str, packed: Packed) -> Tensor:
+        ctx.kernel, ctx.packed = kernel, packed
+        return registry.get(kernel).run(x, packed, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_y,) = grads
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            kernel = registry.get(ctx.kernel)
+            weight = kernel.dequantize(ctx.packed) if kernel.dequantize else reference.decode(kernel.restore(ctx.packed))
+            grad_x = grad_y @ weight.to(grad_y.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_bias = grad_y.flatten(0, -2).sum(0) if grad_y.dim() > 1 else grad_y
+        return grad_x, grad_bias, None, None

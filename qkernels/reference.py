@@ -1,0 +1,118 @@
+"""The judge: encode, decode and multiply in plain torch, for every format, never compiled."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qkernels.errors import FormatError
+from qkernels.formats import Codebook, Float, Int, QuantFormat, QuantTensor
+from qkernels.formats.format import SCALE_DTYPES, Code
+from qkernels.formats.packing import pack, unpack
+
+
+def decode(q: QuantTensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Dequantise: return the [N, K] weight that `q` stands for, computed in `dtype`."""
+    n, k = q.shape
+    if q.format.block is not None:
+        raw = q.codes.unflatten(-1, (-1, q.format.block.nbytes))
+        weight = q.format.block.decode(raw).flatten(1).to(dtype)
+    else:
+        assert q.scales is not None
+        weight = code_values(q.format.code, dtype, q.codes.device)[unpack(q.codes, q.format.bits, k).int()]
+        if q.zeros is not None:
+            weight = weight - spread(q.zeros.to(dtype), q.format, n, k)
+        scales = q.scales.to(dtype)
+        if q.tensor_scale is not None:
+            scales = scales * q.tensor_scale.to(dtype)
+        weight = weight * spread(scales, q.format, n, k)
+    return weight if q.perm is None else torch.empty_like(weight).index_copy_(1, q.perm.long(), weight)
+
+
+def encode(weight: Tensor, format: QuantFormat, scales: Tensor, zeros: Tensor | None = None, tensor_scale: Tensor | None = None) -> QuantTensor:
+    """Round a weight to the codes of given scales (and zeros): the nearest value, clamped at the ends of the range.
+
+    Shapes:
+        weight        [N, K]                         any float
+        scales        [N / group_n, K / group_k]     any float, stored in the format's scale type
+        zeros         like scales                    stored as the format's zero type
+        tensor_scale  [1]                            float32
+    """
+    n, k = weight.shape
+    scales = scales.to(SCALE_DTYPES[format.scale])
+    if zeros is not None:
+        zeros = zeros.to(torch.uint8 if format.zero == "int" else scales.dtype)
+    full = scales.float() if tensor_scale is None else scales.float() * tensor_scale
+    inverse = torch.where(full == 0, 0.0, 1.0 / full)
+    x = weight.float() * spread(inverse, format, n, k)
+    if zeros is not None:
+        x = x + spread(zeros.float(), format, n, k)
+    codes = pack(nearest_code(x, format.code), format.bits)
+    return QuantTensor(format, (n, k), codes, scales.contiguous(), zeros, tensor_scale)
+
+
+def matmul(x: Tensor, q: QuantTensor, bias: Tensor | None = None, dtype: torch.dtype = torch.float64) -> Tensor:
+    """x [..., K] times the weight, plus bias: [..., N], all in `dtype`."""
+    return F.linear(x.to(dtype), decode(q, dtype), None if bias is None else bias.to(dtype))
+
+
+def spread(per_group: Tensor, format: QuantFormat, n: int, k: int) -> Tensor:
+    """Repeat one value per group over the elements of the group: [N / group_n, K / group_k] -> [N, K] (or broadcastable to it)."""
+    group_n, group_k = format.group_extent(n, k)
+    if group_n != 1:
+        per_group = per_group.repeat_interleave(group_n, 0)[:n]
+    return per_group.repeat_interleave(group_k, 1)[:, :k]
+
+
+def code_values(code: Code, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
+    """Value of every code, [2^bits]."""
+    return torch.tensor(code.values, dtype=dtype, device=device)
+
+
+def nearest_code(x: Tensor, code: Code) -> Tensor:
+    """Code (uint8) of the representable value nearest to each element of x, in units of the scale.
+
+    Integers round half to even, floats half to the even mantissa, codebooks half to the lower entry.
+    """
+    if isinstance(code, Int):
+        return (x.round() + code.bias).clamp_(0, 2**code.bits - 1).to(torch.uint8)
+    if isinstance(code, Float):
+        middles, _ = _thresholds(code)
+        magnitude = x.abs()
+        low, high = torch.bucketize(magnitude, middles), torch.bucketize(magnitude, middles, right=True)
+        index = torch.where(low % 2 == 0, low, high)  # they differ at a tie only, by one
+        return (index + torch.signbit(x) * 2 ** (code.bits - 1)).to(torch.uint8)
+    middles, order = _thresholds(code)
+    return order[torch.bucketize(x, middles)]
+
+
+@lru_cache(maxsize=64)
+def _thresholds(code: Float | Codebook) -> tuple[Tensor, Tensor]:
+    """Midpoints between neighbouring finite values (floats: magnitudes), and the codes in order of their values."""
+    values = torch.tensor(code.values, dtype=torch.float64)
+    if isinstance(code, Float):
+        values = values[: 2 ** (code.bits - 1)]
+    values, order = values[torch.isfinite(values)].sort(stable=True)
+    return ((values[1:] + values[:-1]) / 2).float(), order.to(torch.uint8)
+
+
+def check_finite(weight: Tensor, what: str = "the weight") -> None:
+    """Raise FormatError when `weight` is not a 2-D float matrix of finite numbers."""
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise FormatError(f"{what} must be a 2-D float matrix, not {list(weight.shape)} {weight.dtype}")
+    if 0 in weight.shape:
+        raise FormatError(f"{what} is empty: {list(weight.shape)}")
+    finite = torch.isfinite(weight)
+    if not bool(finite.all()):
+        bad = (~finite).nonzero()
+        row, column = bad[0].tolist()
+        raise FormatError(f"{what} has {len(bad)} NaN or infinite values; the first is {weight[row, column].item()} at [{row}, {column}]")
+
+
+def permuted(q: QuantTensor, perm: Tensor) -> QuantTensor:
+    """The same codes, declared to be the columns `perm` of the weight."""
+    return replace(q, perm=perm.to(torch.int32))
