@@ -1,0 +1,100 @@
+// What a level (one instruction set) offers to the ops, and the plain data that passes between them. No torch, no SIMD types here.
+//
+// Packed weight, for every width of 1 to 8 bits: panels of 16 output rows; in a panel, tiles of 16 rows x 8 k, in order of k.
+//   4 bits   64 B a tile: byte 4n+i holds w[n][k0+i] low and w[n][k0+4+i] high, so 32-bit lane n belongs to row n
+//   8 bits   two half tiles of 64 B: byte 4n+i of half h holds w[n][k0+4h+i]
+//   others   as 8 bits, each half squeezed into 8*bits bytes: a little-endian bit stream of its 64 codes
+// Every group of K is padded to a multiple of 8 (with code 0 against activations of 0). Groups longer than MAX_BLOCK are worked
+// through in blocks: an int8 activation scale serves one block, and int32 sums stay exact in fp32.
+#pragma once
+#include <cstdint>
+
+namespace qk {
+
+constexpr int PANEL = 16, TILE_K = 8, MAX_BLOCK = 256;
+
+enum class Dtype { f32, bf16, f16, e4m3, e8m0, u8 };
+enum class CodeKind { integer, table, e4m3, e5m2 };
+
+struct Geometry {  // how K is cut: real k, groups, blocks
+  int64_t k, group, group_padded, groups, k_padded, blocks_per_group, blocks;
+};
+
+static inline Geometry make_geometry(int64_t k, int64_t group) {
+  auto up8 = [](int64_t v) { return (v + TILE_K - 1) / TILE_K * TILE_K; };
+  Geometry g{};
+  g.k = k;
+  g.group = group < k ? group : k;
+  g.group_padded = up8(g.group);
+  g.groups = (k + g.group - 1) / g.group;
+  g.k_padded = (g.groups - 1) * g.group_padded + up8(k - (g.groups - 1) * g.group);
+  g.blocks_per_group = (g.group_padded + MAX_BLOCK - 1) / MAX_BLOCK;
+  int64_t last = g.k_padded - (g.groups - 1) * g.group_padded;
+  g.blocks = (g.groups - 1) * g.blocks_per_group + (last + MAX_BLOCK - 1) / MAX_BLOCK;
+  return g;
+}
+
+struct Block {  // [k0, k0 + length) of the padded K, all in `group`
+  int64_t group, k0, length;
+};
+
+static inline Block block_at(const Geometry& g, int64_t b) {
+  int64_t group = b / g.blocks_per_group, part = b % g.blocks_per_group;
+  int64_t end = group + 1 < g.groups ? (group + 1) * g.group_padded : g.k_padded;
+  int64_t k0 = group * g.group_padded + part * MAX_BLOCK;
+  return {group, k0, end - k0 < MAX_BLOCK ? end - k0 : MAX_BLOCK};
+}
+
+struct Weight {
+  Geometry geometry;
+  int64_t n;
+  int bits;
+  CodeKind kind;
+  int offset;                 // integer: value = code - offset;  int8 tables: value = entry - offset
+  const uint8_t* codes;       // [panels, k_padded * 2 * bits]
+  const void* scales;         // [panels, groups, scale_lanes]
+  Dtype scale_dtype;
+  int scale_lanes;            // 16: one a row; 1: one for the panel
+  const void* zeros;          // like scales, or null
+  Dtype zero_dtype;
+  alignas(64) float table[16];     // value of each code, for the float kernels (codes of up to 4 bits)
+  alignas(64) uint8_t table_u8[16];  // the same as int8 + 128, for the int8 kernels, in units of 1/127 of the largest or exact
+  float alpha;                // multiplies everything
+};
+
+struct Activations {
+  int64_t m;
+  const int8_t* s8;       // [m, k_padded]   int8 kernels
+  const float* f32;       // [m, k_padded]   float kernels
+  const float* scales;    // [m, blocks]     int8 kernels
+  const float* sums;      // [m, blocks]     sum of the int8 codes, or of the floats
+};
+
+struct Output {
+  void* y;  // [m, n]
+  Dtype dtype;
+  const float* bias;  // [n] or null
+};
+
+struct Level {
+  const char* name;
+  // rows m0…m1 of x [m, k] (row stride in elements) to int8 codes, scales, sums; or to floats and sums
+  void (*quantize_rows)(const void* x, Dtype, int64_t stride, const Geometry&, int64_t m0, int64_t m1, int8_t* codes, float* scales, float* sums);
+  void (*convert_rows)(const void* x, Dtype, int64_t stride, const Geometry&, int64_t m0, int64_t m1, float* out, float* sums);
+  // rows m0…m1 times panels p0…p1; scratch: scratch_bytes of this thread, 64-byte aligned
+  void (*multiply_s8)(const Weight&, const Activations&, const Output&, int64_t m0, int64_t m1, int64_t p0, int64_t p1, char* scratch);
+  void (*multiply_f32)(const Weight&, const Activations&, const Output&, int64_t m0, int64_t m1, int64_t p0, int64_t p1, char* scratch);
+  // panels p0…p1 to floats [n, k]
+  void (*dequantize)(const Weight&, int64_t p0, int64_t p1, float* out);
+  // roofline probes: read bytes and return a checksum; do `rounds` x 64 independent vector operations of 64 lanes x 4 int8 (or 16 fp32)
+  int64_t (*read_bytes)(const char* p, int64_t bytes);
+  int64_t (*dot_s8_rounds)(int64_t rounds);
+  int64_t (*fma_f32_rounds)(int64_t rounds);
+  int scratch_bytes;
+};
+
+const Level* best_level();           // the highest that this machine has, or the one that was forced
+bool set_level(const char* name);    // "" takes the highest; false when this machine lacks it
+bool has_level(const char* name);
+
+}  // namespace qk

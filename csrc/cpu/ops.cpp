@@ -1,0 +1,260 @@
+// The torch ops over the CPU kernels, through the LibTorch stable ABI: checks, buffers, threads. No arithmetic.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace qk {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+Dtype dtype_of(const Tensor& t, const char* what) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return Dtype::f32;
+    case ScalarType::BFloat16: return Dtype::bf16;
+    case ScalarType::Half: return Dtype::f16;
+    case ScalarType::Float8_e4m3fn: return Dtype::e4m3;
+    case ScalarType::Byte: return Dtype::u8;
+    default: STD_TORCH_CHECK(false, what, " has a dtype that the CPU kernels do not know");
+  }
+}
+
+bool is_activation(Dtype d) { return d == Dtype::f32 || d == Dtype::bf16 || d == Dtype::f16; }
+
+// Memory of one thread that grows and is kept: calls are short, and fresh pages would cost more than the work.
+class Buffer {
+ public:
+  char* at_least(size_t bytes) {
+    if (bytes > size_) {
+      std::free(p_);
+      size_ = (bytes + (1 << 16)) & ~size_t(4095);
+      p_ = static_cast<char*>(std::aligned_alloc(4096, size_));
+      if (p_ == nullptr) size_ = 0;
+      STD_TORCH_CHECK(p_ != nullptr, "out of memory: ", bytes, " bytes of scratch");
+    }
+    return p_;
+  }
+  ~Buffer() { std::free(p_); }
+
+ private:
+  char* p_ = nullptr;
+  size_t size_ = 0;
+};
+
+CodeKind kind_of(const std::string& code) {
+  if (code == "int") return CodeKind::integer;
+  if (code == "table") return CodeKind::table;
+  if (code == "e4m3") return CodeKind::e4m3;
+  STD_TORCH_CHECK(code == "e5m2", "code is int, table, e4m3 or e5m2, not ", code);
+  return CodeKind::e5m2;
+}
+
+void check_dense(const Tensor& t, const char* what) { STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous(), what, " must be contiguous on the CPU"); }
+
+// Check everything that the kernels will rely on: a packed weight may come from anywhere.
+Weight weight_of(const Tensor& qweight, const Tensor& scales, const std::optional<Tensor>& zeros, const std::optional<Tensor>& table,
+                 const std::optional<Tensor>& tensor_scale, int64_t n, int64_t k, int64_t bits, int64_t group, const std::string& code, int64_t offset,
+                 double alpha, bool int8) {
+  STD_TORCH_CHECK(n >= 1 && k >= 1 && group >= 1 && bits >= 1 && bits <= 8, "n, k and group are at least 1, bits 1 to 8; got ", n, ", ", k, ", ", group, ", ", bits);
+  Weight w{};
+  w.geometry = make_geometry(k, group);
+  const int64_t panels = (n + PANEL - 1) / PANEL;
+  w.n = n, w.bits = int(bits), w.kind = kind_of(code), w.offset = int(offset), w.alpha = float(alpha);
+  check_dense(qweight, "qweight");
+  STD_TORCH_CHECK(qweight.scalar_type() == ScalarType::Byte && qweight.numel() == panels * w.geometry.k_padded * 2 * bits, "qweight must hold ",
+                  panels * w.geometry.k_padded * 2 * bits, " bytes for this n, k, bits and group; it has ", qweight.numel());
+  w.codes = static_cast<const uint8_t*>(qweight.const_data_ptr());
+  check_dense(scales, "scales");
+  STD_TORCH_CHECK(scales.dim() == 3 && scales.size(0) == panels && scales.size(1) == w.geometry.groups && (scales.size(2) == 1 || scales.size(2) == PANEL),
+                  "scales must be [", panels, ", ", w.geometry.groups, ", 1 or 16]");
+  w.scales = scales.const_data_ptr(), w.scale_dtype = dtype_of(scales, "scales");
+  if (w.scale_dtype == Dtype::u8) w.scale_dtype = Dtype::e8m0;  // the stable ABI has no such dtype yet: its bytes come instead
+  w.scale_lanes = int(scales.size(2));
+  if (zeros) {
+    check_dense(*zeros, "zeros");
+    STD_TORCH_CHECK(zeros->numel() == panels * w.geometry.groups * PANEL, "zeros must be [", panels, ", ", w.geometry.groups, ", 16]");
+    w.zeros = zeros->const_data_ptr(), w.zero_dtype = dtype_of(*zeros, "zeros");
+  }
+  STD_TORCH_CHECK(table.has_value() == (w.kind == CodeKind::table), "code = table goes with a table, others without");
+  STD_TORCH_CHECK(!int8 || w.kind == CodeKind::integer || w.kind == CodeKind::table, "int8 activations go with integer codes and tables, not ", code);
+  for (int i = 0; i < 16; i++) w.table[i] = float(i) - float(offset);
+  if (table) {
+    check_dense(*table, "table");
+    STD_TORCH_CHECK(bits <= 4 && table->numel() == 16 && table->scalar_type() == ScalarType::Float, "a table is 16 floats, for codes of up to 4 bits");
+    const auto* t = static_cast<const float*>(table->const_data_ptr());
+    float largest = 0;
+    for (int i = 0; i < 16; i++) w.table[i] = t[i], largest = std::max(largest, std::fabs(t[i]));
+    if (int8) {  // entries as int8 + 128; alpha brings them back. Half-integer tables (e2m1: up to 6) come out exact.
+      bool halves = largest <= 63;
+      for (int i = 0; i < 16; i++) halves = halves && t[i] * 2 == std::nearbyint(t[i] * 2);
+      const float unit = halves ? 0.5f : largest / 127;
+      for (int i = 0; i < 16; i++) w.table_u8[i] = uint8_t(int(std::nearbyint(t[i] / unit)) + 128);
+      w.offset = 128, w.alpha *= unit;
+    }
+  }
+  if (tensor_scale) {
+    check_dense(*tensor_scale, "tensor_scale");
+    STD_TORCH_CHECK(tensor_scale->numel() == 1 && tensor_scale->scalar_type() == ScalarType::Float, "tensor_scale is one float");
+    w.alpha *= *static_cast<const float*>(tensor_scale->const_data_ptr());
+  }
+  return w;
+}
+
+// Share rows x panels between the threads: panels first (each thread streams its own weights), rows where panels are too few.
+template <class Work>
+void share(int64_t m, int64_t panels, bool small, const Work& work) {
+  const int64_t threads = small ? 1 : torch::stable::get_num_threads();
+  if (threads == 1) return work(0, m, 0, panels);
+  const int64_t columns = std::min(threads, (panels + 3) / 4);
+  const int64_t rows = std::clamp<int64_t>(threads / columns, 1, std::max<int64_t>(1, m / 16));
+  torch::stable::parallel_for(0, columns * rows, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; task++) {
+      const int64_t c = task % columns, r = task / columns, quads = (panels + 3) / 4;
+      work(m * r / rows, m * (r + 1) / rows, quads * c / columns * 4, std::min(panels, quads * (c + 1) / columns * 4));
+    }
+  });
+}
+
+template <class Work>
+void share_rows(int64_t m, bool small, const Work& work) {
+  if (small || torch::stable::get_num_threads() == 1) return work(0, m);
+  torch::stable::parallel_for(0, m, std::max<int64_t>(1, m / torch::stable::get_num_threads()), work);
+}
+
+const float* bias_floats(const std::optional<Tensor>& bias, int64_t n, Buffer& buffer) {
+  if (!bias) return nullptr;
+  check_dense(*bias, "bias");
+  STD_TORCH_CHECK(bias->numel() == n, "bias must have ", n, " elements, not ", bias->numel());
+  const Dtype dtype = dtype_of(*bias, "bias");
+  STD_TORCH_CHECK(is_activation(dtype), "bias must be float32, bfloat16 or float16");
+  if (dtype == Dtype::f32) return static_cast<const float*>(bias->const_data_ptr());
+  auto* out = reinterpret_cast<float*>(buffer.at_least(size_t(n) * 4 + 8 * MAX_BLOCK * 4));
+  const Geometry g = make_geometry(n, n);  // a bias is a row like any other
+  Buffer padded;
+  auto* row = reinterpret_cast<float*>(padded.at_least(size_t(g.k_padded + g.blocks) * 4));
+  best_level()->convert_rows(bias->const_data_ptr(), dtype, n, g, 0, 1, row, row + g.k_padded);
+  std::memcpy(out, row, size_t(n) * 4);
+  return out;
+}
+
+template <bool S8>
+Tensor linear(Tensor x, Tensor qweight, Tensor scales, std::optional<Tensor> zeros, std::optional<Tensor> table, std::optional<Tensor> tensor_scale,
+              std::optional<Tensor> bias, int64_t n, int64_t bits, int64_t group, std::string code, int64_t offset) {
+  STD_TORCH_CHECK(x.is_cpu() && x.dim() >= 1, "x must be a CPU tensor of at least one dimension");
+  const Dtype dtype = dtype_of(x, "x");
+  STD_TORCH_CHECK(is_activation(dtype), "x must be float32, bfloat16 or float16");
+  const int64_t k = x.size(x.dim() - 1);
+  const Weight w = weight_of(qweight, scales, zeros, table, tensor_scale, n, k, bits, group, code, offset, 1.0, S8);
+  if (!(x.dim() == 2 && x.stride(1) == 1) && !x.is_contiguous()) x = torch::stable::contiguous(x);
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = n;
+  Tensor y = torch::stable::new_empty(x, shape);
+  const int64_t m = k == 0 ? 0 : x.numel() / k;
+  if (m == 0) return y;
+  const int64_t stride = x.dim() == 2 ? x.stride(0) : k;
+  const Geometry& g = w.geometry;
+  const Level& level = *best_level();
+
+  static thread_local Buffer activations, bias_buffer;
+  const size_t values = size_t(m) * g.k_padded * (S8 ? 1 : 4), per_block = size_t(m) * g.blocks * 4;
+  char* memory = activations.at_least(values + 2 * per_block + 192);
+  Activations a{};
+  a.m = m;
+  auto* block_scales = reinterpret_cast<float*>(memory + (values + 63) / 64 * 64);
+  float* sums = block_scales + size_t(m) * g.blocks;
+  a.scales = block_scales, a.sums = sums;
+  const void* px = x.const_data_ptr();
+  const bool little_work = m * k < 64 * 1024;
+  if constexpr (S8) {
+    a.s8 = reinterpret_cast<int8_t*>(memory);
+    share_rows(m, little_work, [&](int64_t m0, int64_t m1) { level.quantize_rows(px, dtype, stride, g, m0, m1, reinterpret_cast<int8_t*>(memory), block_scales, sums); });
+  } else {
+    a.f32 = reinterpret_cast<float*>(memory);
+    share_rows(m, little_work, [&](int64_t m0, int64_t m1) { level.convert_rows(px, dtype, stride, g, m0, m1, reinterpret_cast<float*>(memory), sums); });
+  }
+  const Output out{y.mutable_data_ptr(), dtype, bias_floats(bias, n, bias_buffer)};
+  const int64_t panels = (n + PANEL - 1) / PANEL;
+  share(m, panels, m * n * k < 256 * 1024, [&](int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
+    static thread_local Buffer scratch;
+    (S8 ? level.multiply_s8 : level.multiply_f32)(w, a, out, m0, m1, p0, p1, scratch.at_least(size_t(level.scratch_bytes)));
+  });
+  return y;
+}
+
+Tensor dequantize(Tensor qweight, Tensor scales, std::optional<Tensor> zeros, std::optional<Tensor> table, std::optional<Tensor> tensor_scale, int64_t n,
+                  int64_t k, int64_t bits, int64_t group, std::string code, int64_t offset) {
+  const Weight w = weight_of(qweight, scales, zeros, table, tensor_scale, n, k, bits, group, code, offset, 1.0, false);
+  Tensor out = torch::stable::new_empty(qweight, {n, k}, ScalarType::Float);
+  auto* p = static_cast<float*>(out.mutable_data_ptr());
+  share(1, (n + PANEL - 1) / PANEL, n * k < 64 * 1024, [&](int64_t, int64_t, int64_t p0, int64_t p1) { best_level()->dequantize(w, p0, p1, p); });
+  return out;
+}
+
+bool set_level_op(std::string name) {
+  STD_TORCH_CHECK(set_level(name.c_str()), "this machine does not have the level ", name);
+  return true;
+}
+bool has_level_op(std::string name) { return has_level(name.c_str()); }
+std::string level_op() { return best_level()->name; }
+
+// Roofline probes: seconds that all threads together took. what: "read" (over buffer), "s8", "f32" (`rounds` rounds a thread).
+double probe(std::string what, Tensor buffer, int64_t rounds) {
+  const Level& level = *best_level();
+  const int64_t threads = torch::stable::get_num_threads(), bytes = buffer.numel();
+  const char* p = static_cast<const char*>(buffer.const_data_ptr());
+  check_dense(buffer, "buffer");
+  STD_TORCH_CHECK(buffer.scalar_type() == ScalarType::Byte, "buffer must be uint8");
+  std::atomic<int64_t> sink{0};
+  const auto start = std::chrono::steady_clock::now();
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; t++) {
+      if (what == "read") sink += level.read_bytes(p + bytes / threads * t, bytes / threads);
+      else sink += what == "s8" ? level.dot_s8_rounds(rounds) : level.fma_f32_rounds(rounds);
+    }
+  });
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+}  // namespace
+}  // namespace qk
+
+#define QK_WEIGHT "Tensor qweight, Tensor scales, Tensor? zeros, Tensor? table, Tensor? tensor_scale"
+
+STABLE_TORCH_LIBRARY_FRAGMENT(qkernels, m) {
+  m.def("cpu_linear_s8(Tensor x, " QK_WEIGHT ", Tensor? bias, int n, int bits, int group, str code, int offset) -> Tensor");
+  m.def("cpu_linear_f32(Tensor x, " QK_WEIGHT ", Tensor? bias, int n, int bits, int group, str code, int offset) -> Tensor");
+  m.def("cpu_dequantize(" QK_WEIGHT ", int n, int k, int bits, int group, str code, int offset) -> Tensor");
+  m.def("cpu_set_level(str name) -> bool");
+  m.def("cpu_has_level(str name) -> bool");
+  m.def("cpu_level() -> str");
+  m.def("cpu_probe(str what, Tensor buffer, int rounds) -> float");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(qkernels, CPU, m) {
+  m.impl("cpu_linear_s8", TORCH_BOX(&qk::linear<true>));
+  m.impl("cpu_linear_f32", TORCH_BOX(&qk::linear<false>));
+  m.impl("cpu_dequantize", TORCH_BOX(&qk::dequantize));
+  m.impl("cpu_probe", TORCH_BOX(&qk::probe));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(qkernels, CompositeExplicitAutograd, m) {
+  m.impl("cpu_set_level", TORCH_BOX(&qk::set_level_op));
+  m.impl("cpu_has_level", TORCH_BOX(&qk::has_level_op));
+  m.impl("cpu_level", TORCH_BOX(&qk::level_op));
+}

@@ -1,0 +1,159 @@
+"""The packed layout that both CPU kernels share, and its inverse.
+
+Panels of 16 output rows; in a panel, tiles of 16 rows x 8 k in order of k; every group of K padded to a multiple of 8 with code 0.
+
+    4 bits   (n, k) of a tile -> byte 4n + k % 4, low nibble for k < 4, high nibble for k >= 4
+    8 bits   (n, k) of a tile -> byte 64 (k // 4) + 4n + k % 4
+    others   as 8 bits, each 64 codes squeezed into a little-endian bit stream
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qkernels.formats import Codebook, Float, Int, QuantFormat, QuantTensor
+from qkernels.formats.format import SCALE_DTYPES
+from qkernels.formats.packing import pack, unpack
+from qkernels.kernels.registry import Problem
+
+PANEL, TILE_K, MAX_BLOCK = 16, 8, 256
+
+
+class Packed(NamedTuple):
+    """A weight as the CPU kernels read it.
+
+    Shapes, with P = ceil(N / 16) panels and G groups along K:
+        weight        [P * padded K * 2 * bits]   uint8
+        scales        [P, G, 16]                  scale type (e8m0: uint8); [P, G, 1] where a scale serves whole panels
+        zeros         [P, G, 16]                  uint8 or scale type
+        tensor_scale  [1]                         float32
+        perm          [K]                         int32
+    """
+
+    format: QuantFormat
+    shape: tuple[int, int]
+    weight: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    tensor_scale: Tensor | None
+    perm: Tensor | None
+
+
+def prepare(q: QuantTensor) -> Packed:
+    """Re-lay a canonical weight in panels and tiles."""
+    (n, k), bits = q.shape, q.format.bits
+    assert q.scales is not None
+    codes = F.pad(_pad_groups(unpack(q.codes, bits, k), q.format, n, k), (0, 0, 0, -n % PANEL))
+    tiles = codes.view(-1, PANEL, codes.shape[1] // TILE_K, 2, 4).permute(0, 2, 3, 1, 4)  # panel, tile, half, row, k
+    if bits == 4:
+        weight = tiles[:, :, 0] | tiles[:, :, 1] << 4
+    else:
+        weight = pack(tiles.reshape(*tiles.shape[:3], 64), bits)
+    lanes = _scale_lanes(q.format, n, k)
+    scales = _panel_rows(q.scales, q.format, n, k, lanes)
+    zeros = None if q.zeros is None else _panel_rows(q.zeros, q.format, n, k, PANEL)
+    if scales.dtype == torch.float8_e8m0fnu:  # a dtype that the stable ABI does not carry yet
+        scales = scales.view(torch.uint8)
+    return Packed(q.format, q.shape, weight.reshape(-1).contiguous(), scales, zeros, q.tensor_scale, q.perm)
+
+
+def restore(packed: Packed) -> QuantTensor:
+    """Invert `prepare`, bit for bit."""
+    (n, k), bits = packed.shape, packed.format.bits
+    panels = -(-n // PANEL)
+    if bits == 4:
+        bytes_ = packed.weight.view(panels, -1, PANEL, 4)
+        tiles = torch.stack([bytes_ & 15, bytes_ >> 4], 2)
+    else:
+        tiles = unpack(packed.weight.view(panels, -1, 2, 8 * bits), bits, 64).unflatten(-1, (PANEL, 4))
+    codes = tiles.permute(0, 3, 1, 2, 4).reshape(panels * PANEL, -1)[:n]
+    codes = pack(_crop_groups(codes, packed.format, n, k), bits)
+    scales = _canonical_rows(packed.scales, packed.format, n, k).view(SCALE_DTYPES[packed.format.scale])
+    zeros = None if packed.zeros is None else _canonical_rows(packed.zeros, packed.format, n, k)
+    return QuantTensor(packed.format, packed.shape, codes, scales, zeros, packed.tensor_scale, packed.perm)
+
+
+def _pad_groups(codes: Tensor, format: QuantFormat, n: int, k: int) -> Tensor:
+    _, group = format.group_extent(n, k)
+    if group % TILE_K == 0 or group == k:
+        return F.pad(codes, (0, -k % TILE_K))
+    whole = k // group * group
+    padded = F.pad(codes[:, :whole].unflatten(1, (-1, group)), (0, -group % TILE_K)).flatten(1)
+    rest = F.pad(codes[:, whole:], (0, -(k - whole) % TILE_K))
+    return torch.cat([padded, rest], 1)
+
+
+def _crop_groups(codes: Tensor, format: QuantFormat, n: int, k: int) -> Tensor:
+    _, group = format.group_extent(n, k)
+    if group % TILE_K == 0 or group == k:
+        return codes[:, :k]
+    padded_group, whole = group + -group % TILE_K, k // group
+    inner = codes[:, : whole * padded_group].unflatten(1, (whole, padded_group))[..., :group].flatten(1)
+    return torch.cat([inner, codes[:, whole * padded_group :][:, : k - whole * group]], 1)
+
+
+def _scale_lanes(format: QuantFormat, n: int, k: int) -> int:
+    """1 where all rows of a panel share their scale, so that it need not be repeated."""
+    group_n, _ = format.group_extent(n, k)
+    return 1 if format.zero == "none" and group_n != 1 and (group_n % PANEL == 0 or group_n == n) else PANEL
+
+
+def _panel_rows(per_group: Tensor, format: QuantFormat, n: int, k: int, lanes: int) -> Tensor:
+    """[N / group_n, G] -> [panels, G, lanes]; rows beyond N get the bytes 0."""
+    group_n, _ = format.group_extent(n, k)
+    panels, raw = -(-n // PANEL), per_group.view(_BYTES[per_group.element_size()])
+    if lanes == 1:
+        rows = torch.arange(panels, device=raw.device) * PANEL // group_n
+        return raw[rows].unsqueeze(-1).contiguous().view(per_group.dtype)
+    rows = torch.arange(n, device=raw.device) // group_n
+    padded = F.pad(raw[rows], (0, 0, 0, -n % PANEL))
+    return padded.view(panels, PANEL, -1).transpose(1, 2).contiguous().view(per_group.dtype)
+
+
+def _canonical_rows(packed: Tensor, format: QuantFormat, n: int, k: int) -> Tensor:
+    group_n, _ = format.group_extent(n, k)
+    raw = packed.view(_BYTES[packed.element_size()])
+    rows = raw.transpose(1, 2).reshape(-1, raw.shape[1])
+    step = group_n if raw.shape[2] == PANEL else max(1, group_n // PANEL) if group_n % PANEL == 0 else rows.shape[0]
+    return rows[: n if raw.shape[2] == PANEL else None : step].contiguous().view(packed.dtype)
+
+
+_BYTES = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # indexing and padding work for these, not for every 8-bit float
+
+
+# -- what the ops want to know of a format -------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=256)
+def describe(format: QuantFormat, n: int, k: int) -> tuple[Tensor | None, int, int, str, int]:
+    """(table, bits, group, code, offset) for the ops."""
+    _, group = format.group_extent(n, k)
+    code = format.code
+    if isinstance(code, Int):
+        return None, code.bits, group, "int", code.bias
+    if isinstance(code, Float) and code.bits == 8:
+        return None, 8, group, code.name, 0
+    table = torch.zeros(16)
+    table[: len(code.values)] = torch.tensor(code.values)
+    return table, code.bits, group, "table", 0
+
+
+def why_not(p: Problem) -> str | None:
+    """What neither CPU kernel can hold."""
+    if p.device.type != "cpu":
+        return f"runs on cpu, not {p.device.type}"
+    if p.device.isa == "none":
+        from qkernels.kernels.cpu import library
+
+        return library.why_missing() or "the compiled library is missing"
+    if p.format.block is not None:
+        return f"{p.format.name} keeps its blocks; codes of one width and groups are held"
+    code = p.format.code
+    if isinstance(code, Codebook | Float) and code.bits > 4 and code.name not in ("e4m3", "e5m2"):
+        return f"code {code.name} has {code.bits} bits; tables of up to 4 bits, e4m3 and e5m2 are held"
+    return None

@@ -1,0 +1,105 @@
+"""The two CPU kernels over one packed layout: int8 activations (exact int32 sums in blocks of up to 256) and exact fp32.
+
+Layout: see layout.py; arithmetic: csrc/cpu/multiply.h. A result depends on K alone: not on the threads, nor on the other rows.
+
+Source: interleaving output rows so that no sum crosses lanes, as in llama.cpp's repacked types; unsigned weights against signed
+activations with a correction by the activations' sum, as VNNI libraries do; unpacking a panel once for many rows, as ik_llama.cpp does.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qkernels.formats import Codebook, Float, Int
+from qkernels.kernels.cpu import layout, library
+from qkernels.kernels.cpu.layout import Packed, prepare, restore
+from qkernels.kernels.registry import Kernel, Problem, register
+
+# GB/s of reading, and 10^9 multiply-adds x 2 per second (int8, fp32), of two cores at each level: benchmarks/results/roofline.json
+_RATES = {"portable": (10.0, 12.0, 12.0), "avx2": (15.0, 100.0, 60.0), "avx512vnni": (17.0, 450.0, 110.0)}
+
+
+def _cost(p: Problem, int8: bool) -> float:
+    read_gbs, int8_gops, fp32_gflops = _RATES[p.device.isa]
+    reading = p.format.nbytes(p.n, p.k) / read_gbs / 1e3
+    return 2.0 + max(reading, 2 * p.rows * p.n * p.k / (int8_gops if int8 else fp32_gflops) / 1e3)
+
+
+def _run(x: Tensor, packed: Packed, bias: Tensor | None, op: torch._ops.OpOverload) -> Tensor:
+    if packed.perm is not None:
+        x = x.index_select(-1, packed.perm)
+    n, k = packed.shape
+    table, bits, group, code, offset = layout.describe(packed.format, n, k)
+    return op(x, packed.weight, packed.scales, packed.zeros, table, packed.tensor_scale, bias, n, bits, group, code, offset)
+
+
+def _run_s8(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    return _run(x, packed, bias, torch.ops.qkernels.cpu_linear_s8.default)
+
+
+def _run_f32(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    return _run(x, packed, bias, torch.ops.qkernels.cpu_linear_f32.default)
+
+
+def dequantize(packed: Packed) -> Tensor:
+    """[N, K] float32 from the packed form."""
+    n, k = packed.shape
+    table, bits, group, code, offset = layout.describe(packed.format, n, k)
+    op = torch.ops.qkernels.cpu_dequantize.default
+    weight = op(packed.weight, packed.scales, packed.zeros, table, packed.tensor_scale, n, k, bits, group, code, offset)
+    return weight if packed.perm is None else torch.empty_like(weight).index_copy_(1, packed.perm.long(), weight)
+
+
+def _why_not_s8(p: Problem) -> str | None:
+    if reason := layout.why_not(p):
+        return reason
+    code = p.format.code
+    if isinstance(code, Int | Codebook) or (isinstance(code, Float) and code.bits <= 4):
+        return None if code.bits == 4 or isinstance(code, Int) else f"codebooks of {code.bits} bits: 4 are held"
+    return f"{code.name} values do not fit int8"
+
+
+if library.why_missing() is None:
+
+    @torch.library.register_fake("qkernels::cpu_linear_s8")
+    @torch.library.register_fake("qkernels::cpu_linear_f32")
+    def _(x, qweight, scales, zeros, table, tensor_scale, bias, n, bits, group, code, offset):  # type: ignore[no-untyped-def]
+        return x.new_empty((*x.shape[:-1], n))
+
+    @torch.library.register_fake("qkernels::cpu_dequantize")
+    def _(qweight, scales, zeros, table, tensor_scale, n, k, bits, group, code, offset):  # type: ignore[no-untyped-def]
+        return qweight.new_empty((n, k), dtype=torch.float32)
+
+
+S8 = register(
+    Kernel(
+        name="cpu_s8_wN_dot",
+        backend="cpu",
+        source=__doc__.rpartition("Source: ")[2],
+        compute="int8",
+        why_not=_why_not_s8,
+        cost=lambda p: _cost(p, int8=True),
+        prepare=prepare,
+        restore=restore,
+        run=_run_s8,
+        packed_type=Packed,
+        dequantize=dequantize,
+    )
+)
+
+F32 = register(
+    Kernel(
+        name="cpu_f32_wN_dot",
+        backend="cpu",
+        source=__doc__.rpartition("Source: ")[2],
+        compute="float",
+        why_not=layout.why_not,
+        cost=lambda p: _cost(p, int8=False) * 1.001,  # a tie goes to the fewer operations
+        prepare=prepare,
+        restore=restore,
+        run=_run_f32,
+        packed_type=Packed,
+        dequantize=dequantize,
+    )
+)
