@@ -1,50 +1,70 @@
-# Everything runs in .venv, made on first use. `make help` lists the commands.
+# The project's commands. All of them run in .venv, which is made on first use; `make` lists them.
 PYTHON ?= python3
 VENV := .venv
-BIN := $(VENV)/bin
-PIP := $(BIN)/pip --disable-pip-version-check
-CSRC := $(wildcard csrc/*/*)
+BIN := $(CURDIR)/$(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 export HF_HUB_OFFLINE = 1
 
-help:            ## this list
-	@grep -E '^[a-z-]+: .*##' Makefile | sed 's/:.*##/\t/'
+.PHONY: help demo test lint bench venv build peers sanitize clean
 
-$(VENV)/ready: pyproject.toml constraints.txt
-	@echo "== making $(VENV): torch first, by its exact version (a CPU build)"
-	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	$(PIP) install -q -c constraints.txt setuptools wheel
-	$(PIP) install -q torch==2.13.0
-	$(PIP) install -q -c constraints.txt numpy
-	@touch $@
+help:  ## list the commands
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
 
-$(VENV)/installed: $(VENV)/ready setup.py $(CSRC)
-	@echo "== building and installing qkernels"
-	$(PIP) install -q --no-build-isolation -c constraints.txt -e ".[test,demo,bench]"
-	@touch $@
-
-venv: $(VENV)/ready         ## the virtual environment with torch
-build: $(VENV)/installed    ## the package, compiled, with what tests and demo need
-
-demo: build      ## MiniLM and a 1 B decoder before and after replace_linear
+demo: build  ## two models before and after replace_linear
 	$(BIN)/python -m demo
 
-test: build      ## lint, types, tests
+test: lint  ## lint, then the tests
+	$(BIN)/python -m pytest -q
+
+lint: build  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q
 
-bench: build     ## the benchmark (see python -m benchmarks --help)
+bench: build  ## the benchmark, against torch and those of the peers that are installed
 	$(BIN)/python -m benchmarks
 
-peers: build     ## other libraries, for the benchmark to compare with
-	$(PIP) install -q --no-deps zentorch==2.13.0.2
-	$(PIP) install -q -c constraints.txt deprecated onnxruntime==1.32.0 onnx openvino==2026.4.1 bitsandbytes==0.50.2
+# ---- setting up: each step leaves a stamp in .venv, and is taken again when what it was made from changes
 
-sanitize: $(VENV)/installed ## the C++ kernels under ASan and UBSan
-	tools/sanitize $(BIN)/python
+venv: $(VENV)/torch.stamp  ## the virtual environment, with torch
+build: $(VENV)/qkernels.stamp  ## the package in it, its C++ compiled
+peers: $(VENV)/peers.stamp  ## the libraries that the benchmark compares with
 
-clean:           ## remove what was built
-	rm -rf build *.egg-info qkernels/_C*.so qkernels/_build_info.json $(VENV)
+# torch by itself and before all else, as compiling qkernels needs it; nothing that comes later may bring another.
+$(VENV)/torch.stamp: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "qkernels needs Python 3.10: make PYTHON=python3.12, say")'
+	@echo "== $(VENV): Python, setuptools, torch and numpy (the download is some 200 MB, more where torch comes with CUDA)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(INSTALL) --upgrade pip setuptools wheel
+	$(INSTALL) torch numpy
+	@touch $@
 
-.PHONY: help venv build demo test bench peers sanitize clean
+# An install without the kernels is an install, but it leaves no stamp: the next `make` tries again.
+$(VENV)/qkernels.stamp: $(VENV)/torch.stamp pyproject.toml setup.py $(wildcard csrc/*/*)
+	@echo "== qkernels: compiling its kernels; installing it with what tests, demo and benchmark need"
+	$(INSTALL) --no-build-isolation --editable '.[test,demo,bench]'
+	@reason=$$($(BIN)/python -c 'import json; print(json.load(open("qkernels/_build_info.json"))["reason"] or "")'); \
+	if [ -z "$$reason" ]; then echo "== the CPU kernels are compiled" && touch $@; else echo "== WARNING: no CPU kernels: $$reason"; fi
+
+# zentorch would bring a torch of its own choice, hence --no-deps.
+$(VENV)/peers.stamp: $(VENV)/qkernels.stamp
+	@echo "== the benchmark's peers"
+	$(INSTALL) --no-deps zentorch
+	$(INSTALL) deprecated onnxruntime onnx openvino bitsandbytes
+	@touch $@
+
+# Python itself is not instrumented: libasan must be loaded before it (and libstdc++, whose throw libasan wraps), and leaks are
+# not looked for, as Python never frees all. The copy keeps file times, so that only what changed is compiled again.
+SANITIZED := build/sanitized
+sanitize: build  ## the kernels' tests under address and undefined-behaviour sanitizers (GCC)
+	@echo "== a copy of the tree in $(SANITIZED), compiled with the sanitizers"
+	mkdir -p $(SANITIZED) && rm -rf $(SANITIZED)/csrc $(SANITIZED)/qkernels $(SANITIZED)/tests
+	cp -rp csrc qkernels tests setup.py pyproject.toml README.md LICENSE $(SANITIZED)
+	cd $(SANITIZED) && QKERNELS_CPU=1 \
+	QKERNELS_CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1 -g" \
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	cd $(SANITIZED) && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest -q tests/test_kernels.py
+
+clean:  ## remove what was made, .venv included
+	rm -rf build dist *.egg-info qkernels/_C* qkernels/_build_info.json $(VENV)

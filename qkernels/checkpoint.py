@@ -20,17 +20,23 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Tied tensors are stored once. Raises CheckpointError when `path` exists and is something else.
     """
-    layers: dict[str, Any] = {
-        name: {"format": m.format.name, "shape": [m.out_features, m.in_features], "bias": m.bias is not None, "perm": m.perm is not None, "compute": m.compute}
-        for name, m in model.named_modules(remove_duplicate=False)
-        if isinstance(m, QuantLinear)
-    }
+    layers: dict[str, Any] = {}
+    first: dict[int, str] = {}
+    for name, m in model.named_modules(remove_duplicate=False):
+        if isinstance(m, QuantLinear):
+            layers[name] = {"format": m.format.name, "shape": [m.out_features, m.in_features], "compute": m.compute}
+            if (shared_with := first.setdefault(id(m), name)) != name:
+                layers[name]["shared_with"] = shared_with
     tensors, seen = {}, set()
     for name, t in model.state_dict().items():
-        key = (t.untyped_storage().data_ptr(), t.storage_offset(), t.shape, t.dtype)
-        if t.numel() and key in seen:
-            continue  # tied: the skeleton ties it again
-        seen.add(key)
+        layer = layers.get(name.rpartition(".")[0])
+        if layer is None:  # tied tensors lie in the same memory: the skeleton ties them again
+            key = (t.untyped_storage().data_ptr(), t.storage_offset(), t.shape, t.dtype)
+            if t.numel() and key in seen:
+                continue
+            seen.add(key)
+        elif "shared_with" in layer:
+            continue
         tensors[name] = t
     native.write(path, tensors, layers)
 
@@ -42,14 +48,17 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     truncated or edited, or does not fit the model.
     """
     tensors, layers = native.read(path)
-    made = {name: _layer(model, name, entry, tensors) for name, entry in layers.items()}
+    made: dict[str, QuantLinear] = {}
+    for name, entry in layers.items():
+        shared_with = entry.get("shared_with")
+        made[name] = made[shared_with] if shared_with in made else _layer(model, name, entry, tensors)
     rest = {name: t for name, t in tensors.items() if not any(name.startswith(f"{layer}.") for layer in made)}
     _check_rest(model, rest, made)
     for name, layer in made.items():
         _set(model, name, layer)
     model.load_state_dict(rest, strict=False, assign=any(p.is_meta for p in model.parameters()))
-    if hasattr(model, "tie_weights"):
-        model.tie_weights()
+    if callable(tie := getattr(model, "tie_weights", None)):
+        tie()
     return model
 
 
@@ -66,7 +75,9 @@ def _layer(model: nn.Module, name: str, entry: dict[str, Any], tensors: dict[str
     prefix = f"{name}."
     mine = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
     try:
-        layer = QuantLinear(shape[1], shape[0], "bias" in mine, formats.get(entry["format"]), compute=entry["compute"], device="meta")
+        layer: QuantLinear = QuantLinear(
+            shape[1], shape[0], "bias" in mine, formats.get(entry["format"]), compute=entry["compute"], device="meta"
+        )
         layer.load_state_dict(mine, strict=True, assign=True)
     except (FormatError, RuntimeError) as error:
         raise CheckpointError(f"layer {name!r}: {error}") from error

@@ -48,11 +48,15 @@ class Report:
         width = max((len(row.name) for row in self.replaced), default=5)
         lines = [f"{'layer':{width}}  {'format':16}  {'kernel':22}  {'MB':>9}  ->  {'MB':>9}"]
         for row in self.replaced:
-            lines.append(f"{row.name:{width}}  {row.format:16}  {row.kernel:22}  {row.bytes_before / 1e6:9.3f}  ->  {row.bytes_after / 1e6:9.3f}")
+            lines.append(
+                f"{row.name:{width}}  {row.format:16}  {row.kernel:22}  {row.bytes_before / 1e6:9.3f}  ->  {row.bytes_after / 1e6:9.3f}"
+            )
         lines += [f"skipped {name}: {reason}" for name, reason in self.skipped.items()]
         ratio = f" ({self.bytes_before / self.bytes_after:.2f} x smaller)" if self.bytes_after else ""
         before, after = self.bytes_before / 1e6, self.bytes_after / 1e6
-        lines.append(f"{len(self.replaced)} layers, {before:.1f} -> {after:.1f} MB{ratio}, {len(self.skipped)} skipped, {self.seconds:.1f} s")
+        lines.append(
+            f"{len(self.replaced)} layers, {before:.1f} -> {after:.1f} MB{ratio}, {len(self.skipped)} skipped, {self.seconds:.1f} s"
+        )
         return "\n".join(lines)
 
 
@@ -78,7 +82,7 @@ def replace_linear(
     """
     fmt, quantize, start = formats.get(format), quantizers.get(quantizer), time.perf_counter()
     Problem(fmt, 1, 1, compute=compute)  # checks compute before any work
-    report, chosen = Report(), _choose(model, _globs(include), _globs(exclude), filter_fn)
+    report, chosen = Report(), _choose(model, _globs(include), _globs(exclude) or (), filter_fn)
     linears = [(name, module) for name, module, reason in chosen if reason is None]
     report.skipped = {name: reason for name, _, reason in chosen if reason is not None}
     if not linears:

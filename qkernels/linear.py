@@ -109,8 +109,8 @@ class QuantLinear(nn.Linear):
         """The weight in the canonical form; made anew when the layer holds a kernel's own form."""
         if self._kernel is not None:
             return registry.get(self._kernel).restore(self._packed())
-        tensors = [getattr(self, name) for name in _TENSORS]
-        return QuantTensor(self.format, (self.out_features, self.in_features), *(None if t is None else t.detach() for t in tensors))
+        held = {f: t.detach() for name, f in zip(_TENSORS, FIELDS, strict=True) if (t := getattr(self, name)) is not None}
+        return QuantTensor.from_tensors(self.format, (self.out_features, self.in_features), held)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The [N, K] weight that the codes stand for."""
@@ -130,8 +130,8 @@ class QuantLinear(nn.Linear):
         return sum(t.nbytes for name in _TENSORS if (t := getattr(self, name)) is not None)
 
     def extra_repr(self) -> str:
-        bias = self.bias is not None
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, format={self.format.name}, kernel={self._kernel}"
+        shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return f"{shape}, format={self.format.name}, kernel={self._kernel}"
 
     # -- running -----------------------------------------------------------------------------------------------------------------
 

@@ -33,7 +33,9 @@ def decode(q: QuantTensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return weight if q.perm is None else torch.empty_like(weight).index_copy_(1, q.perm.long(), weight)
 
 
-def encode(weight: Tensor, format: QuantFormat, scales: Tensor, zeros: Tensor | None = None, tensor_scale: Tensor | None = None) -> QuantTensor:
+def encode(
+    weight: Tensor, format: QuantFormat, scales: Tensor, zeros: Tensor | None = None, tensor_scale: Tensor | None = None
+) -> QuantTensor:
     """Round a weight to the codes of given scales (and zeros): the nearest value, clamped at the ends of the range.
 
     Shapes:

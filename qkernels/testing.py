@@ -74,6 +74,7 @@ def _report(y: Tensor, exact: Tensor, error: Tensor, allowed: Tensor, bad: Tenso
     at = tuple(bad.nonzero()[0].tolist())
     nmse = float(error.square().sum() / exact.square().sum().clamp(min=1e-300))
     return (
-        f"{int(bad.sum())} of {bad.numel()} values are beyond the bound: max error {float(error.max()):.4g}, NMSE {nmse:.4g}; first at {list(at)}: "
+        f"{int(bad.sum())} of {bad.numel()} values are beyond the bound: max error {float(error.max()):.4g}, "
+        f"NMSE {nmse:.4g}; first at {list(at)}: "
         f"got {float(y[at])!r}, want {float(exact[at])!r}, error {float(error[at]):.4g} > {float(allowed[at]):.4g}"
     )

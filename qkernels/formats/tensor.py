@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -56,7 +56,7 @@ class QuantTensor:
         return cls(format, shape, **tensors)
 
     def to(self, device: torch.device | str) -> QuantTensor:
-        return replace(self, **{name: t.to(device) for name, t in self.tensors().items()})
+        return QuantTensor.from_tensors(self.format, self.shape, {name: t.to(device) for name, t in self.tensors().items()})
 
     @property
     def nbytes(self) -> int:

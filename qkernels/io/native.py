@@ -1,7 +1,7 @@
 """qkernels' own directory: canonical tensors in safetensors, and what they mean in JSON.
 
-    DIR/qkernels.json          {"version": 1, "layers": {name: {"format", "shape", "compute"}}, "sha256": {file: digest}}
-    DIR/model.safetensors      every tensor of the model's state_dict, canonical layout
+DIR/qkernels.json          {"version": 1, "layers": {name: {"format", "shape", "compute"}}, "sha256": {file: digest}}
+DIR/model.safetensors      every tensor of the model's state_dict, canonical layout
 """
 
 from __future__ import annotations
@@ -86,4 +86,6 @@ def read_manifest(source: Path) -> dict[str, Any]:
 
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read()).hexdigest()
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read()).hexdigest()
+        )

@@ -86,7 +86,8 @@ class Plan:
     def __str__(self) -> str:
         p = self.problem
         shape = f"{'?' if p.m is None else p.m} x {p.n} x {p.k}"
-        head = f"{p.format.name}, M x N x K = {shape}, {str(p.dtype).removeprefix('torch.')}, compute={p.compute}, {p.device}: {self.kernel.name}"
+        activations = f"{str(p.dtype).removeprefix('torch.')}, compute={p.compute}"
+        head = f"{p.format.name}, M x N x K = {shape}, {activations}, {p.device}: {self.kernel.name}"
         ranked = sorted(self.costs.items(), key=lambda item: (item[1], item[0]))
         rows = [f"  {'->' if name == self.kernel.name else '  '} {name}: {cost:.1f} us estimated" for name, cost in ranked]
         return "\n".join([head, *rows, *(f"     {name}: {why}" for name, why in sorted(self.rejected.items()))])
@@ -157,5 +158,3 @@ def explain(
 
     where = device if isinstance(device, Device) else devices.parse(device)
     return plan(Problem(formats.get(format), *nk, m=m, dtype=dtype, compute=compute, device=where))
-
-

@@ -42,7 +42,13 @@ def rtn(weight: Tensor, format: QuantFormat, *, clip_search: bool | None = None)
     _check_scales(scales, format)
     zeros = torch.cat([z for _, z in parts if z is not None]) if format.zero != "none" else None
     codes = [
-        encode(weight[i : i + rows], format, scales[i // group_n : (i + rows - 1) // group_n + 1], _slice(zeros, i, rows, group_n), tensor_scale).codes
+        encode(
+            weight[i : i + rows],
+            format,
+            scales[i // group_n : (i + rows - 1) // group_n + 1],
+            _slice(zeros, i, rows, group_n),
+            tensor_scale,
+        ).codes
         for i in range(0, n, rows)
     ]
     scales = scales.to(SCALE_DTYPES[format.scale])
@@ -116,7 +122,9 @@ def _group_ends(weight: Tensor, format: QuantFormat) -> tuple[Tensor, Tensor]:
     """Smallest and largest value of each group, [N / group_n, K / group_k]."""
     n, k = weight.shape
     group_n, group_k = format.group_extent(n, k)
-    padded = F.pad(weight, (0, -k % group_k, 0, -n % group_n), mode="constant", value=float("nan")) if k % group_k or n % group_n else weight
+    padded = (
+        F.pad(weight, (0, -k % group_k, 0, -n % group_n), mode="constant", value=float("nan")) if k % group_k or n % group_n else weight
+    )
     groups = padded.unflatten(1, (-1, group_k)).unflatten(0, (-1, group_n))
     if padded is weight:
         return groups.amin((1, 3)), groups.amax((1, 3))
@@ -156,7 +164,8 @@ def _check_scales(scales: Tensor, format: QuantFormat) -> None:
         limit = torch.finfo(SCALE_DTYPES[format.scale]).max
         row, column = bad.nonzero()[0].tolist()
         raise FormatError(
-            f"the scale of group [{row}, {column}] is beyond {limit:g}, the largest {format.scale} value of {format.name}; use a format with sf32 scales"
+            f"the scale of group [{row}, {column}] is beyond {limit:g}, the largest {format.scale} scale that {format.name} holds; "
+            "use a format with sf32 scales"
         )
 
 
@@ -168,5 +177,3 @@ def _encode_blocks(weight: Tensor, format: QuantFormat) -> QuantTensor:
     format.codes_shape(n, k)  # checks K
     raw = format.block.encode(weight.float().unflatten(1, (-1, format.block.elements)))
     return QuantTensor(format, (n, k), raw.flatten(1).contiguous())
-
-

@@ -50,10 +50,7 @@ def prepare(q: QuantTensor) -> Packed:
     assert q.scales is not None
     codes = F.pad(_pad_groups(unpack(q.codes, bits, k), q.format, n, k), (0, 0, 0, -n % PANEL))
     tiles = codes.view(-1, PANEL, codes.shape[1] // TILE_K, 2, 4).permute(0, 2, 3, 1, 4)  # panel, tile, half, row, k
-    if bits == 4:
-        weight = tiles[:, :, 0] | tiles[:, :, 1] << 4
-    else:
-        weight = pack(tiles.reshape(*tiles.shape[:3], 64), bits)
+    weight = tiles[:, :, 0] | (tiles[:, :, 1] << 4) if bits == 4 else pack(tiles.reshape(*tiles.shape[:3], 64), bits)
     lanes = _scale_lanes(q.format, n, k)
     scales = _panel_rows(q.scales, q.format, n, k, lanes)
     zeros = None if q.zeros is None else _panel_rows(q.zeros, q.format, n, k, PANEL)

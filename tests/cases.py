@@ -1,0 +1,33 @@
+"""Quantised weights to test with: random codes over the whole range, scales of both signs, zeros at both ends."""
+
+import torch
+
+from qkernels.formats import Int, QuantTensor
+from qkernels.formats.format import SCALE_DTYPES
+from qkernels.formats.packing import pack
+
+
+def random_quant(format, n, k, seed=0, perm=False):
+    g = torch.Generator().manual_seed(seed)
+    finite = torch.isfinite(torch.tensor(format.code.values)).nonzero().flatten()
+    codes = pack(finite[torch.randint(len(finite), (n, k), generator=g)].to(torch.uint8), format.bits)
+    shape, dtype = format.group_shape(n, k), SCALE_DTYPES[format.scale]
+    scales = torch.rand(shape, generator=g) * 0.02 + 0.005
+    if format.scale in ("f32", "f16", "bf16"):
+        scales *= torch.randint(2, shape, generator=g) * 2 - 1
+    zeros = None
+    if format.zero == "int":
+        zeros = torch.randint(2**format.bits, shape, generator=g).to(torch.uint8)
+    elif format.zero == "float":
+        zeros = (torch.rand(shape, generator=g) * 2**format.bits).to(dtype)
+    tensor_scale = torch.tensor([0.37]) if format.tensor_scale else None
+    order = torch.randperm(k, generator=g).to(torch.int32) if perm else None
+    return QuantTensor(format, (n, k), codes, scales.to(dtype), zeros, tensor_scale, order)
+
+
+def plain(formats):
+    return [f for f in formats if f.block is None]
+
+
+def is_symmetric_int(format):
+    return isinstance(format.code, Int) and format.zero == "none"

@@ -1,0 +1,199 @@
+"""QuantLinear: everything that nn.Linear can do."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from cases import plain, random_quant
+from torch import nn
+
+from qkernels import FormatError, QuantLinear, QuantTensor, UnsupportedError, formats, kernels
+from qkernels.kernels.registry import Problem, why_not
+from qkernels.testing import assert_matmul_close
+
+SOME = ("int4", "int8", "int3_asym", "hqq4", "nf4", "fp8_block", "mxfp4", "nvfp4")
+some_formats = pytest.mark.parametrize("name", SOME)
+
+
+def make(name="int4", k=300, n=48, bias=True, **options):
+    linear = nn.Linear(k, n, bias)
+    return linear, QuantLinear.from_linear(linear, name, compute=options.pop("compute", "float"), **options)
+
+
+def same_state(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k].view(torch.uint8), b[k].view(torch.uint8)) for k in a)
+
+
+@some_formats
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_copies(name, copied):
+    _, layer = make(name)
+    twin, x = copied(layer), torch.randn(3, 300)
+    assert same_state(layer, twin) and twin.kernel == layer.kernel
+    assert torch.equal(twin(x), layer(x))
+    assert twin.weight.data_ptr() != layer.weight.data_ptr()
+
+
+@some_formats
+def test_meta_then_load(name):
+    _, layer = make(name)
+    empty = QuantLinear(300, 48, format=name, compute="float", device="meta")
+    assert empty.kernel is None and empty.weight.is_meta
+    with pytest.raises(FormatError, match="meta"):
+        empty(torch.randn(1, 300))
+    empty.load_state_dict(layer.state_dict(), assign=True)
+    x = torch.randn(3, 300)
+    assert empty.kernel == layer.kernel and torch.equal(empty(x), layer(x))
+
+
+@some_formats
+@pytest.mark.parametrize(
+    "move", [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.double().float()], ids=["bf16", "half", "double"]
+)
+def test_dtype_moves_the_bias_alone(name, move):
+    _, layer = make(name)
+    before = layer.quant_tensor()
+    moved = move(layer)
+    assert moved is layer and moved.quant_tensor().equal(before)
+    assert moved(torch.randn(2, 300, dtype=moved.bias.dtype)).dtype == moved.bias.dtype
+
+
+@pytest.mark.parametrize("kernel", [k.name for k in kernels.all_kernels()])
+@some_formats
+def test_state_dict_is_canonical(name, kernel):
+    q = random_quant(formats.get(name), 48, 300, perm=name == "int4")
+    problem = Problem(q.format, 48, 300, perm=q.perm is not None, device=kernels.registry.explain("int4", device="cpu").problem.device)
+    if reason := why_not(kernels.get(kernel), problem):
+        pytest.skip(reason)
+    layer = QuantLinear.from_quant_tensor(q, kernel=kernel)
+    assert layer.kernel == kernel
+    state = {("codes" if key == "weight" else key): t for key, t in layer.state_dict().items()}
+    assert QuantTensor.from_tensors(q.format, q.shape, state).equal(q)
+
+
+@some_formats
+@pytest.mark.parametrize("bias", [True, False])
+def test_strict_round_trip(name, bias):
+    _, layer = make(name, bias=bias)
+    file = io.BytesIO()
+    torch.save(layer.state_dict(), file)
+    file.seek(0)
+    fresh = QuantLinear(300, 48, bias, name, compute="float")
+    assert str(fresh.load_state_dict(torch.load(file))) == "<All keys matched successfully>"
+    assert same_state(fresh, layer)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda s: s.pop("scales"), r"Missing key.*scales"),
+        (lambda s: s.pop("bias"), r"Missing key.*bias"),
+        (lambda s: s.update(zeros=s["scales"]), "has no zeros"),
+        (lambda s: s.update(other=s["scales"]), r"Unexpected key.*other"),
+        (lambda s: s.update(weight=s["weight"][:, 1:]), r"needs codes \[48, 150\]"),
+        (lambda s: s.update(scales=s["scales"].float()), "float16"),
+        (lambda s: s.update(bias=s["bias"][1:]), r"bias is \[47\]"),
+    ],
+)
+def test_errors_of_load_state_dict(edit, message):
+    _, layer = make()
+    state = dict(layer.state_dict())
+    edit(state)
+    with pytest.raises(RuntimeError, match=message):
+        layer.load_state_dict(state)
+
+
+@some_formats
+@pytest.mark.parametrize("shape", [(300,), (5, 300), (2, 3, 300)])
+def test_gradients_are_those_of_the_dense_layer(name, shape):
+    _, layer = make(name)
+    dense = layer.to_linear()
+    layer.bias = nn.Parameter(layer.bias.detach().clone())
+    xs = [torch.randn(shape).requires_grad_()]
+    xs.append(xs[0].detach().clone().requires_grad_())
+    grad = torch.randn(*shape[:-1], 48)
+    for module, x in ((layer, xs[0]), (dense, xs[1])):
+        module(x).backward(grad)
+    torch.testing.assert_close(xs[0].grad, xs[1].grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(layer.bias.grad, dense.bias.grad)
+    assert layer.weight.grad is None
+
+
+@pytest.mark.parametrize("name", ["int4", "nf4"])
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_compile_fullgraph(name, dynamic, grad):
+    _, layer = make(name)
+    torch.compiler.reset()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic)
+    for m in (2, 5, 9) if dynamic else (4,):
+        x = torch.randn(m, 300)
+        with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(compiled(x), layer(x), rtol=1e-4, atol=1e-4)
+
+
+@some_formats
+def test_no_rows(name):
+    _, layer = make(name)
+    with torch.no_grad():
+        assert layer(torch.randn(0, 300)).shape == (0, 48)
+        assert layer(torch.randn(2, 0, 300)).shape == (2, 0, 48)
+
+
+def test_wrong_k():
+    _, layer = make()
+    with pytest.raises(FormatError, match=r"in_features = 300"):
+        layer(torch.randn(2, 301))
+
+
+def test_it_is_a_linear():
+    linear, layer = make()
+    assert isinstance(layer, nn.Linear)
+    assert (layer.in_features, layer.out_features) == (300, 48)
+    assert layer.bias is linear.bias
+    assert not layer.weight.requires_grad
+    assert [n for n, p in layer.named_parameters() if p.requires_grad] == ["bias"]
+    assert "u4b8_g128_sf16" in repr(layer) and layer.kernel in repr(layer)
+    assert make(bias=False)[1].bias is None
+
+
+@some_formats
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_to_linear(name, dtype):
+    _, layer = make(name)
+    layer, x = layer.to(dtype).eval(), torch.randn(4, 300).to(dtype)
+    dense = layer.to_linear()
+    assert type(dense) is nn.Linear and dense.weight.dtype == dtype and not dense.training
+    with torch.no_grad():
+        assert_matmul_close(layer(x), x, layer.dequantize(torch.float32).double(), layer.bias)
+    assert torch.equal(dense.weight, layer.dequantize(dtype))
+
+
+def test_compute_values():
+    for compute in ("auto", "float", "int8"):
+        assert make(compute=compute)[1].compute == compute
+    with pytest.raises(FormatError, match="nearest: int8"):
+        make(compute="int9")
+    assert kernels.get(make(compute="float")[1].kernel).compute == "float"
+    with pytest.raises(FormatError, match="unknown kernel"):
+        make(kernel="refrence")
+    assert make(kernel="reference")[1].kernel == "reference"
+
+
+def test_plan_explains():
+    plan = make()[1].plan(m=4)
+    assert plan.kernel.name in str(plan) and "48 x 300" in str(plan)
+    for kernel in kernels.all_kernels():
+        if kernel.compute == "int8":
+            with pytest.raises(UnsupportedError, match="compute='float'"):
+                make(compute="float", kernel=kernel.name)
+
+
+@pytest.mark.parametrize("format", plain(formats.all_formats()), ids=lambda f: f.name)
+def test_a_new_layer_runs(format):
+    with torch.no_grad():
+        y = QuantLinear(40, 17, format=format)(torch.randn(2, 40))
+    assert y.shape == (2, 17) and bool(torch.isfinite(y).all())
