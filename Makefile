@@ -61,7 +61,7 @@ sanitize: build  ## the kernels' tests under address and undefined-behaviour san
 	mkdir -p $(SANITIZED) && rm -rf $(SANITIZED)/csrc $(SANITIZED)/qkernels $(SANITIZED)/tests
 	cp -rp csrc qkernels tests setup.py pyproject.toml README.md LICENSE $(SANITIZED)
 	cd $(SANITIZED) && QKERNELS_CPU=1 \
-	QKERNELS_CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1 -g" \
+	QKERNELS_CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1 -g -w" \
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	cd $(SANITIZED) && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest -q tests/test_kernels.py

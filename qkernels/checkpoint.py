@@ -27,18 +27,20 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             layers[name] = {"format": m.format.name, "shape": [m.out_features, m.in_features], "compute": m.compute}
             if (shared_with := first.setdefault(id(m), name)) != name:
                 layers[name]["shared_with"] = shared_with
-    tensors, seen = {}, set()
+    tensors: dict[str, torch.Tensor] = {}
+    seen: dict[Any, str] = {}
+    tied: dict[str, str] = {}
     for name, t in model.state_dict().items():
         layer = layers.get(name.rpartition(".")[0])
-        if layer is None:  # tied tensors lie in the same memory: the skeleton ties them again
+        if layer is None:  # tied tensors lie in the same memory
             key = (t.untyped_storage().data_ptr(), t.storage_offset(), t.shape, t.dtype)
-            if t.numel() and key in seen:
+            if t.numel() and seen.setdefault(key, name) != name:
+                tied[name] = seen[key]
                 continue
-            seen.add(key)
         elif "shared_with" in layer:
             continue
         tensors[name] = t
-    native.write(path, tensors, layers)
+    native.write(path, tensors, layers, tied)
 
 
 def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
@@ -47,19 +49,25 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     The linears that were quantised are replaced. Raises CheckpointError, and leaves the model as it was, when the directory is
     truncated or edited, or does not fit the model.
     """
-    tensors, layers = native.read(path)
+    tensors, layers, tied = native.read(path)
     made: dict[str, QuantLinear] = {}
     for name, entry in layers.items():
         shared_with = entry.get("shared_with")
         made[name] = made[shared_with] if shared_with in made else _layer(model, name, entry, tensors)
     rest = {name: t for name, t in tensors.items() if not any(name.startswith(f"{layer}.") for layer in made)}
-    _check_rest(model, rest, made)
+    _check_rest(model, rest, tied, made)
     for name, layer in made.items():
         _set(model, name, layer)
-    model.load_state_dict(rest, strict=False, assign=any(p.is_meta for p in model.parameters()))
-    if callable(tie := getattr(model, "tie_weights", None)):
-        tie()
+    model.load_state_dict(rest, strict=False, assign=any(t.is_meta for t in (*model.parameters(), *model.buffers())))
+    for name, source in tied.items():
+        _tie(model, name, source)
     return model
+
+
+def _tie(model: nn.Module, name: str, source: str) -> None:
+    """Make parameter `name` the very parameter `source`; buffers take its values."""
+    (parent, _, leaf), (source_parent, _, source_leaf) = name.rpartition("."), source.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, getattr(model.get_submodule(source_parent), source_leaf))
 
 
 def _layer(model: nn.Module, name: str, entry: dict[str, Any], tensors: dict[str, torch.Tensor]) -> QuantLinear:
@@ -86,14 +94,16 @@ def _layer(model: nn.Module, name: str, entry: dict[str, Any], tensors: dict[str
     return layer.train(linear.training)
 
 
-def _check_rest(model: nn.Module, rest: dict[str, torch.Tensor], made: dict[str, QuantLinear]) -> None:
+def _check_rest(model: nn.Module, rest: dict[str, torch.Tensor], tied: dict[str, str], made: dict[str, QuantLinear]) -> None:
     own = {k: t for k, t in model.state_dict().items() if not any(k.startswith(f"{layer}.") for layer in made)}
     for name, t in rest.items():
         if name not in own:
             raise CheckpointError(f"the model has no tensor {name!r}")
         if own[name].shape != t.shape:
             raise CheckpointError(f"{name!r} was saved as {list(t.shape)}, the model's is {list(own[name].shape)}")
-    storages = {own[n].untyped_storage().data_ptr() for n in rest if not own[n].is_meta}
-    for name, t in own.items():
-        if name not in rest and not t.is_meta and t.untyped_storage().data_ptr() not in storages:
+    for name in own:
+        if name not in rest and tied.get(name) not in rest:
             raise CheckpointError(f"{name!r} of the model is not in the saved directory")
+    for name in tied:
+        if name not in own:
+            raise CheckpointError(f"the model has no tensor {name!r}")

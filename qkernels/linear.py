@@ -19,6 +19,7 @@ from qkernels.kernels.registry import Compute, Packed, Plan, Problem
 
 log = logging.getLogger("qkernels")
 _TENSORS = ("weight", "scales", "zeros", "tensor_scale", "perm")  # names in state_dict(), in the order of FIELDS
+_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e8m0fnu)
 
 
 class QuantLinear(nn.Linear):
@@ -148,6 +149,8 @@ class QuantLinear(nn.Linear):
     # -- holding the weight: canonical or a kernel's own form, never both --------------------------------------------------------
 
     _kernel: str | None = None
+    scales: nn.Parameter | None
+    perm: nn.Parameter | None
 
     def _packed(self) -> Packed:
         packed_type = registry.get(self._kernel).packed_type  # type: ignore[arg-type]
@@ -174,8 +177,10 @@ class QuantLinear(nn.Linear):
 
     def _hold(self, tensors: Mapping[str, Tensor | None]) -> None:
         for name, field in zip(_TENSORS, FIELDS, strict=True):
-            t = tensors.get(field)
-            setattr(self, name, None if t is None else nn.Parameter(t, requires_grad=False))
+            self._hold_one(name, tensors.get(field))
+
+    def _hold_one(self, name: str, t: Tensor | None) -> None:
+        setattr(self, name, None if t is None else nn.Parameter(t, requires_grad=False))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         """`.to()` and its kin: follow the device, keep the dtype of codes and scales (the bias changes as any other)."""
@@ -191,6 +196,19 @@ class QuantLinear(nn.Linear):
         else:
             self._hold(kept)
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle float8 scales as their bytes: torch 2.13 cannot pickle a float8 Parameter."""
+        parameters = dict(self._parameters)
+        if self.scales is not None and self.scales.dtype in _FLOAT8:
+            parameters["scales"] = nn.Parameter(self.scales.detach().view(torch.uint8), requires_grad=False)
+        return {**self.__dict__, "_parameters": parameters, "_scales_dtype": None if self.scales is None else self.scales.dtype}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        dtype = state.pop("_scales_dtype")
+        super().__setstate__(state)
+        if dtype in _FLOAT8:
+            self._hold_one("scales", state["_parameters"]["scales"].detach().view(dtype))
 
     # -- state_dict: always the canonical tensors --------------------------------------------------------------------------------
 

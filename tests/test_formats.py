@@ -188,7 +188,8 @@ def _decode_toy(raw):
 TOY = QuantFormat(Int(8, 128), block=Block(16, 22, _decode_toy), name="toy_k")
 
 
-def test_nested_blocks_need_no_edit():
+def test_nested_blocks_need_no_edit(monkeypatch):
+    monkeypatch.setitem(formats.catalogue._FORMATS, TOY.name, TOY)  # registered for this test alone
     raw = torch.randint(256, (3, 2, 22)).to(torch.uint8)
     raw[..., :4] = torch.tensor([0.5]).view(torch.uint8)
     q = QuantTensor(TOY, (3, 32), raw.flatten(1))

@@ -1,6 +1,7 @@
 """qkernels' own directory: canonical tensors in safetensors, and what they mean in JSON.
 
-DIR/qkernels.json          {"version": 1, "layers": {name: {"format", "shape", "compute"}}, "sha256": {file: digest}}
+DIR/qkernels.json          {"version": 1, "layers": {name: {"format", "shape", "compute"}}, "tied": {name: name of its tensor},
+                               "sha256": {file: digest}}
 DIR/model.safetensors      every tensor of the model's state_dict, canonical layout
 """
 
@@ -25,7 +26,9 @@ VERSION = 1
 MANIFEST, WEIGHTS = "qkernels.json", "model.safetensors"
 
 
-def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], layers: Mapping[str, Mapping[str, Any]]) -> None:
+def write(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], layers: Mapping[str, Mapping[str, Any]], tied: Mapping[str, str]
+) -> None:
     """Write a directory: into a temporary one beside it first, then renamed, so that it is there whole or not at all."""
     target = Path(path)
     if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / MANIFEST).exists())):
@@ -34,7 +37,7 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], layers: M
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         save_file({name: t.contiguous() for name, t in tensors.items()}, str(temporary / WEIGHTS), {"format": "pt"})
-        manifest = {"version": VERSION, "layers": layers, "sha256": {WEIGHTS: _digest(temporary / WEIGHTS)}}
+        manifest = {"version": VERSION, "layers": layers, "tied": tied, "sha256": {WEIGHTS: _digest(temporary / WEIGHTS)}}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
         temporary.chmod(0o755)
         if target.exists():
@@ -45,8 +48,8 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], layers: M
         raise
 
 
-def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """Read and check a directory; return (tensors, layers). Raises CheckpointError naming what is wrong."""
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]], dict[str, str]]:
+    """Read and check a directory; return (tensors, layers, tied). Raises CheckpointError naming what is wrong."""
     source = Path(path)
     manifest = read_manifest(source)
     for name, digest in manifest["sha256"].items():
@@ -58,7 +61,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, dic
             raise CheckpointError(f"{source / name} is truncated or was edited: its SHA-256 is not the one in {MANIFEST}")
     try:
         with safe_open(str(source / WEIGHTS), framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, manifest["layers"]  # noqa: SIM118  # no mapping
+            return {name: file.get_tensor(name) for name in file.keys()}, manifest["layers"], manifest["tied"]  # noqa: SIM118  # no mapping
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{source / WEIGHTS} is not readable: {error}") from error
 
@@ -76,8 +79,13 @@ def read_manifest(source: Path) -> dict[str, Any]:
         version = manifest.get("version") if isinstance(manifest, dict) else None
         raise CheckpointError(f"{path} has version {version!r}; this qkernels reads version {VERSION}")
     layers, digests = manifest.get("layers"), manifest.get("sha256")
-    if not isinstance(layers, dict) or not isinstance(digests, dict) or WEIGHTS not in digests:
-        raise CheckpointError(f"{path} lacks its layers or digests")
+    if (
+        not isinstance(layers, dict)
+        or not isinstance(digests, dict)
+        or WEIGHTS not in digests
+        or not isinstance(manifest.get("tied"), dict)
+    ):
+        raise CheckpointError(f"{path} lacks its layers, ties or digests")
     for name, layer in layers.items():
         if not isinstance(layer, dict) or not isinstance(layer.get("format"), str) or layer.get("compute") not in ("auto", "float", "int8"):
             raise CheckpointError(f"{path}: the entry of layer {name!r} is damaged: {layer!r}")

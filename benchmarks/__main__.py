@@ -1,0 +1,164 @@
+"""`python -m benchmarks`: measure the machine, our kernels, torch and the peers; see NOTES.md for how."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from benchmarks import machine, peers, plot, readme, report
+from benchmarks.cliff import measure_cliff
+from benchmarks.ours import DTYPES
+from benchmarks.overhead import measure_memory, measure_overhead
+from benchmarks.record import Options, measure
+from benchmarks.shapes import parse_shapes
+from benchmarks.timing import Pace
+
+app = typer.Typer(help="Measure qkernels against torch, other libraries and the machine's limits.", add_completion=False)
+console = Console(width=None if Console().is_terminal else 130)  # a file gets whole lines
+
+ShapesOption = Annotated[str, typer.Option(help="Models or NxK, comma-separated: llama3-8b,4096x4096.")]
+ThreadsOption = Annotated[int, typer.Option(help="Threads for all; 0 = as many as torch takes by itself.")]
+FormatsOption = Annotated[str, typer.Option("--format", help="Weight formats, comma-separated; empty: only torch and the peers.")]
+ComputesOption = Annotated[str, typer.Option("--compute", help="int8, float, auto; comma-separated.")]
+DtypeOption = Annotated[str, typer.Option(help="Activations of our layers: " + ", ".join(DTYPES) + ".")]
+
+
+def split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def thread_count(threads: int) -> int:
+    """Set and return the number of threads."""
+    torch.set_num_threads(threads or torch.get_num_threads())
+    return torch.get_num_threads()
+
+
+@contextmanager
+def progress_bar():
+    """Give (say, total): `say(text)` shows what is being done and moves the bar on."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, refresh_per_second=2) as progress:
+        task = progress.add_task("", total=None)
+
+        def say(text: str) -> None:
+            progress.update(task, description=text, advance=1, refresh=True)
+
+        def total(steps: int) -> None:
+            progress.update(task, total=steps)
+
+        progress.live.auto_refresh = False
+        yield say, total
+
+
+@app.callback(invoke_without_command=True)
+def run(
+    context: typer.Context,
+    shapes: ShapesOption = "4096x4096",
+    m: Annotated[str, typer.Option("--m", help="Rows of activations, comma-separated.")] = "1,16,128,512",
+    formats: FormatsOption = "int4,int8",
+    computes: ComputesOption = "int8,float",
+    dtype: DtypeOption = "bfloat16",
+    threads: ThreadsOption = 0,
+    peer: Annotated[str, typer.Option("--peers", help="all, none, or beginnings of names: zentorch,openvino.")] = "all",
+    rounds: Annotated[int, typer.Option(help="Turns that each contestant gets per case.")] = 10,
+    extras: Annotated[bool, typer.Option(help="Also measure cliff, call overhead and memory.")] = True,
+    name: Annotated[str, typer.Option(help="Name of the JSON in benchmarks/results; default: from the CPU's model.")] = "",
+    save: Annotated[bool, typer.Option(help="Write the JSON and the pictures.")] = True,
+) -> None:
+    """Measure, print, and keep the results as JSON and pictures. Exit code 1 when a result of ours is wrong."""
+    if context.invoked_subcommand is not None:
+        return
+    with usage_errors():
+        rows, layer_shapes, others = [int(part) for part in split(m)], parse_shapes(shapes), peers.select(peer)
+        if dtype not in DTYPES:
+            raise ValueError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
+    options = Options(
+        layer_shapes, rows, split(formats), split(computes), dtype, thread_count(threads), others, extras, Pace(rounds=rounds)
+    )
+    with progress_bar() as (say, total):
+        record = measure(options, say, total)
+    report.show(record, console)
+    if save:
+        keep(record, name or machine.slug())
+    if red := report.reds(record):
+        console.print(f"[red]{len(red)} of our results are wrong: no speed is given for them[/]")
+        raise typer.Exit(1)
+
+
+@contextmanager
+def usage_errors():
+    """Show a wrong option as one line."""
+    try:
+        yield
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def keep(record: dict, name: str) -> None:
+    """Write JSON and, where matplotlib is installed, pictures."""
+    console.print(f"wrote {report.save(record, name).name}")
+    try:
+        console.print("wrote " + ", ".join(path.name for path in plot.plot(record, report.RESULTS, name)))
+    except ImportError:
+        console.print("no pictures: matplotlib is not installed")
+
+
+def each(formats: str, computes: str, threads: int, measure_one: Callable[[str, str, int], list[tuple[str, Any]]]) -> None:
+    """Measure and print one line for every format and kind of arithmetic."""
+    count = thread_count(threads)
+    with torch.inference_mode():
+        for format in split(formats):
+            for compute in split(computes):
+                for section, entry in measure_one(format, compute, count):
+                    report.show_section(section, [asdict(entry)], console)
+
+
+@app.command()
+def cliff(
+    shapes: ShapesOption = "4096x4096",
+    formats: FormatsOption = "int4,int8",
+    computes: ComputesOption = "int8",
+    dtype: DtypeOption = "bfloat16",
+    threads: ThreadsOption = 0,
+) -> None:
+    """Time M = 1…65 and find the worst step t(M+1)/t(M)."""
+    shape = parse_shapes(shapes)[0]
+    each(formats, computes, threads, lambda format, compute, count: [("cliff", measure_cliff(format, compute, dtype, shape, count))])
+
+
+@app.command()
+def overhead(
+    shapes: ShapesOption = "4096x4096",
+    formats: FormatsOption = "int4,int8",
+    computes: ComputesOption = "int8",
+    dtype: DtypeOption = "bfloat16",
+    threads: ThreadsOption = 0,
+) -> None:
+    """Time the call of a 64×64 layer against F.linear, and count the bytes that a layer of the given shape holds."""
+    shape = parse_shapes(shapes)[0]
+
+    def both(format: str, compute: str, _: int):
+        return [("overhead", measure_overhead(format, compute, dtype)), ("memory", measure_memory(format, compute, dtype, shape))]
+
+    each(formats, computes, threads, both)
+
+
+@app.command(name="readme")
+def print_readme(write: Annotated[bool, typer.Option(help="Rewrite README.md between the markers.")] = False) -> None:
+    """Print the README's benchmark section from benchmarks/results/*.json."""
+    section = readme.markdown(report.load_all())
+    if write:
+        readme.README.write_text(readme.replaced(readme.README.read_text(), section))
+    else:
+        print(section)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,88 @@
+"""qkernels' own contestants. The only file here that touches the library's interface, but for the roofline in machine.py."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.base import Arithmetic, CheckFailed, Contestant, Prepared
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def float_linear(weight: Tensor, dtype: torch.dtype) -> nn.Linear:
+    """nn.Linear without bias around a copy of a weight [N, K]."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+    return layer
+
+
+def quant_linear(weight: Tensor, format: str, compute: str, dtype: torch.dtype) -> nn.Module:
+    """The layer as users get it."""
+    import qkernels
+
+    return qkernels.QuantLinear.from_linear(float_linear(weight, dtype), format, compute=compute)
+
+
+def contestant(format: str, compute: str, dtype: str) -> Contestant:
+    """One of our formats with one kind of arithmetic."""
+
+    def prepare(weight: Tensor, threads: int) -> Prepared:
+        layer = quant_linear(weight, format, compute, DTYPES[dtype])
+        kind = arithmetic_of(layer, dtype)
+
+        def check(x: Tensor, y: Tensor) -> None:
+            assert_close(layer, kind, x, y)
+
+        return Prepared(layer.dequantize(), layer.nbytes, lambda: copy.deepcopy(layer), layer.kernel, kind, check)
+
+    short = {"bfloat16": "", "float16": " fp16", "float32": " fp32"}[dtype]
+    kind: Arithmetic = "int8" if compute == "int8" else _float_arithmetic(dtype)
+    return Contestant(f"qkernels {format} {compute}{short}", "qkernels", format, kind, DTYPES[dtype], prepare)
+
+
+def contestants(formats: list[str], computes: list[str], dtype: str) -> list[Contestant]:
+    """Every format with every kind of arithmetic."""
+    return [contestant(format, compute, dtype) for format, compute in itertools.product(formats, computes)]
+
+
+def arithmetic_of(layer: nn.Module, dtype: str) -> Arithmetic:
+    """Which peak bounds the kernel that serves the layer."""
+    from qkernels.kernels import registry
+
+    return "int8" if registry.get(layer.kernel).compute == "int8" else _float_arithmetic(dtype)
+
+
+def _float_arithmetic(dtype: str) -> Arithmetic:
+    return "fp32" if dtype == "float32" else "bf16"
+
+
+def assert_close(layer: nn.Module, arithmetic: Arithmetic, x: Tensor, y: Tensor) -> None:
+    """Hold our result against the library's own derived tolerance, which is far narrower than the one for peers.
+
+    Raises: CheckFailed with the first line of what the library says.
+    """
+    from benchmarks.check import rows_to_check
+    from qkernels.testing import assert_matmul_close
+
+    rows, q = rows_to_check(len(x)), layer.quant_tensor()
+    compute = "int8" if arithmetic == "int8" else "float"
+    try:
+        assert_matmul_close(
+            y[rows], x[rows], layer.dequantize(torch.float64), compute=compute, group=q.format.group[1], code_step=code_step(q)
+        )
+    except AssertionError as error:
+        raise CheckFailed(str(error).strip().splitlines()[0]) from error
+
+
+def code_step(q) -> Tensor | None:
+    """Largest table value times scale, [N, K], of a codebook: int8 cannot hold its values exactly."""
+    from qkernels.formats import Codebook
+    from qkernels.reference import spread
+
+    if not isinstance(q.format.code, Codebook):
+        return None
+    return spread(q.scales.double().abs(), q.format, *q.shape) * max(abs(v) for v in q.format.code.values)

@@ -1,0 +1,72 @@
+"""What is made of the results: console, JSON, README, pictures, goals, exit code."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from benchmarks import __main__ as cli
+from benchmarks import goals, machine, plot, readme, record, report
+from benchmarks.conftest import LIMITS, contestant
+
+
+def test_report_prints_all(measured, capsys):
+    from rich.console import Console
+
+    report.show(measured, Console(width=200))
+    text = capsys.readouterr().out
+    for part in ("Test CPU", "WRONG", "FAILED", "skipped", "no such [thing]", "K = 128 is too small", "not installed", "7.0 µs"):
+        assert part in text, part
+
+
+def test_noise_is_stated(measured):
+    even = {"ok": True, "timing": {"p25_us": 1.0, "p75_us": 1.1, "disturbed": 0}}
+    assert report.noise_line(measured | {"results": [even]}) == ""
+    uneven = {"ok": True, "timing": {"p25_us": 1.0, "p75_us": 2.0, "disturbed": 2}}
+    line = report.noise_line(measured | {"results": [uneven]})
+    assert "of 1 times, 1 were measured while others used the CPUs, and 1 have quartiles" in line
+
+
+def test_json_round_trip(measured, tmp_path):
+    path = report.save(measured, "x", tmp_path)
+    loaded = report.load("x", tmp_path)
+    assert json.loads(path.read_text()) == loaded and report.load_all(tmp_path) == [loaded]
+    assert readme.markdown([loaded]) == readme.markdown(report.load_all(tmp_path))
+
+
+def test_readme_is_replaced_between_the_markers(measured):
+    section = readme.markdown([measured])
+    assert "Test CPU" in section and "wrong" in section and "| **" in section and "64×256" in section
+    text = f"# head\n{readme.BEGIN}\nold\n{readme.END}\ntail\n"
+    new = readme.replaced(text, section)
+    assert new.startswith("# head\n") and new.endswith("tail\n") and "old" not in new
+    assert readme.current(new) == section and readme.replaced(new, section) == new
+    with pytest.raises(ValueError, match="benchmarks:begin"):
+        readme.replaced("no markers", section)
+
+
+def test_plot(measured, tmp_path):
+    pytest.importorskip("matplotlib")
+    paths = plot.plot(measured, tmp_path, "x")
+    assert [p.name for p in paths] == ["x-64x128.png", "x-64x256.png"] and all(p.stat().st_size > 1000 for p in paths)
+
+
+def test_goals():
+    row = {"contestant": goals.INT4, "shape": goals.SHAPE, "m": 1, "ok": True, "nbytes": 9_000_000, "timing": {"median_us": 1000.0}}
+    made = {"results": [row | {"times_over": {}}], "roofline": {"read_gbs": 10.0}, "cliff": [{"worst_ratio": 1.3}]}
+    judged = {g["goal"]: g for g in goals.judge_all(made)}
+    share = judged["int4 M=1: share of the read bandwidth"]
+    assert share["met"] is True and share["value"] == "90 %"
+    assert judged["largest t(M+1)/t(M), M = 1…64"]["met"] is False
+    assert judged["int4 M=16: over bf16 F.linear"]["met"] is None
+
+
+def test_command_line(monkeypatch):
+    monkeypatch.setattr(record, "our_contestants", lambda *_: [contestant("wrong", spoil=lambda y: y * 2)])
+    monkeypatch.setattr(machine, "try_roofline", lambda *_, **__: (LIMITS, ""))
+    arguments = ["--shapes", "128x128", "--m", "1", "--format", "int4", "--rounds", "2", "--peers", "none", "--no-extras", "--no-save"]
+    done = CliRunner().invoke(cli.app, arguments)
+    assert done.exit_code == 1 and "1 of our results are wrong" in done.output
+    assert CliRunner().invoke(cli.app, ["--dtype", "int3"]).exit_code == 2

@@ -1,0 +1,1 @@
+"""What qkernels does to two models; run by `make demo`."""

@@ -1,0 +1,133 @@
+"""The command `qkernels`: info, formats, explain, quantize, inspect, bench."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import qkernels
+from qkernels import config, formats, kernels
+from qkernels.errors import FormatError, QKernelsError
+from qkernels.kernels import device as devices
+from qkernels.kernels import registry
+from qkernels.kernels.cpu import library
+
+app = typer.Typer(
+    help="Low-bit matmul kernels: what is here, what would run, and quantising a model.", no_args_is_help=True, add_completion=False
+)
+console = Console()
+
+
+def main() -> None:
+    """Run the command; errors that qkernels raises on purpose end in one line."""
+    try:
+        app()
+    except QKernelsError as error:
+        Console(stderr=True).print(f"[red]error:[/] {error}", highlight=False)
+        sys.exit(1)
+
+
+@app.command()
+def info() -> None:
+    """Versions, backends, instruction sets, and why any is unavailable."""
+    table = Table("what", "here", title=f"qkernels {qkernels.__version__}", title_justify="left")
+    table.add_row("torch", f"{torch.__version__}, {torch.get_num_threads()} threads")
+    table.add_row("cpu kernels", library.why_missing() or f"at level {library.level()}")
+    for level in config.ISA_LEVELS if library.why_missing() is None else ():
+        table.add_row(f"  {level}", "yes" if torch.ops.qkernels.cpu_has_level(level) else "not on this machine")
+    table.add_row("triton, cuda kernels", "none in this version: a model on a GPU runs the reference kernel")
+    table.add_row("QKERNELS_ISA", config.forced_isa() or "not set")
+    console.print(table)
+
+
+@app.command(name="formats")
+def list_formats() -> None:
+    """Every registered format, and which kernels run it here."""
+    here = devices.current("cpu")
+    table = Table("format", "short names", "bits / weight", *(k.name for k in kernels.all_kernels()))
+    for f in formats.all_formats():
+        short = ", ".join(alias for alias, name in formats.aliases().items() if name == f.name)
+        problem = registry.Problem(f, 4096, 4096, device=here)
+        able = ("yes" if k.why_not(problem) is None else "-" for k in kernels.all_kernels())
+        table.add_row(f.name, short, f"{f.bits_per_weight():.3f}", *able)
+    console.print(table)
+
+
+@app.command()
+def explain(
+    format: str = "int4",
+    device: str = "cpu",
+    nk: Annotated[str, typer.Option(help="N x K")] = "4096x4096",
+    m: Annotated[str, typer.Option(help="rows of x, separated by commas")] = "1,16,256",
+    dtype: str = "bfloat16",
+    compute: str = "auto",
+) -> None:
+    """Which kernel would run, what each would cost, and why the others cannot. Needs no such device."""
+    n, k = _numbers(nk.lower().replace("x", ","), "--nk", 2)
+    for rows in _numbers(m, "--m"):
+        kind = getattr(torch, dtype, None)
+        console.print(str(qkernels.explain(format, (n, k), rows, device=device, dtype=kind, compute=compute)), highlight=False)  # type: ignore[arg-type]
+
+
+@app.command()
+def quantize(
+    model_dir: Path,
+    out_dir: Path,
+    format: str = "int4",
+    quantizer: str = "rtn",
+    exclude: Annotated[list[str] | None, typer.Option(help="glob of layers to leave alone; may be repeated [default: lm_head]")] = None,
+) -> None:
+    """Quantise a transformers model directory and save it for `qkernels.load`."""
+    if not (model_dir / "config.json").is_file():
+        raise FormatError(f"{model_dir} is no transformers model directory: config.json is missing")
+    try:
+        transformers = importlib.import_module("transformers")
+    except ImportError:
+        raise FormatError("quantize needs transformers: pip install 'qkernels[transformers]'") from None
+    architecture = (transformers.AutoConfig.from_pretrained(model_dir).architectures or ["AutoModel"])[0]
+    model = getattr(transformers, architecture).from_pretrained(model_dir, dtype="auto", low_cpu_mem_usage=True)
+    report = qkernels.replace_linear(model, format, quantizer=quantizer, exclude=tuple(exclude or ("lm_head",)))
+    qkernels.save(model, out_dir)
+    for file in model_dir.iterdir():
+        if file.suffix in (".json", ".txt", ".model") and "safetensors" not in file.name:
+            shutil.copy(file, out_dir / file.name)
+    console.print(str(report), highlight=False)
+
+
+@app.command()
+def inspect(path: Path) -> None:
+    """Layers of a saved directory: format, bits per weight, size, and the kernel that would run here."""
+    from qkernels.io import native
+
+    layers, here = native.read_manifest(path)["layers"], devices.current("cpu")
+    table = Table("layer", "format", "N x K", "bits / weight", "MB", "kernel here", title=str(path), title_justify="left")
+    for name, layer in layers.items():
+        f, (n, k) = formats.get(layer["format"]), layer["shape"]
+        kernel = registry.plan(registry.Problem(f, n, k, compute=layer["compute"], device=here)).kernel.name
+        table.add_row(name, f.name, f"{n} x {k}", f"{f.bits_per_weight(n, k):.3f}", f"{f.nbytes(n, k) / 1e6:.2f}", kernel)
+    console.print(table)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(context: typer.Context) -> None:
+    """The benchmark: the arguments of `python -m benchmarks`, which lies in the source tree."""
+    try:
+        runner = importlib.import_module("benchmarks.__main__")
+    except ImportError as error:
+        raise QKernelsError(f"the benchmark lies in the source tree: run this in a checkout of qkernels ({error})") from None
+    runner.app(context.args)
+
+
+def _numbers(text: str, option: str, count: int | None = None) -> list[int]:
+    parts = text.split(",")
+    if not all(part.strip().isdigit() for part in parts) or (count is not None and len(parts) != count):
+        raise FormatError(f"{option}={text!r} is not {count or 'a list of'} whole numbers; write 4096x4096 for --nk, 1,16,256 for --m")
+    return [int(part) for part in parts]
