@@ -47,7 +47,7 @@ def sentences(count: int = 320) -> list[str]:
         "typing",
     ):
         module = importlib.import_module(name)
-        for member in [vars(module)[name] for name in getattr(module, "__all__", vars(module))]:
+        for member in [getattr(module, name, None) for name in getattr(module, "__all__", dir(module))]:
             text = getattr(member, "__doc__", None)
             if isinstance(text, str):
                 found += re.findall(r"[A-Z][a-z][^.\n`]{40,160}\.", text)
