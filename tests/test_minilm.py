@@ -47,13 +47,18 @@ def embed(model, batch):
     return F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
 
 
+# What int8 activations may cost on top of the weights' own rounding, in mean cosine; the floors are those of the weights alone.
+ACTIVATIONS_COST = {"float": 0.0, "int8": 0.002}
+
+
+@pytest.mark.parametrize("compute", ACTIVATIONS_COST)
 @pytest.mark.parametrize("format", FLOORS)
-def test_embeddings_survive(folder, batch, format, tmp_path):
+def test_embeddings_survive(folder, batch, format, compute, tmp_path):
     model = fresh(folder)
     before = embed(model, batch)
-    report = replace_linear(model, format, progress=False)
+    report = replace_linear(model, format, compute=compute, progress=False)
     after = embed(model, batch)
     assert len(report.replaced) == 6 * 6 + 1
-    assert float((before * after).sum(-1).mean()) >= FLOORS[format]
+    assert float((before * after).sum(-1).mean()) >= FLOORS[format] - ACTIVATIONS_COST[compute]
     save(model, tmp_path / "m")
     assert torch.equal(embed(load(fresh(folder), tmp_path / "m"), batch), after)
