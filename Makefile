@@ -54,7 +54,8 @@ $(VENV)/peers.stamp: $(VENV)/qkernels.stamp
 	@touch $@
 
 # Python itself is not instrumented: libasan must be loaded before it (and libstdc++, whose throw libasan wraps), and leaks are
-# not looked for, as Python never frees all. The copy keeps file times, so that only what changed is compiled again.
+# not looked for, as Python never frees all. A finding ends the process: pytest must not capture its report (--capture=sys), and
+# has to name the test beforehand (-v). The copy keeps file times, so that only what changed is compiled again.
 SANITIZED := build/sanitized
 sanitize: build  ## the kernels' tests under address and undefined-behaviour sanitizers (GCC)
 	@echo "== a copy of the tree in $(SANITIZED), compiled with the sanitizers"
@@ -64,7 +65,7 @@ sanitize: build  ## the kernels' tests under address and undefined-behaviour san
 	QKERNELS_CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1 -g -w" \
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	cd $(SANITIZED) && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest -q tests/test_kernels.py
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(BIN)/python -m pytest -v --capture=sys tests/test_kernels.py
 
 clean:  ## remove what was made, .venv included
 	rm -rf build dist *.egg-info qkernels/_C* qkernels/_build_info.json $(VENV)

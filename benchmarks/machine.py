@@ -115,13 +115,19 @@ def _git(*arguments: str) -> str:
     return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
+def command(argv: list[str]) -> str:
+    """The command line without paths of this machine; `qkernels bench` runs the same code."""
+    program = ["qkernels"] if Path(argv[0]).stem == "qkernels" else ["python", "-m", "benchmarks"]
+    return shlex.join([*program, *argv[1:]])
+
+
 def provenance(threads: int) -> dict:
     """All that a reader needs to judge or repeat a result."""
     return {
         "machine": describe_machine(),
         "versions": versions(),
         "commit": commit(),
-        "command": shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
+        "command": command(sys.argv),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "threads": threads,
     }

@@ -70,3 +70,8 @@ def test_command_line(monkeypatch):
     done = CliRunner().invoke(cli.app, arguments)
     assert done.exit_code == 1 and "1 of our results are wrong" in done.output
     assert CliRunner().invoke(cli.app, ["--dtype", "int3"]).exit_code == 2
+
+
+def test_command_has_no_path_of_this_machine():
+    assert machine.command(["/a/b/benchmarks/__main__.py", "--m", "1"]) == "python -m benchmarks --m 1"
+    assert machine.command(["/a/bin/qkernels", "bench", "--m", "1"]) == "qkernels bench --m 1"
