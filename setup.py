@@ -32,6 +32,7 @@ LEVELS = {  # source -> its own flags. No other source may hold such instruction
     "level_portable": [],
     "level_avx2": AVX2,
     "level_avx512vnni": AVX2 + AVX512,
+    "level_avx512bf16": AVX2 + AVX512 + ["-mavx512bf16", "-mavx512vbmi"],
 }
 FLAGS = [
     *("-std=c++20", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"),

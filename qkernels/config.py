@@ -1,15 +1,15 @@
 """Environment variables: the only file of the package that reads them.
 
-| Variable       | Meaning                                                                     |
-|----------------|-----------------------------------------------------------------------------|
-| `QKERNELS_ISA` | run the CPU kernels at this level or below: portable, avx2, avx512vnni |
+| Variable       | Meaning                                                                            |
+|----------------|------------------------------------------------------------------------------------|
+| `QKERNELS_ISA` | run the CPU kernels at this level: portable, avx2, avx512vnni, avx512bf16          |
 """
 
 from __future__ import annotations
 
 import os
 
-ISA_LEVELS = ("portable", "avx2", "avx512vnni")  # each contains the ones before it
+ISA_LEVELS = ("portable", "avx2", "avx512vnni", "avx512bf16")  # each contains the ones before it
 
 
 def forced_isa() -> str | None:

@@ -8,7 +8,7 @@ namespace qk {
 
 extern const Level level_portable;
 #ifdef QKERNELS_X86
-extern const Level level_avx2, level_avx512vnni;
+extern const Level level_avx2, level_avx512vnni, level_avx512bf16;
 #endif
 
 namespace {
@@ -19,14 +19,20 @@ struct Entry {
 };
 
 // __builtin_cpu_supports asks CPUID and, through XGETBV, whether the operating system saves the registers.
+#ifdef QKERNELS_X86
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"); }
+bool has_avx512vnni() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+}
+bool has_avx512bf16() { return has_avx512vnni() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi"); }
+#endif
+
 const Entry LEVELS[] = {
 #ifdef QKERNELS_X86
-    {&level_avx512vnni,
-     [] {
-       return bool(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("bmi2"));
-     }},
-    {&level_avx2, [] { return bool(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")); }},
+    {&level_avx512bf16, has_avx512bf16},
+    {&level_avx512vnni, has_avx512vnni},
+    {&level_avx2, has_avx2},
 #endif
     {&level_portable, [] { return true; }},
 };

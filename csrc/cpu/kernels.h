@@ -50,24 +50,26 @@ struct Weight {
   int64_t n;
   int bits;
   CodeKind kind;
-  int offset;                 // integer: value = code - offset;  int8 tables: value = entry - offset
-  const uint8_t* codes;       // [panels, k_padded * 2 * bits]
-  const void* scales;         // [panels, groups, scale_lanes]
+  int offset;            // integer: value = code - offset;  int8 tables: value = entry - offset
+  const uint8_t* codes;  // [panels, k_padded * 2 * bits]
+  const void* scales;    // [panels, groups, scale_lanes]
   Dtype scale_dtype;
-  int scale_lanes;            // 16: one a row; 1: one for the panel
-  const void* zeros;          // like scales, or null
+  int scale_lanes;    // 16: one a row; 1: one for the panel
+  const void* zeros;  // like scales, or null
   Dtype zero_dtype;
-  alignas(64) float table[16];     // value of each code, for the float kernels (codes of up to 4 bits)
-  alignas(64) uint8_t table_u8[16];  // the same as int8 + 128, for the int8 kernels, in units of 1/127 of the largest or exact
-  float alpha;                // multiplies everything
+  // Codes of up to 4 bits. Float kernels: the value of each code; integers are centred, that is code - 2^(bits - 1), and `centre` is
+  // what a zero point has to be lessened by: the products cancel less, and the shortest conversion gives it.
+  alignas(64) float table[16];
+  alignas(64) uint16_t table_bf16[32];  // the same, twice over
+  alignas(64) uint8_t table_u8[16];     // as int8 + 128, for the int8 kernels, in units of 1/127 of the largest or exact
+  float centre;
+  float alpha;  // multiplies everything
 };
 
 struct Activations {
-  int64_t m;
-  const int8_t* s8;       // [m, k_padded]   int8 kernels
-  const float* f32;       // [m, k_padded]   float kernels
-  const float* scales;    // [m, blocks]     int8 kernels
-  const float* sums;      // [m, blocks]     sum of the int8 codes, or of the floats
+  const void* values;   // [m, k_padded] int8, float or bf16. bf16: the 8 of a tile in the order 0 2 1 3 4 6 5 7, see Bf16Nibbles
+  const float* scales;  // [m, blocks]   int8 only
+  const float* sums;    // [m, blocks]   sum of the values
 };
 
 struct Output {
@@ -76,21 +78,23 @@ struct Output {
   const float* bias;  // [n] or null
 };
 
+struct Arithmetic {  // one way to multiply; a level that lacks it has nulls
+  int value_bytes;   // of an activation
+  // rows m0…m1 of x [m, k] (row stride in elements) to Activations
+  void (*prepare_rows)(const void* x, Dtype, int64_t stride, const Geometry&, int64_t m0, int64_t m1, void* values, float* scales, float* sums);
+  // rows m0…m1 times panels p0…p1; scratch: scratch_bytes of this thread, 64-byte aligned
+  void (*multiply)(const Weight&, const Activations&, const Output&, int64_t m0, int64_t m1, int64_t p0, int64_t p1, char* scratch);
+  // roofline probe: `rounds` register tiles of independent multiply-adds; returns how many multiply-adds that was
+  int64_t (*probe)(int64_t rounds);
+};
+
 struct Level {
   const char* name;
-  // rows m0…m1 of x [m, k] (row stride in elements) to int8 codes, scales, sums; or to floats and sums
-  void (*quantize_rows)(const void* x, Dtype, int64_t stride, const Geometry&, int64_t m0, int64_t m1, int8_t* codes, float* scales, float* sums);
-  void (*convert_rows)(const void* x, Dtype, int64_t stride, const Geometry&, int64_t m0, int64_t m1, float* out, float* sums);
-  // rows m0…m1 times panels p0…p1; scratch: scratch_bytes of this thread, 64-byte aligned
-  void (*multiply_s8)(const Weight&, const Activations&, const Output&, int64_t m0, int64_t m1, int64_t p0, int64_t p1, char* scratch);
-  void (*multiply_f32)(const Weight&, const Activations&, const Output&, int64_t m0, int64_t m1, int64_t p0, int64_t p1, char* scratch);
-  // panels p0…p1 to floats [n, k]
-  void (*dequantize)(const Weight&, int64_t p0, int64_t p1, float* out);
-  // roofline probes: read bytes and return a checksum; do `rounds` x 64 independent vector operations of 64 lanes x 4 int8 (or 16 fp32)
-  int64_t (*read_bytes)(const char* p, int64_t bytes);
-  int64_t (*dot_s8_rounds)(int64_t rounds);
-  int64_t (*fma_f32_rounds)(int64_t rounds);
+  Arithmetic s8, f32, bf16;
   int scratch_bytes;
+  void (*dequantize)(const Weight&, int64_t p0, int64_t p1, float* out);  // panels p0…p1 to floats [n, k]
+  void (*to_floats)(const void* x, Dtype, int64_t count, float* out);
+  int64_t (*read_bytes)(const char* p, int64_t bytes);  // roofline probe: read, and return a checksum
 };
 
 const Level* best_level();           // the highest that this machine has, or the one that was forced

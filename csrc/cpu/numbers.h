@@ -52,3 +52,7 @@ inline float load_number(const void* p, Dtype dtype, int64_t i) {
   }
   return 0;
 }
+inline void store_number(void* p, Dtype dtype, int64_t i, float v) {
+  if (dtype == Dtype::f32) static_cast<float*>(p)[i] = v;
+  else static_cast<uint16_t*>(p)[i] = dtype == Dtype::bf16 ? to_bf16(v) : to_f16(v);
+}

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <bit>
 #include <chrono>
 #include <cmath>
 #include <cstdlib>
@@ -65,6 +66,11 @@ CodeKind kind_of(const std::string& code) {
   return CodeKind::e5m2;
 }
 
+uint16_t nearest_bf16(float f) {  // of a finite number
+  const auto u = std::bit_cast<uint32_t>(f);
+  return uint16_t((u + 0x7fff + (u >> 16 & 1)) >> 16);
+}
+
 void check_dense(const Tensor& t, const char* what) { STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous(), what, " must be contiguous on the CPU"); }
 
 // Check everything that the kernels will rely on: a packed weight may come from anywhere.
@@ -93,7 +99,11 @@ Weight weight_of(const Tensor& qweight, const Tensor& scales, const std::optiona
   }
   STD_TORCH_CHECK(table.has_value() == (w.kind == CodeKind::table), "code = table goes with a table, others without");
   STD_TORCH_CHECK(!int8 || w.kind == CodeKind::integer || w.kind == CodeKind::table, "int8 activations go with integer codes and tables, not ", code);
-  for (int i = 0; i < 16; i++) w.table[i] = float(i) - float(offset);
+  if (w.kind == CodeKind::integer) {
+    const int middle = 1 << (bits - 1);
+    w.centre = float(middle - w.offset);
+    for (int i = 0; i < 16; i++) w.table[i] = float(i - middle);
+  }
   if (table) {
     check_dense(*table, "table");
     STD_TORCH_CHECK(bits <= 4 && table->numel() == 16 && table->scalar_type() == ScalarType::Float, "a table is 16 floats, for codes of up to 4 bits");
@@ -108,6 +118,7 @@ Weight weight_of(const Tensor& qweight, const Tensor& scales, const std::optiona
       w.offset = 128, w.alpha *= unit;
     }
   }
+  for (int i = 0; i < 32; i++) w.table_bf16[i] = nearest_bf16(w.table[i % 16]);
   if (tensor_scale) {
     check_dense(*tensor_scale, "tensor_scale");
     STD_TORCH_CHECK(tensor_scale->numel() == 1 && tensor_scale->scalar_type() == ScalarType::Float, "tensor_scale is one float");
@@ -137,19 +148,15 @@ void share_rows(int64_t m, bool small, const Work& work) {
   torch::stable::parallel_for(0, m, std::max<int64_t>(1, m / torch::stable::get_num_threads()), work);
 }
 
-const float* bias_floats(const std::optional<Tensor>& bias, int64_t n, Buffer& buffer) {
+const float* bias_floats(const std::optional<Tensor>& bias, int64_t n, const Level& level, Buffer& buffer) {
   if (!bias) return nullptr;
   check_dense(*bias, "bias");
   STD_TORCH_CHECK(bias->numel() == n, "bias must have ", n, " elements, not ", bias->numel());
   const Dtype dtype = dtype_of(*bias, "bias");
   STD_TORCH_CHECK(is_activation(dtype), "bias must be float32, bfloat16 or float16");
   if (dtype == Dtype::f32) return static_cast<const float*>(bias->const_data_ptr());
-  auto* out = reinterpret_cast<float*>(buffer.at_least(size_t(n) * 4 + 8 * MAX_BLOCK * 4));
-  const Geometry g = make_geometry(n, n);  // a bias is a row like any other
-  Buffer padded;
-  auto* row = reinterpret_cast<float*>(padded.at_least(size_t(g.k_padded + g.blocks) * 4));
-  best_level()->convert_rows(bias->const_data_ptr(), dtype, n, g, 0, 1, row, row + g.k_padded);
-  std::memcpy(out, row, size_t(n) * 4);
+  auto* out = reinterpret_cast<float*>(buffer.at_least(size_t(n) * 4));
+  level.to_floats(bias->const_data_ptr(), dtype, n, out);
   return out;
 }
 
@@ -171,28 +178,21 @@ Tensor linear(Tensor x, Tensor qweight, Tensor scales, std::optional<Tensor> zer
   const Geometry& g = w.geometry;
   const Level& level = *best_level();
 
+  // bf16 products are exact in fp32: for bf16 activations the levels that have them lose nothing, but for tables that bf16 rounds.
+  const Arithmetic& by = S8 ? level.s8 : dtype == Dtype::bf16 && level.bf16.multiply ? level.bf16 : level.f32;
+
   static thread_local Buffer activations, bias_buffer;
-  const size_t values = size_t(m) * g.k_padded * (S8 ? 1 : 4), per_block = size_t(m) * g.blocks * 4;
-  char* memory = activations.at_least(values + 2 * per_block + 192);
-  Activations a{};
-  a.m = m;
-  auto* block_scales = reinterpret_cast<float*>(memory + (values + 63) / 64 * 64);
-  float* sums = block_scales + size_t(m) * g.blocks;
-  a.scales = block_scales, a.sums = sums;
+  const size_t values = (size_t(m) * g.k_padded * by.value_bytes + 63) / 64 * 64, blocks = size_t(m) * g.blocks;
+  char* memory = activations.at_least(values + 2 * blocks * sizeof(float));
+  auto* block_scales = reinterpret_cast<float*>(memory + values);
+  float* sums = block_scales + blocks;
+  const Activations a{memory, block_scales, sums};
   const void* px = x.const_data_ptr();
-  const bool little_work = m * k < 64 * 1024;
-  if constexpr (S8) {
-    a.s8 = reinterpret_cast<int8_t*>(memory);
-    share_rows(m, little_work, [&](int64_t m0, int64_t m1) { level.quantize_rows(px, dtype, stride, g, m0, m1, reinterpret_cast<int8_t*>(memory), block_scales, sums); });
-  } else {
-    a.f32 = reinterpret_cast<float*>(memory);
-    share_rows(m, little_work, [&](int64_t m0, int64_t m1) { level.convert_rows(px, dtype, stride, g, m0, m1, reinterpret_cast<float*>(memory), sums); });
-  }
-  const Output out{y.mutable_data_ptr(), dtype, bias_floats(bias, n, bias_buffer)};
-  const int64_t panels = (n + PANEL - 1) / PANEL;
-  share(m, panels, m * n * k < 256 * 1024, [&](int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
+  share_rows(m, m * k < 64 * 1024, [&](int64_t m0, int64_t m1) { by.prepare_rows(px, dtype, stride, g, m0, m1, memory, block_scales, sums); });
+  const Output out{y.mutable_data_ptr(), dtype, bias_floats(bias, n, level, bias_buffer)};
+  share(m, (n + PANEL - 1) / PANEL, m * n * k < 256 * 1024, [&](int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
     static thread_local Buffer scratch;
-    (S8 ? level.multiply_s8 : level.multiply_f32)(w, a, out, m0, m1, p0, p1, scratch.at_least(size_t(level.scratch_bytes)));
+    by.multiply(w, a, out, m0, m1, p0, p1, scratch.at_least(size_t(level.scratch_bytes)));
   });
   return y;
 }
@@ -213,22 +213,26 @@ bool set_level_op(std::string name) {
 bool has_level_op(std::string name) { return has_level(name.c_str()); }
 std::string level_op() { return best_level()->name; }
 
-// Roofline probes: seconds that all threads together took. what: "read" (over buffer), "s8", "f32" (`rounds` rounds a thread).
+// Roofline probes: the rate of all threads together, 0 where the level lacks the arithmetic. what: "read": bytes of buffer a second;
+// "s8", "f32", "bf16": multiply-adds a second.
 double probe(std::string what, Tensor buffer, int64_t rounds) {
   const Level& level = *best_level();
-  const int64_t threads = torch::stable::get_num_threads(), bytes = buffer.numel();
-  const char* p = static_cast<const char*>(buffer.const_data_ptr());
+  const int64_t threads = torch::stable::get_num_threads(), bytes = buffer.numel() / threads;
   check_dense(buffer, "buffer");
   STD_TORCH_CHECK(buffer.scalar_type() == ScalarType::Byte, "buffer must be uint8");
-  std::atomic<int64_t> sink{0};
+  STD_TORCH_CHECK(what == "read" || what == "s8" || what == "f32" || what == "bf16", "what is read, s8, f32 or bf16, not ", what);
+  const char* p = static_cast<const char*>(buffer.const_data_ptr());
+  const auto run = what == "s8" ? level.s8.probe : what == "f32" ? level.f32.probe : level.bf16.probe;
+  if (what != "read" && run == nullptr) return 0;
+  std::atomic<int64_t> done{0}, sink{0};
   const auto start = std::chrono::steady_clock::now();
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; t++) {
-      if (what == "read") sink += level.read_bytes(p + bytes / threads * t, bytes / threads);
-      else sink += what == "s8" ? level.dot_s8_rounds(rounds) : level.fma_f32_rounds(rounds);
+      if (what == "read") sink += level.read_bytes(p + bytes * t, bytes), done += bytes;
+      else done += run(rounds);
     }
   });
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  return double(done) / std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
 }  // namespace

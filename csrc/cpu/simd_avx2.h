@@ -2,19 +2,21 @@
 struct F { __m256 a, b; };
 struct I { __m256i a, b; };
 struct B { __m256i a, b; };
-constexpr int MAX_ROWS = 4, WIDE = 1;
+constexpr int MAX_ROWS = 6, WIDE = 1;  // register tile: rows of x by panels
 
 inline F zero_f() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
 inline F set1_f(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 inline F load_f(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
 inline void store_f(float* p, F v) { _mm256_storeu_ps(p, v.a); _mm256_storeu_ps(p + 8, v.b); }
-inline F mul(F x, F y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+inline F add_f(F x, F y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
 inline F sub_f(F x, F y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
+inline F mul(F x, F y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
 inline F fma(F x, F y, F z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
-inline void mac_f(F& acc, F w, float x) { acc = fma(w, set1_f(x), acc); }
 inline I set1_i(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
 inline F to_float(I x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+
 inline __m256i load_si(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+inline __m128i load_half(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
 inline B load_b(const uint8_t* p) { return {load_si(p), load_si(p + 32)}; }
 inline void store_b(uint8_t* p, B v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v.a);
@@ -26,65 +28,128 @@ inline B nibbles(B x, int high) {
   return {_mm256_and_si256(x.a, mask), _mm256_and_si256(x.b, mask)};
 }
 inline B look_up(const uint8_t* table, B index) {
-  __m256i t = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
+  const __m256i t = _mm256_broadcastsi128_si256(load_half(table));
   return {_mm256_shuffle_epi8(t, index.a), _mm256_shuffle_epi8(t, index.b)};
 }
-// Small: weights below 128, for which the pair sums fit. Others are taken minus 128, as |w| times x with the sign of w: 128*127*2 fits.
-template <bool Small> constexpr int mac_bias() { return Small ? 0 : 128; }
-template <bool Small>
-inline __m256i dot_s8(__m256i acc, __m256i w, __m256i x) {
-  if constexpr (!Small) {
-    w = _mm256_xor_si256(w, _mm256_set1_epi8(-128));
-    x = _mm256_sign_epi8(x, w);
-    w = _mm256_abs_epi8(w);
-  }
-  return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1)));
-}
-template <bool Small>
-inline void mac_s8(I& acc, B w, const int8_t* x) {
+
+inline __m256i pairs_to_i32(__m256i x) { return _mm256_madd_epi16(x, _mm256_set1_epi16(1)); }
+inline __m256i broadcast_4(const int8_t* x) {
   int32_t four;
   __builtin_memcpy(&four, x, 4);
-  __m256i v = _mm256_set1_epi32(four);
-  acc = {dot_s8<Small>(acc.a, w.a, v), dot_s8<Small>(acc.b, w.b, v)};
+  return _mm256_set1_epi32(four);
+}
+
+template <bool NIBBLE> struct DotS8;
+template <> struct DotS8<true> {  // codes of up to 4 bits: 8 pair sums of at most 2 * 15 * 127 fit 16 bits
+  static constexpr int FOLD_K = 32, BIAS = 0;
+  I sum;
+  __m256i a, b;
+  void start(int32_t value) { sum = set1_i(value), a = b = _mm256_setzero_si256(); }
+  void add(B w, const int8_t* x) {
+    const __m256i v = broadcast_4(x);
+    a = _mm256_add_epi16(a, _mm256_maddubs_epi16(w.a, v)), b = _mm256_add_epi16(b, _mm256_maddubs_epi16(w.b, v));
+    __asm__("" : "+x"(a), "+x"(b));
+  }
+  void fold() {
+    sum = {_mm256_add_epi32(sum.a, pairs_to_i32(a)), _mm256_add_epi32(sum.b, pairs_to_i32(b))};
+    a = b = _mm256_setzero_si256();
+  }
+  F value() const { return to_float(sum); }
+};
+template <> struct DotS8<false> {  // codes minus 128, as |w| times x with the sign of w: 2 * 128 * 127 fits
+  static constexpr int FOLD_K = MAX_BLOCK, BIAS = 128;
+  I sum;
+  void start(int32_t value) { sum = set1_i(value); }
+  static __m256i dot(__m256i acc, __m256i w, __m256i x) {
+    w = _mm256_xor_si256(w, _mm256_set1_epi8(-128));
+    return _mm256_add_epi32(acc, pairs_to_i32(_mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w))));
+  }
+  void add(B w, const int8_t* x) {
+    const __m256i v = broadcast_4(x);
+    sum = {dot(sum.a, w.a, v), dot(sum.b, w.b, v)};
+  }
+  void fold() {}
+  F value() const { return to_float(sum); }
+};
+struct DotF32 {
+  static constexpr int FOLD_K = MAX_BLOCK;
+  F sum;
+  void start(int32_t) { sum = zero_f(); }
+  void add(F w, const float* x) { sum = ::qk::fma(w, set1_f(*x), sum); }
+  void fold() {}
+  F value() const { return sum; }
+};
+
+// The code in `bits` bits at `shift` of every 32-bit lane, minus half the range: flipping its top bit makes it two's complement.
+template <int BITS>
+inline F centred(B v, int shift) {
+  const __m256i flip = _mm256_set1_epi32(BITS == 4 ? int(0x88888888u) : int(0x80808080u));
+  const __m128i up = _mm_cvtsi32_si128(32 - BITS - shift);
+  const __m256i a = _mm256_sll_epi32(_mm256_xor_si256(v.a, flip), up), b = _mm256_sll_epi32(_mm256_xor_si256(v.b, flip), up);
+  return to_float({_mm256_srai_epi32(a, 32 - BITS), _mm256_srai_epi32(b, 32 - BITS)});
 }
 inline __m256 look_up_16(__m256i v, int shift, const float* table) {
-  __m256i index = _mm256_srl_epi32(v, _mm_cvtsi32_si128(shift));
-  __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), index), high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), index);
+  const __m256i index = _mm256_srl_epi32(v, _mm_cvtsi32_si128(shift));
+  const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), index), high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), index);
   return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
 }
+inline F nibble_integers(const uint8_t* tile, int shift, const float*) { return centred<4>(load_b(tile), shift); }
 inline F nibble_values(const uint8_t* tile, int shift, const float* table) {
-  B v = load_b(tile);
+  const B v = load_b(tile);
   return {look_up_16(v.a, shift, table), look_up_16(v.b, shift, table)};
 }
+inline F byte_integers(const uint8_t* half, int i) { return centred<8>(load_b(half), 8 * i); }
 inline I byte_lanes(const uint8_t* half, int i) {
-  B v = load_b(half);
-  __m128i shift = _mm_cvtsi32_si128(8 * i);
+  const B v = load_b(half);
+  const __m128i shift = _mm_cvtsi32_si128(8 * i);
   const __m256i mask = _mm256_set1_epi32(255);
   return {_mm256_and_si256(_mm256_srl_epi32(v.a, shift), mask), _mm256_and_si256(_mm256_srl_epi32(v.b, shift), mask)};
 }
-inline F byte_values(const uint8_t* half, int i) { return to_float(byte_lanes(half, i)); }
 inline __m256 from_e4m3_8(__m256i c) {
-  __m256i magnitude = _mm256_and_si256(c, _mm256_set1_epi32(0x7f)), sign = _mm256_slli_epi32(_mm256_and_si256(c, _mm256_set1_epi32(0x80)), 24);
-  __m256 f = _mm256_mul_ps(_mm256_castsi256_ps(_mm256_slli_epi32(magnitude, 20)), _mm256_set1_ps(0x1p120f));
-  __m256i nan = _mm256_cmpeq_epi32(magnitude, _mm256_set1_epi32(0x7f));
+  const __m256i magnitude = _mm256_and_si256(c, _mm256_set1_epi32(0x7f)), sign = _mm256_slli_epi32(_mm256_and_si256(c, _mm256_set1_epi32(0x80)), 24);
+  const __m256 f = _mm256_mul_ps(_mm256_castsi256_ps(_mm256_slli_epi32(magnitude, 20)), _mm256_set1_ps(0x1p120f));
+  const __m256i nan = _mm256_cmpeq_epi32(magnitude, _mm256_set1_epi32(0x7f));
   return _mm256_or_ps(_mm256_or_ps(f, _mm256_castsi256_ps(nan)), _mm256_castsi256_ps(sign));
 }
-inline F e4m3_values(const uint8_t* half, int i) { I c = byte_lanes(half, i); return {from_e4m3_8(c.a), from_e4m3_8(c.b)}; }
-inline F load_f16(const void* p, int64_t i) {
-  const auto* h = static_cast<const uint16_t*>(p) + i;
-  return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(h))), _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(h + 8)))};
+inline __m256 from_e8m0_8(__m256i c) {  // code 0 is 2^-127, 255 is NaN
+  const __m256i f = _mm256_max_epi32(_mm256_slli_epi32(c, 23), _mm256_set1_epi32(0x00400000));
+  return _mm256_castsi256_ps(_mm256_or_si256(f, _mm256_cmpeq_epi32(c, _mm256_set1_epi32(255))));
 }
+inline F e4m3_values(const uint8_t* half, int i) { I c = byte_lanes(half, i); return {from_e4m3_8(c.a), from_e4m3_8(c.b)}; }
+inline __m256 from_f16_8(const uint16_t* h) { return _mm256_cvtph_ps(load_half(h)); }
 inline F e5m2_values(const uint8_t* half, int i) {  // the upper byte of a half
   uint16_t h[16];
   for (int n = 0; n < 16; n++) h[n] = uint16_t(half[4 * n + i] << 8);
-  return load_f16(h, 0);
+  return {from_f16_8(h), from_f16_8(h + 8)};
 }
+inline __m256 from_bf16_8(const uint16_t* h) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_half(h)), 16)); }
 inline F load_numbers(const void* p, Dtype dtype, int64_t i) {
+  const auto* h = static_cast<const uint16_t*>(p) + i;
   if (dtype == Dtype::f32) return load_f(static_cast<const float*>(p) + i);
-  if (dtype == Dtype::f16) return load_f16(p, i);
-  float r[16];
-  for (int n = 0; n < 16; n++) r[n] = load_number(p, dtype, i + n);
-  return load_f(r);
+  if (dtype == Dtype::f16) return {from_f16_8(h), from_f16_8(h + 8)};
+  if (dtype == Dtype::bf16) return {from_bf16_8(h), from_bf16_8(h + 8)};
+  const __m128i bytes = load_half(static_cast<const uint8_t*>(p) + i);
+  const I lanes = {_mm256_cvtepu8_epi32(bytes), _mm256_cvtepu8_epi32(_mm_unpackhi_epi64(bytes, bytes))};
+  if (dtype == Dtype::u8) return to_float(lanes);
+  if (dtype == Dtype::e4m3) return {from_e4m3_8(lanes.a), from_e4m3_8(lanes.b)};
+  return {from_e8m0_8(lanes.a), from_e8m0_8(lanes.b)};
+}
+inline __m256i to_bf16_8(__m256 f) {  // in the low half of each lane
+  const __m256i u = _mm256_castps_si256(f), odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd), 16);
+  const __m256i nan = _mm256_or_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(0x40));
+  return _mm256_blendv_epi8(rounded, nan, _mm256_castps_si256(_mm256_cmp_ps(f, f, _CMP_UNORD_Q)));
+}
+inline void store_numbers(void* p, Dtype dtype, int64_t i, F v) {
+  if (dtype == Dtype::f32) return store_f(static_cast<float*>(p) + i, v);
+  auto* h = reinterpret_cast<__m128i*>(static_cast<uint16_t*>(p) + i);
+  if (dtype == Dtype::f16) {
+    _mm_storeu_si128(h, _mm256_cvtps_ph(v.a, _MM_FROUND_TO_NEAREST_INT));
+    _mm_storeu_si128(h + 1, _mm256_cvtps_ph(v.b, _MM_FROUND_TO_NEAREST_INT));
+  } else {  // packing works within 128-bit lanes, so the middle quarters have to change places
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(to_bf16_8(v.a), to_bf16_8(v.b)), 0xd8);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(h), packed);
+  }
 }
 inline void expand_bits(const uint8_t* stream, int bits, uint8_t* codes) {
   const uint64_t mask = 0x0101010101010101ull * ((1u << bits) - 1);

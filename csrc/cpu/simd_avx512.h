@@ -1,19 +1,19 @@
-// 16 rows as one 512-bit vector, with VNNI.
+// 16 rows as one 512-bit vector, with VNNI; bf16 dots and byte permutations where the unit is compiled for them.
 using F = __m512;
 using I = __m512i;
 struct B { __m512i v; };
-constexpr int MAX_ROWS = 6, WIDE = 4;  // 24 accumulators of the 32 registers
+constexpr int MAX_ROWS = 6, WIDE = 4;  // register tile: rows of x by panels; 24 accumulators of the 32 registers
 
 inline F zero_f() { return _mm512_setzero_ps(); }
 inline F set1_f(float x) { return _mm512_set1_ps(x); }
 inline F load_f(const float* p) { return _mm512_loadu_ps(p); }
 inline void store_f(float* p, F v) { _mm512_storeu_ps(p, v); }
-inline F mul(F x, F y) { return _mm512_mul_ps(x, y); }
+inline F add_f(F x, F y) { return _mm512_add_ps(x, y); }
 inline F sub_f(F x, F y) { return _mm512_sub_ps(x, y); }
+inline F mul(F x, F y) { return _mm512_mul_ps(x, y); }
 inline F fma(F x, F y, F z) { return _mm512_fmadd_ps(x, y, z); }
-inline void mac_f(F& acc, F w, float x) { acc = _mm512_fmadd_ps(w, _mm512_set1_ps(x), acc); }
-inline I set1_i(int32_t x) { return _mm512_set1_epi32(x); }
 inline F to_float(I x) { return _mm512_cvtepi32_ps(x); }
+
 inline B load_b(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
 inline void store_b(uint8_t* p, B x) { _mm512_storeu_si512(p, x.v); }
 inline B nibbles(B x, int high) {
@@ -22,23 +22,43 @@ inline B nibbles(B x, int high) {
 inline B look_up(const uint8_t* table, B index) {
   return {_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table))), index.v)};
 }
-template <bool Small> constexpr int mac_bias() { return 0; }
-template <bool Small>
-inline void mac_s8(I& acc, B w, const int8_t* x) {
-  int32_t four;
-  __builtin_memcpy(&four, x, 4);
-  acc = _mm512_dpbusd_epi32(acc, w.v, _mm512_set1_epi32(four));
+inline __m512i broadcast_32_bits(const void* x) {
+  int32_t word;
+  __builtin_memcpy(&word, x, 4);
+  return _mm512_set1_epi32(word);
 }
+
+template <bool NIBBLE> struct DotS8 {
+  static constexpr int FOLD_K = MAX_BLOCK, BIAS = 0;
+  I sum;
+  void start(int32_t value) { sum = _mm512_set1_epi32(value); }
+  void add(B w, const int8_t* x) { sum = _mm512_dpbusd_epi32(sum, w.v, broadcast_32_bits(x)); }
+  void fold() {}
+  F value() const { return to_float(sum); }
+};
+struct DotF32 {
+  static constexpr int FOLD_K = MAX_BLOCK;
+  F sum;
+  void start(int32_t) { sum = zero_f(); }
+  void add(F w, const float* x) { sum = _mm512_fmadd_ps(w, set1_f(*x), sum); }
+  void fold() {}
+  F value() const { return sum; }
+};
+
 inline F nibble_values(const uint8_t* tile, int shift, const float* table) {  // vpermps looks at the low 4 bits of a lane: no mask
-  __m512i index = _mm512_srl_epi32(_mm512_loadu_si512(tile), _mm_cvtsi32_si128(shift));
+  const I index = _mm512_srl_epi32(_mm512_loadu_si512(tile), _mm_cvtsi32_si128(shift));
   return _mm512_permutexvar_ps(index, _mm512_loadu_ps(table));
+}
+inline F nibble_integers(const uint8_t* tile, int shift, const float* table) { return nibble_values(tile, shift, table); }
+inline F byte_integers(const uint8_t* half, int i) {  // code - 128: flipping the top bit makes it two's complement
+  const I flipped = _mm512_xor_si512(_mm512_loadu_si512(half), _mm512_set1_epi32(int(0x80808080u)));
+  return to_float(_mm512_srai_epi32(_mm512_sll_epi32(flipped, _mm_cvtsi32_si128(24 - 8 * i)), 24));
 }
 inline I byte_lanes(const uint8_t* half, int i) {
   return _mm512_and_si512(_mm512_srl_epi32(_mm512_loadu_si512(half), _mm_cvtsi32_si128(8 * i)), _mm512_set1_epi32(255));
 }
-inline F byte_values(const uint8_t* half, int i) { return to_float(byte_lanes(half, i)); }
 inline F from_e4m3_16(I c) {
-  I magnitude = _mm512_and_si512(c, _mm512_set1_epi32(0x7f)), sign = _mm512_slli_epi32(_mm512_and_si512(c, _mm512_set1_epi32(0x80)), 24);
+  const I magnitude = _mm512_and_si512(c, _mm512_set1_epi32(0x7f)), sign = _mm512_slli_epi32(_mm512_and_si512(c, _mm512_set1_epi32(0x80)), 24);
   F f = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(magnitude, 20)), _mm512_set1_ps(0x1p120f));
   f = _mm512_mask_blend_ps(_mm512_cmpeq_epi32_mask(magnitude, _mm512_set1_epi32(0x7f)), f, _mm512_castsi512_ps(_mm512_set1_epi32(0x7fc00000)));
   return _mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(f), sign));
@@ -47,6 +67,27 @@ inline F e4m3_values(const uint8_t* half, int i) { return from_e4m3_16(byte_lane
 inline F e5m2_values(const uint8_t* half, int i) {  // the upper byte of a half
   return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_slli_epi32(byte_lanes(half, i), 8)));
 }
+
+#ifdef __AVX512BF16__
+#define QK_BF16_DOT
+struct DotBf16 {  // lane n: two k of row n
+  static constexpr int FOLD_K = MAX_BLOCK;
+  F sum;
+  void start(int32_t) { sum = zero_f(); }
+  void add(B w, const uint16_t* x) { sum = _mm512_dpbf16_ps(sum, (__m512bh)w.v, (__m512bh)broadcast_32_bits(x)); }
+  void fold() {}
+  F value() const { return sum; }
+};
+inline B bf16_pair(F first, F second) {  // of values that are bf16 already
+  return {_mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(_mm512_castps_si512(first), 16), _mm512_castps_si512(second))};
+}
+// Codes at `shift` of every 16-bit half lane, which are two apart in k. vpermw looks at 5 bits: the table holds everything twice.
+inline B nibble_pairs(const uint8_t* tile, int shift, const uint16_t* table) {
+  const I index = _mm512_srl_epi16(_mm512_loadu_si512(tile), _mm_cvtsi32_si128(shift));
+  return {_mm512_permutexvar_epi16(index, _mm512_loadu_si512(table))};
+}
+#endif
+
 inline F load_numbers(const void* p, Dtype dtype, int64_t i) {
   const auto* h = static_cast<const uint16_t*>(p) + i;
   const auto* c = static_cast<const uint8_t*>(p) + i;
@@ -56,12 +97,32 @@ inline F load_numbers(const void* p, Dtype dtype, int64_t i) {
     case Dtype::bf16: return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(h))), 16));
     default: break;
   }
-  __m512i lanes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(c)));
+  const I lanes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(c)));
   if (dtype == Dtype::u8) return to_float(lanes);
   if (dtype == Dtype::e4m3) return from_e4m3_16(lanes);
-  F f = _mm512_castsi512_ps(_mm512_max_epi32(_mm512_slli_epi32(lanes, 23), _mm512_set1_epi32(0x00400000)));  // code 0 is 2^-127
+  const F f = _mm512_castsi512_ps(_mm512_max_epi32(_mm512_slli_epi32(lanes, 23), _mm512_set1_epi32(0x00400000)));  // e8m0: code 0 is 2^-127
   return _mm512_mask_blend_ps(_mm512_cmpeq_epi32_mask(lanes, _mm512_set1_epi32(255)), f, _mm512_castsi512_ps(_mm512_set1_epi32(0x7fc00000)));
 }
+inline void store_numbers(void* p, Dtype dtype, int64_t i, F v) {
+  if (dtype == Dtype::f32) return store_f(static_cast<float*>(p) + i, v);
+  auto* h = reinterpret_cast<__m256i*>(static_cast<uint16_t*>(p) + i);
+  if (dtype == Dtype::f16) return _mm256_storeu_si256(h, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  const I u = _mm512_castps_si512(v), top = _mm512_srli_epi32(u, 16), odd = _mm512_and_si512(top, _mm512_set1_epi32(1));
+  const I rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd), 16);
+  const I nan = _mm512_or_si512(top, _mm512_set1_epi32(0x40));
+  _mm256_storeu_si256(h, _mm512_cvtepi32_epi16(_mm512_mask_blend_epi32(_mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), rounded, nan)));
+}
+
+#ifdef __AVX512VBMI__
+inline void expand_bits(const uint8_t* stream, int bits, uint8_t* codes) {  // 8 codes a 64-bit lane
+  const I bytes = _mm512_set1_epi64(0x0706050403020100), octets = _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0);
+  const I firsts = _mm512_mullo_epi64(octets, _mm512_set1_epi64(bits * 0x0101010101010101));
+  const I packed = _mm512_maskz_loadu_epi8((uint64_t(1) << (8 * bits)) - 1, stream);
+  const I lanes = _mm512_permutexvar_epi8(_mm512_add_epi8(firsts, bytes), packed);
+  const I shifted = _mm512_multishift_epi64_epi8(_mm512_set1_epi64(bits * 0x0706050403020100), lanes);
+  _mm512_storeu_si512(codes, _mm512_and_si512(shifted, _mm512_set1_epi8(char((1 << bits) - 1))));
+}
+#else
 inline void expand_bits(const uint8_t* stream, int bits, uint8_t* codes) {
   const uint64_t mask = 0x0101010101010101ull * ((1u << bits) - 1);
   for (int o = 0; o < 8; o++, stream += bits, codes += 8) {
@@ -71,3 +132,4 @@ inline void expand_bits(const uint8_t* stream, int bits, uint8_t* codes) {
     __builtin_memcpy(codes, &word, 8);
   }
 }
+#endif

@@ -8,30 +8,46 @@ inline F zero_f() { return F{}; }
 inline F set1_f(float x) { F r; for (auto& v : r.v) v = x; return r; }
 inline F load_f(const float* p) { F r; for (int i = 0; i < 16; i++) r.v[i] = p[i]; return r; }
 inline void store_f(float* p, F a) { for (int i = 0; i < 16; i++) p[i] = a.v[i]; }
+inline F add_f(F a, F b) { for (int i = 0; i < 16; i++) a.v[i] += b.v[i]; return a; }
+inline F sub_f(F a, F b) { for (int i = 0; i < 16; i++) a.v[i] -= b.v[i]; return a; }
 inline F mul(F a, F b) { for (int i = 0; i < 16; i++) a.v[i] *= b.v[i]; return a; }
 inline F fma(F a, F b, F c) { for (int i = 0; i < 16; i++) c.v[i] = __builtin_fmaf(a.v[i], b.v[i], c.v[i]); return c; }
-inline void mac_f(F& acc, F w, float x) { for (int i = 0; i < 16; i++) acc.v[i] += w.v[i] * x; }
-inline I set1_i(int32_t x) { I r; for (auto& v : r.v) v = x; return r; }
-inline F to_float(I a) { F r; for (int i = 0; i < 16; i++) r.v[i] = float(a.v[i]); return r; }
+
 inline B load_b(const uint8_t* p) { B r; __builtin_memcpy(r.v, p, 64); return r; }
 inline void store_b(uint8_t* p, B a) { __builtin_memcpy(p, a.v, 64); }
 inline B nibbles(B a, int high) { for (auto& v : a.v) v = high ? v >> 4 : v & 15; return a; }
 inline B look_up(const uint8_t* table, B index) { for (auto& v : index.v) v = table[v & 15]; return index; }
-template <bool Small>  // acc[n] += sum of w[4n+i] * x[i]
-inline void mac_s8(I& acc, B w, const int8_t* x) {
-  for (int n = 0; n < 16; n++) for (int i = 0; i < 4; i++) acc.v[n] += int(w.v[4 * n + i]) * x[i];
-}
-template <bool Small> constexpr int mac_bias() { return 0; }
+
+template <bool NIBBLE> struct DotS8 {  // sum[n] += sum of w[4n+i] * x[i]
+  static constexpr int FOLD_K = MAX_BLOCK, BIAS = 0;
+  I sum;
+  void start(int32_t value) { for (auto& v : sum.v) v = value; }
+  void add(B w, const int8_t* x) {
+    for (int n = 0; n < 16; n++) for (int i = 0; i < 4; i++) sum.v[n] += int(w.v[4 * n + i]) * x[i];
+  }
+  void fold() {}
+  F value() const { F r; for (int i = 0; i < 16; i++) r.v[i] = float(sum.v[i]); return r; }
+};
+struct DotF32 {
+  static constexpr int FOLD_K = MAX_BLOCK;
+  F sum;
+  void start(int32_t) { sum = zero_f(); }
+  void add(F w, const float* x) { for (int i = 0; i < 16; i++) sum.v[i] += w.v[i] * *x; }
+  void fold() {}
+  F value() const { return sum; }
+};
+
 inline F nibble_values(const uint8_t* tile, int shift, const float* table) {
   F r;
   for (int n = 0; n < 16; n++) r.v[n] = table[tile[4 * n + shift / 8] >> (shift & 7) & 15];
   return r;
 }
-inline F byte_values(const uint8_t* half, int i) { F r; for (int n = 0; n < 16; n++) r.v[n] = float(half[4 * n + i]); return r; }
+inline F nibble_integers(const uint8_t* tile, int shift, const float* table) { return nibble_values(tile, shift, table); }
+inline F byte_integers(const uint8_t* half, int i) { F r; for (int n = 0; n < 16; n++) r.v[n] = float(half[4 * n + i] - 128); return r; }
 inline F e4m3_values(const uint8_t* half, int i) { F r; for (int n = 0; n < 16; n++) r.v[n] = from_e4m3(half[4 * n + i]); return r; }
 inline F e5m2_values(const uint8_t* half, int i) { F r; for (int n = 0; n < 16; n++) r.v[n] = from_f16(uint16_t(half[4 * n + i] << 8)); return r; }
-inline F sub_f(F a, F b) { for (int i = 0; i < 16; i++) a.v[i] -= b.v[i]; return a; }
 inline F load_numbers(const void* p, Dtype dtype, int64_t i) { F r; for (int n = 0; n < 16; n++) r.v[n] = load_number(p, dtype, i + n); return r; }
+inline void store_numbers(void* p, Dtype dtype, int64_t i, F v) { for (int n = 0; n < 16; n++) store_number(p, dtype, i + n, v.v[n]); }
 inline void expand_bits(const uint8_t* stream, int bits, uint8_t* codes) {  // 64 codes of `bits` bits, one a byte
   for (int o = 0; o < 8; o++, stream += bits, codes += 8) {
     uint64_t word = 0;

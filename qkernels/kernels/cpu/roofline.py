@@ -9,8 +9,6 @@ import torch
 from qkernels.errors import BackendUnavailable
 from qkernels.kernels.cpu import library
 
-_TILE_OPS = {"portable": 4 * 1, "avx2": 4 * 1, "avx512vnni": 6 * 4}  # register tile of a probe round: rows x panels of 16 lanes
-
 
 @dataclass(frozen=True)
 class Roofline:
@@ -32,10 +30,11 @@ def measure(threads: int | None = None, megabytes: int = 512) -> Roofline:
     torch.set_num_threads(threads or before)
     try:
         buffer, level, count = torch.ones(megabytes << 20, dtype=torch.uint8), library.level(), torch.get_num_threads()
-        rounds = 40_000 if level == "portable" else 1_000_000
-        seconds = {what: min(torch.ops.qkernels.cpu_probe(what, buffer, rounds) for _ in range(5)) for what in ("read", "s8", "f32")}
-        macs = rounds * count * _TILE_OPS[level] * 16
-        rates = (buffer.nbytes / seconds["read"] / 1e9, 8 * macs / seconds["s8"] / 1e9, 2 * macs / seconds["f32"] / 1e9)
-        return Roofline(*rates, None, level, count)
+        rounds = 1_000 if level == "portable" else 20_000
+
+        def best(what: str) -> float:
+            return max(torch.ops.qkernels.cpu_probe(what, buffer, rounds) for _ in range(5)) / 1e9
+
+        return Roofline(best("read"), 2 * best("s8"), 2 * best("f32"), 2 * best("bf16") or None, level, count)
     finally:
         torch.set_num_threads(before)

@@ -1,0 +1,15 @@
+// The kernels compiled for one instruction set; everything in an anonymous namespace, so that no symbol is shared with other levels.
+#include <immintrin.h>
+#include <cstddef>
+
+#include "cpu/kernels.h"
+
+namespace qk {
+namespace {
+#include "cpu/numbers.h"
+#include "cpu/simd_avx512.h"
+#include "cpu/multiply.h"
+}  // namespace
+extern const Level level_avx512bf16;
+const Level level_avx512bf16 = QK_LEVEL("avx512bf16");
+}  // namespace qk

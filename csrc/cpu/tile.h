@@ -1,0 +1,163 @@
+// A register tile: ROWS rows of x by PANELS panels of the weight, over some blocks of K.
+//
+// A block is summed in registers (int32, or fp32), then scaled into the fp32 accumulators in memory: the order of every output
+// element's sum depends on K alone, never on M, on the tile or on the threads.
+
+// ---- where a tile's weight vectors come from ------------------------------------------------------------------------------------
+// STEPS vectors a tile of 8 k, each against 8 / STEPS consecutive activations. TILE_BYTES from one tile to the next.
+
+template <bool NIBBLE>
+struct S8 {
+  using Dot = DotS8<NIBBLE>;
+  using X = int8_t;
+  static constexpr int STEPS = 2;
+};
+struct F32 {
+  using Dot = DotF32;
+  using X = float;
+  static constexpr int STEPS = 8;
+};
+
+struct S8Bytes : S8<false> {  // 8-bit codes, packed or unpacked into scratch
+  static constexpr int TILE_BYTES = 128;
+  static B weight(const uint8_t* tile, int step, const Weight&) { return load_b(tile + 64 * step); }
+};
+struct S8Unpacked : S8<true> {  // codes below 16 in scratch
+  static constexpr int TILE_BYTES = 128;
+  static B weight(const uint8_t* tile, int step, const Weight&) { return load_b(tile + 64 * step); }
+};
+struct S8Nibbles : S8<true> {
+  static constexpr int TILE_BYTES = 64;
+  static B weight(const uint8_t* tile, int step, const Weight&) { return nibbles(load_b(tile), step); }
+};
+struct S8Table : S8<false> {
+  static constexpr int TILE_BYTES = 64;
+  static B weight(const uint8_t* tile, int step, const Weight& w) { return look_up(w.table_u8, nibbles(load_b(tile), step)); }
+};
+
+struct F32Unpacked : F32 {
+  static constexpr int TILE_BYTES = 512;
+  static F weight(const uint8_t* tile, int step, const Weight&) { return load_f(reinterpret_cast<const float*>(tile) + 16 * step); }
+};
+struct F32Integers : F32 {  // of 4 bits
+  static constexpr int TILE_BYTES = 64;
+  static F weight(const uint8_t* tile, int step, const Weight& w) { return nibble_integers(tile, 8 * (step & 3) + 4 * (step >> 2), w.table); }
+};
+struct F32Table : F32 {
+  static constexpr int TILE_BYTES = 64;
+  static F weight(const uint8_t* tile, int step, const Weight& w) { return nibble_values(tile, 8 * (step & 3) + 4 * (step >> 2), w.table); }
+};
+struct F32Bytes : F32 {  // 8-bit integers
+  static constexpr int TILE_BYTES = 128;
+  static F weight(const uint8_t* tile, int step, const Weight&) { return byte_integers(tile + 64 * (step >> 2), step & 3); }
+};
+
+#ifdef QK_BF16_DOT
+// A vector holds two k of every row. Bytes i and i + 2 of a lane are the ones that a shift brings into place together, hence the order
+// 0 2, 1 3, 4 6, 5 7 of the pairs.
+struct Bf16 {
+  using Dot = DotBf16;
+  using X = uint16_t;
+  static constexpr int STEPS = 4;
+};
+struct Bf16Unpacked : Bf16 {
+  static constexpr int TILE_BYTES = 256;
+  static B weight(const uint8_t* tile, int step, const Weight&) { return load_b(tile + 64 * step); }
+};
+struct Bf16Nibbles : Bf16 {
+  static constexpr int TILE_BYTES = 64;
+  static B weight(const uint8_t* tile, int step, const Weight& w) { return nibble_pairs(tile, 8 * (step & 1) + 4 * (step >> 1), w.table_bf16); }
+};
+struct Bf16Bytes : Bf16 {  // 8-bit integers
+  static constexpr int TILE_BYTES = 128;
+  static B weight(const uint8_t* tile, int step, const Weight&) {
+    const uint8_t* half = tile + 64 * (step >> 1);
+    return bf16_pair(byte_integers(half, step & 1), byte_integers(half, (step & 1) + 2));
+  }
+};
+#endif
+
+template <class Source>
+constexpr bool is_s8 = Source::STEPS == 2;
+
+// ---- the tile ---------------------------------------------------------------------------------------------------------------------
+
+inline F scale_of(const Weight& w, int64_t panel, int64_t group) {
+  const int64_t at = (panel * w.geometry.groups + group) * w.scale_lanes;
+  const F s = w.scale_lanes == 1 ? set1_f(load_number(w.scales, w.scale_dtype, at)) : load_numbers(w.scales, w.scale_dtype, at);
+  return mul(s, set1_f(w.alpha));
+}
+inline F zero_of(const Weight& w, int64_t panel, int64_t group) {
+  return w.zeros == nullptr ? zero_f() : load_numbers(w.zeros, w.zero_dtype, (panel * w.geometry.groups + group) * PANEL);
+}
+
+// codes: tile (panel, k = first block's k0), panel_stride bytes to the next panel; acc [ROWS][acc_stride]
+template <class Source, int ROWS, int PANELS>
+void tile(const Weight& w, const Activations& x, int64_t m, int64_t panel, int64_t b0, int64_t b1, const uint8_t* codes, int64_t panel_stride,
+          float* acc, int64_t acc_stride) {
+  using Dot = typename Source::Dot;
+  using X = typename Source::X;
+  const Geometry& g = w.geometry;
+  const float centre = is_s8<Source> ? 0.0f : w.centre;
+  for (int64_t b = b0; b < b1; b++) {
+    const Block block = block_at(g, b);
+    const X* rows = static_cast<const X*>(x.values) + m * g.k_padded + block.k0;
+    Dot dot[ROWS][PANELS];
+    for (int r = 0; r < ROWS; r++) {
+      int32_t start = 0;  // int8 codes are unsigned: what their offset adds is taken off beforehand
+      if constexpr (is_s8<Source>) start = -(w.offset - Dot::BIAS) * int32_t(x.sums[(m + r) * g.blocks + b]);
+      for (int p = 0; p < PANELS; p++) dot[r][p].start(start);
+    }
+    for (int64_t k = 0; k < block.length;) {
+      const int64_t end = k + Dot::FOLD_K < block.length ? k + Dot::FOLD_K : block.length;
+      for (; k < end; k += TILE_K, codes += Source::TILE_BYTES)
+#pragma GCC unroll 8
+        for (int step = 0; step < Source::STEPS; step++) {
+          decltype(Source::weight(codes, step, w)) weights[PANELS];
+          for (int p = 0; p < PANELS; p++) weights[p] = Source::weight(codes + p * panel_stride, step, w);
+          for (int r = 0; r < ROWS; r++)
+            for (int p = 0; p < PANELS; p++) dot[r][p].add(weights[p], rows + r * g.k_padded + k + TILE_K / Source::STEPS * step);
+        }
+      for (auto& row : dot)
+        for (auto& d : row) d.fold();
+    }
+    for (int p = 0; p < PANELS; p++) {
+      const F scale = scale_of(w, panel + p, block.group);
+      for (int r = 0; r < ROWS; r++) {
+        float* out = acc + r * acc_stride + p * PANEL;
+        F factor = scale;
+        if constexpr (is_s8<Source>) factor = mul(scale, set1_f(x.scales[(m + r) * g.blocks + b]));
+        store_f(out, fma(factor, dot[r][p].value(), load_f(out)));
+      }
+      if (w.zeros == nullptr && centre == 0) continue;
+      const F shift = mul(scale, sub_f(set1_f(centre), zero_of(w, panel + p, block.group)));  // scale * (code - zero): the zero's share
+      for (int r = 0; r < ROWS; r++) {
+        const int64_t at = (m + r) * g.blocks + b;
+        float* out = acc + r * acc_stride + p * PANEL;
+        store_f(out, fma(shift, set1_f(is_s8<Source> ? x.scales[at] * x.sums[at] : x.sums[at]), load_f(out)));
+      }
+    }
+  }
+}
+
+// All rows m0…m1, in tiles of nearly equal height (so that no M is much dearer than the next).
+template <class Source, int PANELS>
+void rows_of_tiles(const Weight& w, const Activations& x, int64_t m0, int64_t m1, int64_t panel, int64_t b0, int64_t b1, const uint8_t* codes,
+                   int64_t panel_stride, float* acc) {
+  constexpr int64_t stride = PANELS * PANEL;
+  int64_t tiles = (m1 - m0 + MAX_ROWS - 1) / MAX_ROWS;
+  for (int64_t m = m0; m < m1; tiles--) {
+    const int64_t rows = (m1 - m + tiles - 1) / tiles;
+    float* out = acc + (m - m0) * stride;
+    switch (rows) {
+      case 1: tile<Source, 1, PANELS>(w, x, m, panel, b0, b1, codes, panel_stride, out, stride); break;
+      case 2: tile<Source, 2, PANELS>(w, x, m, panel, b0, b1, codes, panel_stride, out, stride); break;
+      case 3: tile<Source, 3, PANELS>(w, x, m, panel, b0, b1, codes, panel_stride, out, stride); break;
+      case 4: tile<Source, 4, PANELS>(w, x, m, panel, b0, b1, codes, panel_stride, out, stride); break;
+      case 5: if constexpr (MAX_ROWS >= 5) tile<Source, 5, PANELS>(w, x, m, panel, b0, b1, codes, panel_stride, out, stride); break;
+      case 6: if constexpr (MAX_ROWS >= 6) tile<Source, 6, PANELS>(w, x, m, panel, b0, b1, codes, panel_stride, out, stride); break;
+      default: __builtin_unreachable();
+    }
+    m += rows;
+  }
+}
