@@ -6,10 +6,7 @@
 
 namespace qk {
 
-extern const Level level_portable;
-#ifdef QKERNELS_X86
-extern const Level level_avx2, level_avx512vnni;
-#endif
+extern const Level level_portable, level_avx2, level_avx512vnni;  // those of them that this build has
 
 namespace {
 
@@ -20,12 +17,16 @@ struct Entry {
 
 // __builtin_cpu_supports asks CPUID and, through XGETBV, whether the operating system saves the registers.
 const Entry LEVELS[] = {
-#ifdef QKERNELS_X86
+#ifdef QKERNELS_EMULATE  // csrc/emulated: every machine has these
+    {&level_avx512vnni, [] { return true; }},
+#elif defined(QKERNELS_X86)
     {&level_avx512vnni,
      [] {
        return bool(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("bmi2"));
      }},
+#endif
+#ifdef QKERNELS_X86
     {&level_avx2, [] { return bool(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")); }},
 #endif
     {&level_portable, [] { return true; }},
