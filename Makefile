@@ -5,7 +5,7 @@ BIN := $(CURDIR)/$(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 export HF_HUB_OFFLINE = 1
 
-.PHONY: help demo test lint bench venv build peers sanitize clean
+.PHONY: help demo test lint bench venv build peers emulate sanitize clean
 
 help:  ## list the commands
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -52,6 +52,16 @@ $(VENV)/peers.stamp: $(VENV)/qkernels.stamp
 	$(INSTALL) --no-deps zentorch
 	$(INSTALL) deprecated onnxruntime onnx openvino bitsandbytes
 	@touch $@
+
+# The level is looked for beforehand: the tests would skip one that is missing.
+EMULATED := build/emulated
+emulate: build  ## the kernels' tests with AVX-512 emulated, for machines without it
+	@echo "== a copy of the tree in $(EMULATED), compiled with csrc/emulated in place of AVX-512"
+	mkdir -p $(EMULATED) && rm -rf $(EMULATED)/csrc $(EMULATED)/qkernels $(EMULATED)/tests
+	cp -rp csrc qkernels tests setup.py pyproject.toml README.md LICENSE $(EMULATED)
+	cd $(EMULATED) && QKERNELS_CPU=1 QKERNELS_EMULATE=1 $(BIN)/python setup.py --quiet build_ext --inplace
+	cd $(EMULATED) && $(BIN)/python -c 'from qkernels.kernels.cpu import library; print("level:", library.level())' | grep avx512
+	cd $(EMULATED) && $(BIN)/python -m pytest -q tests/test_kernels.py
 
 # Python itself is not instrumented: libasan must be loaded before it (and libstdc++, whose throw libasan wraps), and leaks are
 # not looked for, as Python never frees all. A finding ends the process: pytest must not capture its report (--capture=sys), and

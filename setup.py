@@ -5,6 +5,7 @@ repeats the reason, which is kept in qkernels/_build_info.json. These environmen
 
     QKERNELS_CPU=0        do not build
     QKERNELS_CPU=1        a failure is fatal
+    QKERNELS_EMULATE=1    the AVX-512 levels in plain C++ (csrc/emulated): slow, for tests on machines without those instructions
     CXX                   the compiler; c++ without it (GCC or Clang: the flags are theirs)
     CFLAGS, CXXFLAGS, QKERNELS_CXXFLAGS    appended, in this order, when compiling and when linking (sanitizers, -g)
 """
@@ -24,6 +25,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 X86 = platform.machine().lower() in ("x86_64", "amd64")
+EMULATE = os.environ.get("QKERNELS_EMULATE") == "1"
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mprefer-vector-width=512"]
@@ -34,11 +36,16 @@ LEVELS = {  # source -> its own flags. No other source may hold such instruction
     "level_avx512vnni": AVX2 + AVX512,
     "level_avx512bf16": AVX2 + AVX512 + ["-mavx512bf16", "-mavx512vbmi"],
 }
+EMULATED = [level for level in LEVELS if "avx512" in level] if EMULATE else []
+for level in EMULATED:  # -O3 takes five times as long to compile; what -m would define stays defined
+    defines = [f"-D__{flag.removeprefix('-m').upper()}__" for flag in LEVELS[level] if flag.startswith("-mavx512")]
+    LEVELS[level] = ["-Icsrc/emulated", "-O1", "-Wno-psabi", *defines]
 FLAGS = [
     *("-std=c++20", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"),
     "-fno-math-errno",  # lets sqrt and the like become instructions; -ffast-math would break inf and nan
     "-DTORCH_TARGET_VERSION=0x020a000000000000",  # 2.10: an API newer than that is a compile error
     *(["-DQKERNELS_X86"] if X86 else []),
+    *(["-DQKERNELS_EMULATE"] if EMULATE else []),
     "-Icsrc",
 ]
 
@@ -46,7 +53,7 @@ FLAGS = [
 def sources() -> list[str]:
     """Return the sources that this machine can compile, relative to the repository."""
     found = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
-    return [str(p.relative_to(ROOT)) for p in found if X86 or p.stem == "level_portable" or p.stem not in LEVELS]
+    return [str(p.relative_to(ROOT)) for p in found if X86 or p.stem in ("level_portable", *EMULATED) or p.stem not in LEVELS]
 
 
 class BuildKernels(build_ext):

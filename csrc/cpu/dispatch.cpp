@@ -6,10 +6,7 @@
 
 namespace qk {
 
-extern const Level level_portable;
-#ifdef QKERNELS_X86
-extern const Level level_avx2, level_avx512vnni, level_avx512bf16;
-#endif
+extern const Level level_portable, level_avx2, level_avx512vnni, level_avx512bf16;  // those of them that this build has
 
 namespace {
 
@@ -18,9 +15,15 @@ struct Entry {
   bool (*here)();
 };
 
+bool always() { return true; }
+
 // __builtin_cpu_supports asks CPUID and, through XGETBV, whether the operating system saves the registers.
 #ifdef QKERNELS_X86
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"); }
+#endif
+#ifdef QKERNELS_EMULATE  // csrc/emulated: every machine has these
+constexpr auto has_avx512vnni = always, has_avx512bf16 = always;
+#elif defined(QKERNELS_X86)
 bool has_avx512vnni() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
@@ -29,12 +32,14 @@ bool has_avx512bf16() { return has_avx512vnni() && __builtin_cpu_supports("avx51
 #endif
 
 const Entry LEVELS[] = {
-#ifdef QKERNELS_X86
+#if defined(QKERNELS_X86) || defined(QKERNELS_EMULATE)
     {&level_avx512bf16, has_avx512bf16},
     {&level_avx512vnni, has_avx512vnni},
+#endif
+#ifdef QKERNELS_X86
     {&level_avx2, has_avx2},
 #endif
-    {&level_portable, [] { return true; }},
+    {&level_portable, always},
 };
 
 std::atomic<const Level*> chosen{nullptr};
