@@ -53,11 +53,12 @@ class QuantLinear(nn.Linear):
         self.format = formats.get(format)
         self.compute, self.forced_kernel = compute, kernel
         Problem(self.format, out_features, in_features, compute=compute)  # checks compute
-        for name in _TENSORS:
+        for name in (*_TENSORS, "bias"):
             self.register_parameter(name, None)
         expected = expected_tensors(self.format, (out_features, in_features))
         self._hold({name: torch.zeros(shape, dtype=torch.uint8, device=device).to(dt) for name, (shape, dt) in expected.items()})
-        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None  # type: ignore[assignment]
+        if bias:
+            self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype))
         if self.weight.device.type != "meta":
             self._prepare(self.quant_tensor())
 
@@ -142,9 +143,10 @@ class QuantLinear(nn.Linear):
             raise FormatError(f"x {list(x.shape)} does not fit a layer with in_features = {self.in_features}")
         if self._kernel is None:
             raise FormatError("the layer is on the meta device: load or materialise its weight first")
-        if torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad)):
-            return _Matmul.apply(x, self.bias, self._kernel, self._packed())
-        return registry.get(self._kernel).run(x, self._packed(), self.bias)
+        bias = self._parameters["bias"]
+        if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+            return _Matmul.apply(x, bias, self._kernel, self._packed())
+        return registry.get(self._kernel).run(x, self._packed(), bias)
 
     # -- holding the weight: canonical or a kernel's own form, never both --------------------------------------------------------
 
@@ -153,8 +155,9 @@ class QuantLinear(nn.Linear):
     perm: nn.Parameter | None
 
     def _packed(self) -> Packed:
+        held = self._parameters  # a fifth of the call of a small layer would go to Module.__getattr__
         packed_type = registry.get(self._kernel).packed_type  # type: ignore[arg-type]
-        return packed_type(self.format, (self.out_features, self.in_features), *(getattr(self, name) for name in _TENSORS))
+        return packed_type(self.format, (self.out_features, self.in_features), *[held[name] for name in _TENSORS])
 
     def _plan(self, device: devices.Device, m: int | None, dtype: torch.dtype | None, perm: bool) -> Plan:
         if dtype is None:

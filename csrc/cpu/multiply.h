@@ -50,15 +50,14 @@ void through_scratch(const Job& j) {
   write_rows(j.w, j.out, j.m0, j.m1, j.panel, PANELS, j.acc);
 }
 
-// Up to FEW rows, unpacking in registers again for every tile is cheaper than a trip through scratch.
+// Up to a few rows (FEW_…, of the level), unpacking in registers again for every tile is cheaper than a trip through scratch.
 
 struct ByS8 {
   template <int PANELS>
   static void panels(const Job& j) {
-    constexpr int64_t FEW = 2 * MAX_ROWS;
     const bool integers = j.w.kind == CodeKind::integer;
     if (j.w.bits == 8) direct<S8Bytes, PANELS>(j);
-    else if (j.w.bits == 4 && j.rows() <= FEW) integers ? direct<S8Nibbles, PANELS>(j) : direct<S8Table, PANELS>(j);
+    else if (j.w.bits == 4 && j.rows() <= FEW_S8) integers ? direct<S8Nibbles, PANELS>(j) : direct<S8Table, PANELS>(j);
     else if (j.w.bits <= 4 && integers) through_scratch<S8Unpacked, PANELS>(j);
     else through_scratch<S8Bytes, PANELS>(j);
   }
@@ -67,10 +66,10 @@ struct ByS8 {
 struct ByF32 {
   template <int PANELS>
   static void panels(const Job& j) {
-    constexpr int64_t FEW = 4;
-    const bool integers = j.w.kind == CodeKind::integer, few = j.rows() <= FEW;
-    if (j.w.bits == 4 && few) integers ? direct<F32Integers, PANELS>(j) : direct<F32Table, PANELS>(j);
-    else if (j.w.bits == 8 && few && integers) direct<F32Bytes, PANELS>(j);
+    const bool integers = j.w.kind == CodeKind::integer;
+    if (j.w.bits == 4 && integers && j.rows() <= FEW_INTEGERS) direct<F32Integers, PANELS>(j);
+    else if (j.w.bits == 4 && j.rows() <= FEW_TABLE) direct<F32Table, PANELS>(j);
+    else if (j.w.bits == 8 && integers && j.rows() <= FEW_INTEGERS) direct<F32Bytes, PANELS>(j);
     else through_scratch<F32Unpacked, PANELS>(j);
   }
 };
@@ -79,10 +78,8 @@ struct ByF32 {
 struct ByBf16 {
   template <int PANELS>
   static void panels(const Job& j) {
-    constexpr int64_t FEW = MAX_ROWS;
-    const bool few = j.rows() <= FEW;
-    if (j.w.bits == 4 && few) direct<Bf16Nibbles, PANELS>(j);
-    else if (j.w.bits == 8 && few && j.w.kind == CodeKind::integer) direct<Bf16Bytes, PANELS>(j);
+    if (j.w.bits == 4 && j.rows() <= FEW_INTEGERS) direct<Bf16Nibbles, PANELS>(j);
+    else if (j.w.bits == 8 && j.rows() <= FEW_INTEGERS && j.w.kind == CodeKind::integer) direct<Bf16Bytes, PANELS>(j);
     else through_scratch<Bf16Unpacked, PANELS>(j);
   }
 };

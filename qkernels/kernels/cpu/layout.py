@@ -9,7 +9,6 @@ Panels of 16 output rows; in a panel, tiles of 16 rows x 8 k in order of k; ever
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qkernels.formats import Codebook, Float, Int, QuantFormat, QuantTensor
-from qkernels.formats.format import SCALE_DTYPES
+from qkernels.formats.format import SCALE_DTYPES, Code
 from qkernels.formats.packing import pack, unpack
 from qkernels.kernels.registry import Problem
 
@@ -126,18 +125,25 @@ _BYTES = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # indexing and paddin
 # -- what the ops want to know of a format -------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=256)
+_CODES: dict[str, tuple[Tensor | None, int, str, int]] = {}  # a dict, as torch.compile warns of functools caches
+
+
 def describe(format: QuantFormat, n: int, k: int) -> tuple[Tensor | None, int, int, str, int]:
     """(table, bits, group, code, offset) for the ops."""
-    _, group = format.group_extent(n, k)
-    code = format.code
+    if format.code.name not in _CODES:
+        _CODES[format.code.name] = _describe_code(format.code)
+    table, bits, code, offset = _CODES[format.code.name]
+    return table, bits, format.group_extent(n, k)[1], code, offset
+
+
+def _describe_code(code: Code) -> tuple[Tensor | None, int, str, int]:
     if isinstance(code, Int):
-        return None, code.bits, group, "int", code.bias
+        return None, code.bits, "int", code.bias
     if isinstance(code, Float) and code.bits == 8:
-        return None, 8, group, code.name, 0
+        return None, 8, code.name, 0
     table = torch.zeros(16)
     table[: len(code.values)] = torch.tensor(code.values)
-    return table, code.bits, group, "table", 0
+    return table, code.bits, "table", 0
 
 
 def why_not(p: Problem) -> str | None:

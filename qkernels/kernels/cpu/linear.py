@@ -17,7 +17,12 @@ from qkernels.kernels.cpu.layout import Packed, prepare, restore
 from qkernels.kernels.registry import Kernel, Problem, register
 
 # GB/s of reading, and 10^9 multiply-adds x 2 per second (int8, fp32), of two cores at each level: benchmarks/results/roofline.json
-_RATES = {"portable": (10.0, 12.0, 12.0), "avx2": (15.0, 100.0, 60.0), "avx512vnni": (17.0, 450.0, 110.0), "avx512bf16": (29.0, 450.0, 110.0)}
+_RATES = {
+    "portable": (10.0, 12.0, 12.0),
+    "avx2": (15.0, 100.0, 60.0),
+    "avx512vnni": (17.0, 450.0, 110.0),
+    "avx512bf16": (29.0, 450.0, 110.0),
+}
 
 
 def _cost(p: Problem, int8: bool) -> float:
