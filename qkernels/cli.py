@@ -84,8 +84,9 @@ def explain(
 ) -> None:
     """Which kernel would run, what each would cost, and why the others cannot. Needs no such device."""
     n, k = _numbers(nk.lower().replace("x", ","), "--nk", 2)
+    kind = next((known for known in registry.DTYPES if str(known) == f"torch.{dtype}"), dtype)
     for rows in _numbers(m, "--m"):
-        plan = qkernels.explain(format, (n, k), rows, device=device, dtype=getattr(torch, dtype, dtype), compute=compute)  # type: ignore[arg-type]
+        plan = qkernels.explain(format, (n, k), rows, device=device, dtype=kind, compute=compute)  # type: ignore[arg-type]
         console.print(str(plan), highlight=False, markup=False, soft_wrap=True)
 
 

@@ -44,6 +44,7 @@ class Writer:
     ) -> None:
         self.target, self.layers, self.tied, self.shard_bytes = Path(path), layers, tied, shard_bytes
         self._shard: dict[str, Tensor] = {}
+        self._nbytes = 0
         self._files: list[Path] = []
 
     def __enter__(self) -> Writer:
@@ -53,9 +54,10 @@ class Writer:
         return self
 
     def add(self, name: str, tensor: Tensor) -> None:
-        if self._shard and sum(t.nbytes for t in self._shard.values()) + tensor.nbytes > self.shard_bytes:
+        if self._shard and self._nbytes + tensor.nbytes > self.shard_bytes:
             self._flush()
         self._shard[name] = tensor.contiguous()
+        self._nbytes += tensor.nbytes
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
@@ -67,7 +69,8 @@ class Writer:
     def _flush(self) -> None:
         self._files.append(self.directory / f"{len(self._files)}.part")
         save_file(self._shard, str(self._files[-1]), {"format": "pt"})
-        self._shard = {}
+        self._files[-1].chmod(0o644)  # safetensors makes it the owner's alone
+        self._shard, self._nbytes = {}, 0
 
     def _finish(self) -> None:
         if self._shard or not self._files:
