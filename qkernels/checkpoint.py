@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,27 +21,41 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Tied tensors are stored once. Raises CheckpointError when `path` exists and is something else.
     """
-    layers: dict[str, Any] = {}
+    layers, state = layers_of(model), model.state_dict()
+    names, tied = stored_names(state, layers)
+    with native.Writer(path, layers, tied) as writer:
+        for name in names:
+            writer.add(name, state[name])
+
+
+def layers_of(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """What qkernels.json says of every QuantLinear; one that the model holds under a second name is `shared_with` the first."""
+    layers: dict[str, dict[str, Any]] = {}
     first: dict[int, str] = {}
     for name, m in model.named_modules(remove_duplicate=False):
         if isinstance(m, QuantLinear):
             layers[name] = {"format": m.format.name, "shape": [m.out_features, m.in_features], "compute": m.compute}
             if (shared_with := first.setdefault(id(m), name)) != name:
                 layers[name]["shared_with"] = shared_with
-    tensors: dict[str, torch.Tensor] = {}
+    return layers
+
+
+def stored_names(state: Mapping[str, torch.Tensor], layers: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], dict[str, str]]:
+    """Of a state_dict (with keep_vars=True on the meta device) the names to save, and the tied ones: name -> saved name."""
+    names: list[str] = []
     seen: dict[Any, str] = {}
     tied: dict[str, str] = {}
-    for name, t in model.state_dict().items():
+    for name, t in state.items():
         layer = layers.get(name.rpartition(".")[0])
-        if layer is None:  # tied tensors lie in the same memory
-            key = (t.untyped_storage().data_ptr(), t.storage_offset(), t.shape, t.dtype)
+        if layer is None:  # tied tensors lie in the same memory; on the meta device, which has none, they are the same object
+            key = id(t) if t.is_meta else (t.untyped_storage().data_ptr(), t.storage_offset(), t.shape, t.dtype)
             if t.numel() and seen.setdefault(key, name) != name:
                 tied[name] = seen[key]
                 continue
         elif "shared_with" in layer:
             continue
-        tensors[name] = t
-    native.write(path, tensors, layers, tied)
+        names.append(name)
+    return names, tied
 
 
 def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
@@ -50,12 +65,18 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     truncated or edited, or does not fit the model.
     """
     tensors, layers, tied = native.read(path)
+    leaves: dict[str, list[str]] = {}
+    for name in tensors:
+        leaves.setdefault(name.rpartition(".")[0], []).append(name.rpartition(".")[2])
     made: dict[str, QuantLinear] = {}
     for name, entry in layers.items():
-        shared_with = entry.get("shared_with")
-        made[name] = made[shared_with] if shared_with in made else _layer(model, name, entry, tensors)
-    rest = {name: t for name, t in tensors.items() if not any(name.startswith(f"{layer}.") for layer in made)}
+        if (shared_with := entry.get("shared_with")) in made:
+            made[name] = made[shared_with]
+        else:
+            made[name] = _layer(model, name, entry, {leaf: tensors[f"{name}.{leaf}"] for leaf in leaves.get(name, ())})
+    rest = {name: tensors[name] for name in tensors if name.rpartition(".")[0] not in made}
     _check_rest(model, rest, tied, made)
+    _fill_buffers(model)
     for name, layer in made.items():
         _set(model, name, layer)
     model.load_state_dict(rest, strict=False, assign=any(t.is_meta for t in (*model.parameters(), *model.buffers())))
@@ -64,13 +85,43 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     return model
 
 
+def _fill_buffers(model: nn.Module) -> None:
+    """Give the meta buffers that no checkpoint holds (persistent=False) their values, which the model must know how to make.
+
+    transformers' models do: `initialize_weights` sets what does not bear the mark `_is_hf_initialized`.
+    """
+    persistent = model.state_dict().keys()
+    held = {name: b for name, b in model.named_buffers() if b.is_meta and name not in persistent}
+    if not held:
+        return
+    owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in held}
+    for module in model.modules():
+        module._is_hf_initialized = module not in owners.values()  # type: ignore[assignment]
+    for owner in owners.values():
+        for t in (*owner.parameters(recurse=False), *owner.buffers(recurse=False)):
+            t._is_hf_initialized = True  # type: ignore[attr-defined]
+    empty = {name: torch.empty_like(b, device="cpu") for name, b in held.items()}
+    versions = {name: b._version for name, b in empty.items()}
+    _set_buffers(owners, empty)
+    getattr(model, "initialize_weights", lambda: None)()
+    left = [name for name, b in empty.items() if model.get_buffer(name) is b and b._version == versions[name]]  # nobody wrote to it
+    if left:
+        _set_buffers(owners, held)
+        raise CheckpointError(f"buffers {', '.join(left)} of the skeleton are on the meta device and never saved: build them on the CPU")
+
+
+def _set_buffers(owners: Mapping[str, nn.Module], buffers: Mapping[str, torch.Tensor]) -> None:
+    for name, buffer in buffers.items():
+        setattr(owners[name], name.rpartition(".")[2], buffer)
+
+
 def _tie(model: nn.Module, name: str, source: str) -> None:
     """Make parameter `name` the very parameter `source`; buffers take its values."""
     (parent, _, leaf), (source_parent, _, source_leaf) = name.rpartition("."), source.rpartition(".")
     setattr(model.get_submodule(parent), leaf, getattr(model.get_submodule(source_parent), source_leaf))
 
 
-def _layer(model: nn.Module, name: str, entry: dict[str, Any], tensors: dict[str, torch.Tensor]) -> QuantLinear:
+def _layer(model: nn.Module, name: str, entry: dict[str, Any], mine: dict[str, torch.Tensor]) -> QuantLinear:
     try:
         linear = model.get_submodule(name)
     except AttributeError:
@@ -80,8 +131,6 @@ def _layer(model: nn.Module, name: str, entry: dict[str, Any], tensors: dict[str
     shape = [linear.out_features, linear.in_features]
     if entry.get("shape") != shape:
         raise CheckpointError(f"layer {name!r} was saved as {entry.get('shape')}, the model's is {shape}")
-    prefix = f"{name}."
-    mine = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
     try:
         layer: QuantLinear = QuantLinear(
             shape[1], shape[0], "bias" in mine, formats.get(entry["format"]), compute=entry["compute"], device="meta"
@@ -95,7 +144,7 @@ def _layer(model: nn.Module, name: str, entry: dict[str, Any], tensors: dict[str
 
 
 def _check_rest(model: nn.Module, rest: dict[str, torch.Tensor], tied: dict[str, str], made: dict[str, QuantLinear]) -> None:
-    own = {k: t for k, t in model.state_dict().items() if not any(k.startswith(f"{layer}.") for layer in made)}
+    own = {k: t for k, t in model.state_dict().items() if k.rpartition(".")[0] not in made}
     for name, t in rest.items():
         if name not in own:
             raise CheckpointError(f"the model has no tensor {name!r}")

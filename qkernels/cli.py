@@ -3,36 +3,48 @@
 from __future__ import annotations
 
 import importlib
-import shutil
-import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from typer.core import TyperGroup
 
 import qkernels
 from qkernels import config, formats, kernels
 from qkernels.errors import FormatError, QKernelsError
+from qkernels.integrations.transformers import quantize_directory
+from qkernels.io import native
 from qkernels.kernels import device as devices
 from qkernels.kernels import registry
 from qkernels.kernels.cpu import library
 
+
+class _Group(TyperGroup):
+    """Commands of which the errors that qkernels raises on purpose end in one line, and exit code 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except QKernelsError as error:
+            Console(stderr=True).print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+            raise typer.Exit(1) from None
+
+
 app = typer.Typer(
-    help="Low-bit matmul kernels: what is here, what would run, and quantising a model.", no_args_is_help=True, add_completion=False
+    cls=_Group,
+    help="Low-bit matmul kernels: what is here, what would run, and quantising a model.",
+    no_args_is_help=True,
+    add_completion=False,
 )
 console = Console()
 
 
 def main() -> None:
-    """Run the command; errors that qkernels raises on purpose end in one line."""
-    try:
-        app()
-    except QKernelsError as error:
-        Console(stderr=True).print(f"[red]error:[/] {error}", highlight=False)
-        sys.exit(1)
+    app()
 
 
 @app.command()
@@ -72,9 +84,10 @@ def explain(
 ) -> None:
     """Which kernel would run, what each would cost, and why the others cannot. Needs no such device."""
     n, k = _numbers(nk.lower().replace("x", ","), "--nk", 2)
+    kind = next((known for known in registry.DTYPES if str(known) == f"torch.{dtype}"), dtype)
     for rows in _numbers(m, "--m"):
-        kind = getattr(torch, dtype, None)
-        console.print(str(qkernels.explain(format, (n, k), rows, device=device, dtype=kind, compute=compute)), highlight=False)  # type: ignore[arg-type]
+        plan = qkernels.explain(format, (n, k), rows, device=device, dtype=kind, compute=compute)  # type: ignore[arg-type]
+        console.print(str(plan), highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -83,30 +96,20 @@ def quantize(
     out_dir: Path,
     format: str = "int4",
     quantizer: str = "rtn",
+    compute: str = "auto",
+    include: Annotated[list[str] | None, typer.Option(help="glob of layers to take; may be repeated [default: all]")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="glob of layers to leave alone; may be repeated [default: lm_head]")] = None,
 ) -> None:
-    """Quantise a transformers model directory and save it for `qkernels.load`."""
-    if not (model_dir / "config.json").is_file():
-        raise FormatError(f"{model_dir} is no transformers model directory: config.json is missing")
-    try:
-        transformers = importlib.import_module("transformers")
-    except ImportError:
-        raise FormatError("quantize needs transformers: pip install 'qkernels[transformers]'") from None
-    architecture = (transformers.AutoConfig.from_pretrained(model_dir).architectures or ["AutoModel"])[0]
-    model = getattr(transformers, architecture).from_pretrained(model_dir, dtype="auto", low_cpu_mem_usage=True)
-    report = qkernels.replace_linear(model, format, quantizer=quantizer, exclude=tuple(exclude or ("lm_head",)))
-    qkernels.save(model, out_dir)
-    for file in model_dir.iterdir():
-        if file.suffix in (".json", ".txt", ".model") and "safetensors" not in file.name:
-            shutil.copy(file, out_dir / file.name)
-    console.print(str(report), highlight=False)
+    """Quantise a transformers model directory, tensor by tensor, into one that `qkernels.load` reads."""
+    globs = {"include": include or None, "exclude": exclude or ("lm_head",)}
+    report = quantize_directory(model_dir, out_dir, format, quantizer=quantizer, compute=compute, **globs)  # type: ignore[arg-type]
+    before, after = (sum(file.stat().st_size for file in d.glob("model*.safetensors")) / 1e6 for d in (model_dir, out_dir))
+    console.print(f"{report}\n{model_dir}: {before:.1f} MB -> {out_dir}: {after:.1f} MB", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
 def inspect(path: Path) -> None:
     """Layers of a saved directory: format, bits per weight, size, and the kernel that would run here."""
-    from qkernels.io import native
-
     layers, here = native.read_manifest(path)["layers"], devices.current("cpu")
     table = Table("layer", "format", "N x K", "bits / weight", "MB", "kernel here", title=str(path), title_justify="left")
     for name, layer in layers.items():
@@ -122,12 +125,13 @@ def bench(context: typer.Context) -> None:
     try:
         runner = importlib.import_module("benchmarks.__main__")
     except ImportError as error:
-        raise QKernelsError(f"the benchmark lies in the source tree: run this in a checkout of qkernels ({error})") from None
+        advice = "run `python -m benchmarks` at the top of a checkout of qkernels"
+        raise QKernelsError(f"the benchmark lies in the source tree: {advice} ({error})") from None
     runner.app(context.args)
 
 
 def _numbers(text: str, option: str, count: int | None = None) -> list[int]:
     parts = text.split(",")
-    if not all(part.strip().isdigit() for part in parts) or (count is not None and len(parts) != count):
+    if not all(part.strip().isdecimal() for part in parts) or (count is not None and len(parts) != count):
         raise FormatError(f"{option}={text!r} is not {count or 'a list of'} whole numbers; write 4096x4096 for --nk, 1,16,256 for --m")
     return [int(part) for part in parts]

@@ -82,12 +82,8 @@ def replace_linear(
     """
     fmt, quantize, start = formats.get(format), quantizers.get(quantizer), time.perf_counter()
     Problem(fmt, 1, 1, compute=compute)  # checks compute before any work
-    report, chosen = Report(), _choose(model, _globs(include), _globs(exclude) or (), filter_fn)
-    linears = [(name, module) for name, module, reason in chosen if reason is None]
-    report.skipped = {name: reason for name, _, reason in chosen if reason is not None}
-    if not linears:
-        reasons = report.skipped or {"model": f"{type(model).__name__} has no nn.Linear"}
-        raise UnsupportedError("replace_linear found nothing to replace", reasons)
+    report = Report()
+    linears, report.skipped = _choose(model, include, exclude, filter_fn)
     made: dict[int, QuantLinear] = {}
     for name, linear in _progress(linears, progress, f"quantizing to {fmt.name}"):
         if id(linear) not in made:
@@ -113,18 +109,32 @@ def restore_linear(model: nn.Module, *, dtype: torch.dtype | None = None) -> int
 
 
 def _choose(
-    model: nn.Module, include: Sequence[str] | None, exclude: Sequence[str], filter_fn: Callable[[nn.Module, str], bool] | None
-) -> list[tuple[str, nn.Linear, str | None]]:
-    """Every linear with its name and the reason to skip it (None: replace it)."""
+    model: nn.Module,
+    include: str | Sequence[str] | None,
+    exclude: str | Sequence[str],
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    *,
+    meta: bool = False,
+) -> tuple[list[tuple[str, nn.Linear]], dict[str, str]]:
+    """The linears to replace, and name -> reason for the others; `meta` takes those without data too. UnsupportedError if none is left."""
     owners: dict[int, set[int]] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), set()).add(id(module))
-    chosen = []
+    chosen: list[tuple[str, nn.Linear]] = []
+    skipped: dict[str, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, nn.Linear):
-            chosen.append((name, module, _why_skip(name, module, include, exclude, filter_fn, owners)))
-    return chosen
+            reason = _why_skip(name, module, _globs(include), _globs(exclude) or (), filter_fn, owners)
+            if reason is None and module.weight.is_meta and not meta:
+                reason = "its weight is on the meta device"
+            if reason is None:
+                chosen.append((name, module))
+            else:
+                skipped[name] = reason
+    if not chosen:
+        raise UnsupportedError("found nothing to replace", skipped or {"model": f"{type(model).__name__} has no nn.Linear"})
+    return chosen, skipped
 
 
 def _why_skip(
@@ -147,8 +157,6 @@ def _why_skip(
         return f"excluded by {list(exclude)}"
     if len(owners.get(id(module.weight), ())) > 1:
         return "its weight is tied to another module's"
-    if module.weight.device.type == "meta":
-        return "its weight is on the meta device"
     if filter_fn is not None and not filter_fn(module, name):
         return "filter_fn said no"
     return None

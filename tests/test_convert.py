@@ -216,6 +216,32 @@ def test_another_architecture(tmp_path):
         assert unchanged(model, before)
 
 
+class Rope(nn.Module):
+    """A buffer that is in no checkpoint, which transformers' models, and no others, know how to make anew."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.register_buffer("angles", torch.arange(4.0), persistent=False)
+
+
+def test_a_meta_buffer_that_is_never_saved(tmp_path):
+    model = Rope()
+    replace_linear(model, "int8", progress=False)
+    save(model, tmp_path / "m")
+    with torch.device("meta"):
+        fresh = Rope()
+    with pytest.raises(CheckpointError, match="buffers angles"):
+        load(fresh, tmp_path / "m")
+    assert type(fresh.linear) is nn.Linear and fresh.angles.is_meta
+    fresh.angles = torch.arange(4.0)
+    assert isinstance(load(fresh, tmp_path / "m").linear, QuantLinear)
+    with torch.device("meta"):
+        fresh = Rope()
+    fresh.initialize_weights = lambda: fresh.angles.copy_(torch.arange(4.0))
+    assert torch.equal(load(fresh, tmp_path / "m").angles, torch.arange(4.0))
+
+
 def test_save_replaces_its_own_and_nothing_else(tmp_path):
     model, _ = quantized()
     for _ in range(2):

@@ -2,7 +2,7 @@
 
 DIR/qkernels.json          {"version": 1, "layers": {name: {"format", "shape", "compute"}}, "tied": {name: name of its tensor},
                                "sha256": {file: digest}}
-DIR/model.safetensors      every tensor of the model's state_dict, canonical layout
+DIR/model.safetensors      every tensor of the model's state_dict, canonical layout; above 4 GB model-00001-of-0000N.safetensors, …
 """
 
 from __future__ import annotations
@@ -16,54 +16,96 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from qkernels.errors import CheckpointError
+from qkernels.io.shards import WEIGHTS, Tensors
 
 VERSION = 1
-MANIFEST, WEIGHTS = "qkernels.json", "model.safetensors"
+MANIFEST = "qkernels.json"
+SHARD_BYTES = 4_000_000_000  # of tensors in one file, unless a single one is larger
 
 
-def write(
-    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], layers: Mapping[str, Mapping[str, Any]], tied: Mapping[str, str]
-) -> None:
-    """Write a directory: into a temporary one beside it first, then renamed, so that it is there whole or not at all."""
-    target = Path(path)
-    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / MANIFEST).exists())):
-        raise CheckpointError(f"{target} exists and is no qkernels directory: refusing to replace it")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        save_file({name: t.contiguous() for name, t in tensors.items()}, str(temporary / WEIGHTS), {"format": "pt"})
-        manifest = {"version": VERSION, "layers": layers, "tied": tied, "sha256": {WEIGHTS: _digest(temporary / WEIGHTS)}}
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        temporary.chmod(0o755)
-        if target.exists():
-            shutil.rmtree(target)
-        temporary.rename(target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+class Writer:
+    """Write a directory tensor by tensor: `with Writer(path, layers, tied) as writer: writer.add(name, tensor)`, each name once.
+
+    Tensors are held until `shard_bytes` of them make a file. All happens in a temporary directory beside `path` (`directory`, for
+    files that shall lie there too), renamed at the end: `path` is there whole or, after an exception, as it was.
+    Raises CheckpointError when `path` exists and is no directory of ours.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        layers: Mapping[str, Mapping[str, Any]],
+        tied: Mapping[str, str],
+        shard_bytes: int = SHARD_BYTES,
+    ) -> None:
+        self.target, self.layers, self.tied, self.shard_bytes = Path(path), layers, tied, shard_bytes
+        self._shard: dict[str, Tensor] = {}
+        self._nbytes = 0
+        self._files: list[Path] = []
+
+    def __enter__(self) -> Writer:
+        self._check_target()
+        self.target.parent.mkdir(parents=True, exist_ok=True)
+        self.directory = Path(tempfile.mkdtemp(prefix=f".{self.target.name}-", dir=self.target.parent))
+        return self
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        if self._shard and self._nbytes + tensor.nbytes > self.shard_bytes:
+            self._flush()
+        self._shard[name] = tensor.contiguous()
+        self._nbytes += tensor.nbytes
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _flush(self) -> None:
+        self._files.append(self.directory / f"{len(self._files)}.part")
+        save_file(self._shard, str(self._files[-1]), {"format": "pt"})
+        self._files[-1].chmod(0o644)  # safetensors makes it the owner's alone
+        self._shard, self._nbytes = {}, 0
+
+    def _finish(self) -> None:
+        if self._shard or not self._files:
+            self._flush()
+        names = weight_files(len(self._files))
+        digests = {name: _digest(file.rename(self.directory / name)) for name, file in zip(names, self._files, strict=True)}
+        manifest = {"version": VERSION, "layers": self.layers, "tied": self.tied, "sha256": digests}
+        (self.directory / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        self.directory.chmod(0o755)
+        self._check_target()  # it may have been made meanwhile
+        if self.target.exists():
+            shutil.rmtree(self.target)
+        self.directory.rename(self.target)
+
+    def _check_target(self) -> None:
+        target = self.target
+        if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / MANIFEST).exists())):
+            raise CheckpointError(f"{target} exists and is no qkernels directory: refusing to replace it")
 
 
-def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]], dict[str, str]]:
-    """Read and check a directory; return (tensors, layers, tied). Raises CheckpointError naming what is wrong."""
+def weight_files(count: int) -> list[str]:
+    """Names of `count` weight files, as transformers numbers them."""
+    return [WEIGHTS] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+
+
+def read(path: str | os.PathLike[str]) -> tuple[Tensors, dict[str, dict[str, Any]], dict[str, str]]:
+    """Check a directory and return (tensors, each read when asked for; layers; tied). Raises CheckpointError naming what is wrong."""
     source = Path(path)
     manifest = read_manifest(source)
     for name, digest in manifest["sha256"].items():
-        if name != WEIGHTS:
-            raise CheckpointError(f"{source / MANIFEST} lists the unknown file {name!r}")
         if not (source / name).is_file():
             raise CheckpointError(f"{source / name} is missing")
         if _digest(source / name) != digest:
             raise CheckpointError(f"{source / name} is truncated or was edited: its SHA-256 is not the one in {MANIFEST}")
-    try:
-        with safe_open(str(source / WEIGHTS), framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, manifest["layers"], manifest["tied"]  # noqa: SIM118  # no mapping
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{source / WEIGHTS} is not readable: {error}") from error
+    return Tensors(source / name for name in manifest["sha256"]), manifest["layers"], manifest["tied"]
 
 
 def read_manifest(source: Path) -> dict[str, Any]:
@@ -78,22 +120,37 @@ def read_manifest(source: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("version") != VERSION:
         version = manifest.get("version") if isinstance(manifest, dict) else None
         raise CheckpointError(f"{path} has version {version!r}; this qkernels reads version {VERSION}")
-    layers, digests = manifest.get("layers"), manifest.get("sha256")
-    if (
-        not isinstance(layers, dict)
-        or not isinstance(digests, dict)
-        or WEIGHTS not in digests
-        or not isinstance(manifest.get("tied"), dict)
-    ):
+    layers, digests, tied = manifest.get("layers"), manifest.get("sha256"), manifest.get("tied")
+    if not isinstance(layers, dict) or not isinstance(digests, dict) or not isinstance(tied, dict):
         raise CheckpointError(f"{path} lacks its layers, ties or digests")
+    if not digests or sorted(digests) != weight_files(len(digests)):
+        raise CheckpointError(
+            f"{path} lists the files {sorted(digests)}; {WEIGHTS}, or all of model-0000i-of-0000N.safetensors, is possible"
+        )
     for name, layer in layers.items():
-        if not isinstance(layer, dict) or not isinstance(layer.get("format"), str) or layer.get("compute") not in ("auto", "float", "int8"):
+        if not _is_layer(layer):
             raise CheckpointError(f"{path}: the entry of layer {name!r} is damaged: {layer!r}")
+    for name, source_name in tied.items():
+        if not isinstance(source_name, str):
+            raise CheckpointError(f"{path}: {name!r} is tied to {source_name!r}, no name")
     return manifest
 
 
+def _is_layer(entry: Any) -> bool:
+    if not isinstance(entry, dict) or not isinstance(entry.get("format"), str) or entry.get("compute") not in ("auto", "float", "int8"):
+        return False
+    shape = entry.get("shape")
+    return (
+        isinstance(entry.get("shared_with", ""), str)
+        and isinstance(shape, list)
+        and len(shape) == 2
+        and all(isinstance(extent, int) and extent > 0 for extent in shape)
+    )
+
+
 def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read()).hexdigest()
-        )
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

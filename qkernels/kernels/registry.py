@@ -39,6 +39,8 @@ class Problem:
     device: Device = field(default_factory=lambda: Device("cpu"))
 
     def __post_init__(self) -> None:
+        if self.n < 1 or self.k < 1:
+            raise FormatError(f"a weight is at least 1 x 1, not {self.n} x {self.k}")
         if self.compute not in COMPUTES:
             near = difflib.get_close_matches(str(self.compute), COMPUTES, n=1, cutoff=0.0)[0]
             raise FormatError(f"compute={self.compute!r} is not one of {', '.join(COMPUTES)}; nearest: {near}")

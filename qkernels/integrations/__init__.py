@@ -1,0 +1,1 @@
+"""Other libraries: what each needs to use qkernels, imported only when asked for."""

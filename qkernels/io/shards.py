@@ -1,0 +1,88 @@
+"""A model's safetensors, in one file or many, as one mapping whose tensors are read when they are asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from qkernels.errors import CheckpointError
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+_PICKLED = (".bin", ".pt", ".pth", ".h5", ".msgpack")
+
+
+class Tensors(Mapping[str, Tensor]):
+    """Tensors of some safetensors files by name; `files` and `shapes` say where each lies and how large it is, from the headers alone.
+
+    Every access opens the file anew (1 ms where it holds a thousand tensors): its mapped pages then leave together with the tensor,
+    while an open file would gather all that was ever read. Raises CheckpointError for an unreadable file or a name in two files.
+    """
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        self.files: dict[str, Path] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for path in files:
+            with _opened(path) as file:
+                for name in file.keys():  # noqa: SIM118  # no mapping
+                    if name in self.files:
+                        raise CheckpointError(f"tensor {name!r} lies in two files: {self.files[name]} and {path}")
+                    self.files[name], self.shapes[name] = path, tuple(file.get_slice(name).get_shape())
+
+    def __getitem__(self, name: str) -> Tensor:
+        with _opened(self.files[name]) as file:
+            return file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+
+def open_directory(directory: Path) -> Tensors:
+    """Open model.safetensors, or else the files that model.safetensors.index.json names; the index is not trusted.
+
+    Raises CheckpointError naming what is missing, truncated, outside the directory, or not where the index says it is.
+    """
+    if (directory / WEIGHTS).is_file():
+        return Tensors([directory / WEIGHTS])
+    index = directory / INDEX
+    if not index.is_file():
+        others = sorted(p.name for p in directory.iterdir() if p.suffix in _PICKLED)
+        advice = f", only {', '.join(others)}: load it in transformers and save_pretrained() writes safetensors" if others else ""
+        raise CheckpointError(f"{directory} holds neither {WEIGHTS} nor {INDEX}{advice}")
+    weight_map = _weight_map(index)
+    tensors = Tensors(directory / file for file in sorted(set(weight_map.values())))
+    for name, file in weight_map.items():
+        if tensors.files.get(name) != directory / file:
+            raise CheckpointError(f"{index} says that {name!r} lies in {file}, where it is not")
+    return tensors
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        found = json.loads(index.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{index} is no JSON: {error}") from error
+    weight_map = found.get("weight_map") if isinstance(found, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} has no weight_map of tensors to files")
+    for file in weight_map.values():
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise CheckpointError(f"{index} names the file {file!r}; a .safetensors file of the same directory is possible")
+    return weight_map
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is missing, truncated or no safetensors file: {error}") from error
