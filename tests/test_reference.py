@@ -38,12 +38,24 @@ def test_e2m1_ties_go_to_the_even_code():
 
 @pytest.mark.parametrize("name", ["nf4", "fp4"])
 def test_4_bit_codebooks_are_those_of_bitsandbytes(name):
-    ops = pytest.importorskip("bitsandbytes.backends.default.ops")
-    decode = getattr(ops, "_dequantize_4bit_compute", None) or pytest.skip("this bitsandbytes has no pure-torch decoder")
+    from bitsandbytes import functional as bnb
+
     q = random_quant(formats.get(name), 6, 128)
     swapped = ((q.codes & 15) << 4 | q.codes >> 4).reshape(-1, 1)
-    theirs = decode(swapped, q.scales.reshape(-1), 64, name, (6, 128), torch.float32)
-    torch.testing.assert_close(reference.decode(q), theirs, rtol=1e-6, atol=0)
+    code, shape = bnb.get_4bit_type(name, device="cpu"), torch.Size((6, 128))
+    state = bnb.QuantState(q.scales.float().reshape(-1), shape=shape, code=code, blocksize=64, quant_type=name, dtype=torch.float32)
+    torch.testing.assert_close(reference.decode(q), bnb.dequantize_4bit(swapped, state), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("group", [32, 64, 128, 256])
+def test_int4_is_torchs(group):
+    """torch's packed int4: (code - 8) * scale + zero in bf16; with x = 1 its product is the weight."""
+    q = random_quant(formats.get(f"u4b8_g{group}_sbf16"), 32, 256)
+    codes, scales = unpack(q.codes, 4, 256), q.scales.t().contiguous()
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 2)
+    scales_and_zeros = torch.stack([scales, torch.zeros_like(scales)], -1)
+    theirs = torch.ops.aten._weight_int4pack_mm_for_cpu(torch.eye(256, dtype=torch.bfloat16), packed, group, scales_and_zeros).t()
+    assert torch.equal(reference.decode(q).bfloat16(), theirs)
 
 
 @settings(deadline=None, max_examples=100)
