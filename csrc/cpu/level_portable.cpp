@@ -1,6 +1,8 @@
 // The kernels compiled for one instruction set; everything in an anonymous namespace, so that no symbol is shared with other levels.
 
+#include <array>
 #include <cstddef>
+#include <utility>
 
 #include "cpu/kernels.h"
 

@@ -7,7 +7,10 @@
 #include "cpu/probe.h"
 
 constexpr int64_t ROW_CHUNK = 256;               // rows whose accumulators lie in scratch at a time
-constexpr int64_t SCRATCH_WEIGHTS = 256 * 1024;  // bytes of unpacked weights: they are to stay in L2
+#ifndef SCR
+#define SCR 256
+#endif
+constexpr int64_t SCRATCH_WEIGHTS = SCR * 1024;  // bytes of unpacked weights: they are to stay in L2
 constexpr int64_t SCRATCH_ACC = ROW_CHUNK * WIDE * PANEL * 4;
 
 struct Job {  // rows m0…m1 times PANELS panels from `panel` on
@@ -89,6 +92,9 @@ template <class By>
 void multiply(const Weight& w, const Activations& x, const Output& out, int64_t m0, int64_t m1, int64_t p0, int64_t p1, char* scratch) {
   for (int64_t m = m0; m < m1; m += ROW_CHUNK) {
     Job j{w, x, out, m, m + ROW_CHUNK < m1 ? m + ROW_CHUNK : m1, p0, reinterpret_cast<float*>(scratch), reinterpret_cast<uint8_t*>(scratch + SCRATCH_ACC)};
+    // Rows that would make two wide tiles, but one tall one: the tall one unpacks once.
+    if (j.rows() > MAX_ROWS<WIDE> && j.rows() <= MAX_ROWS<TALL>)
+      for (; j.panel + TALL <= p1; j.panel += TALL) By::template panels<TALL>(j);
     for (; j.panel + WIDE <= p1; j.panel += WIDE) By::template panels<WIDE>(j);
     for (; j.panel < p1; j.panel++) By::template panels<1>(j);
   }

@@ -16,11 +16,11 @@ template <class Source>
 int64_t probe(int64_t rounds) {
   constexpr int64_t K = 32;
   alignas(64) uint8_t codes[WIDE * (K / TILE_K) * Source::TILE_BYTES] = {};
-  alignas(64) typename Source::X x[MAX_ROWS * K] = {};
+  alignas(64) typename Source::X x[MAX_ROWS<WIDE> * K] = {};
   Weight w{};
   F total = zero_f();
   for (int64_t i = 0; i < rounds; i += MAX_BLOCK / K) {
-    typename Source::Dot dot[MAX_ROWS][WIDE];
+    typename Source::Dot dot[MAX_ROWS<WIDE>][WIDE];
     for (auto& row : dot) for (auto& d : row) d.start(0);
     for (int64_t block = 0; block < MAX_BLOCK; block += K) {
       const uint8_t* tiles = codes;
@@ -30,7 +30,7 @@ int64_t probe(int64_t rounds) {
         for (int step = 0; step < Source::STEPS; step++) {
           decltype(Source::weight(tiles, step, w)) weights[WIDE];
           for (int p = 0; p < WIDE; p++) weights[p] = Source::weight(tiles + p * (K / TILE_K) * Source::TILE_BYTES, step, w);
-          for (int r = 0; r < MAX_ROWS; r++)
+          for (int r = 0; r < MAX_ROWS<WIDE>; r++)
             for (int p = 0; p < WIDE; p++) dot[r][p].add(weights[p], x + r * K + k + TILE_K / Source::STEPS * step);
         }
       for (auto& row : dot) for (auto& d : row) d.fold();
@@ -38,5 +38,5 @@ int64_t probe(int64_t rounds) {
     for (auto& row : dot) for (auto& d : row) total = add_f(total, d.value());
   }
   __asm__ volatile("" : : "r"(&total) : "memory");  // somebody may look at it
-  return (rounds + MAX_BLOCK / K - 1) / (MAX_BLOCK / K) * MAX_BLOCK * MAX_ROWS * WIDE * PANEL;
+  return (rounds + MAX_BLOCK / K - 1) / (MAX_BLOCK / K) * MAX_BLOCK * MAX_ROWS<WIDE> * WIDE * PANEL;
 }

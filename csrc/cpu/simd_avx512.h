@@ -2,8 +2,8 @@
 using F = __m512;
 using I = __m512i;
 struct B { __m512i v; };
-constexpr int MAX_ROWS = 6, WIDE = 4;  // register tile: rows of x by panels; 24 accumulators of the 32 registers
-constexpr int FEW_S8 = 12, FEW_INTEGERS = 4, FEW_TABLE = 4;  // see multiply.h
+constexpr int ACCUMULATORS = 24, WIDE = 4, TALL = 2;  // register tile: rows of x times panels (of 32 registers); panels at most, and for many rows
+constexpr int FEW_S8 = 12, FEW_INTEGERS = 12, FEW_TABLE = 12;  // see multiply.h
 
 inline F zero_f() { return _mm512_setzero_ps(); }
 inline F set1_f(float x) { return _mm512_set1_ps(x); }

@@ -140,24 +140,19 @@ void tile(const Weight& w, const Activations& x, int64_t m, int64_t panel, int64
   }
 }
 
+template <int PANELS>
+constexpr int MAX_ROWS = ACCUMULATORS / PANELS < 12 ? ACCUMULATORS / PANELS : 12;
+
 // All rows m0…m1, in tiles of nearly equal height (so that no M is much dearer than the next).
 template <class Source, int PANELS>
 void rows_of_tiles(const Weight& w, const Activations& x, int64_t m0, int64_t m1, int64_t panel, int64_t b0, int64_t b1, const uint8_t* codes,
                    int64_t panel_stride, float* acc) {
   constexpr int64_t stride = PANELS * PANEL;
-  int64_t tiles = (m1 - m0 + MAX_ROWS - 1) / MAX_ROWS;
-  for (int64_t m = m0; m < m1; tiles--) {
-    const int64_t rows = (m1 - m + tiles - 1) / tiles;
-    float* out = acc + (m - m0) * stride;
-    switch (rows) {
-      case 1: tile<Source, 1, PANELS>(w, x, m, panel, b0, b1, codes, panel_stride, out, stride); break;
-      case 2: tile<Source, 2, PANELS>(w, x, m, panel, b0, b1, codes, panel_stride, out, stride); break;
-      case 3: tile<Source, 3, PANELS>(w, x, m, panel, b0, b1, codes, panel_stride, out, stride); break;
-      case 4: tile<Source, 4, PANELS>(w, x, m, panel, b0, b1, codes, panel_stride, out, stride); break;
-      case 5: if constexpr (MAX_ROWS >= 5) tile<Source, 5, PANELS>(w, x, m, panel, b0, b1, codes, panel_stride, out, stride); break;
-      case 6: if constexpr (MAX_ROWS >= 6) tile<Source, 6, PANELS>(w, x, m, panel, b0, b1, codes, panel_stride, out, stride); break;
-      default: __builtin_unreachable();
-    }
-    m += rows;
+  constexpr auto tile_of = []<size_t... R>(std::index_sequence<R...>) { return std::array{tile<Source, int(R) + 1, PANELS>...}; };
+  constexpr auto TILES = tile_of(std::make_index_sequence<MAX_ROWS<PANELS>>{});  // by height, from 1
+  int64_t tiles = (m1 - m0 + MAX_ROWS<PANELS> - 1) / MAX_ROWS<PANELS>;
+  for (int64_t m = m0, rows; m < m1; m += rows, tiles--) {
+    rows = (m1 - m + tiles - 1) / tiles;
+    TILES[size_t(rows - 1)](w, x, m, panel, b0, b1, codes, panel_stride, acc + (m - m0) * stride, stride);
   }
 }
