@@ -76,6 +76,25 @@ struct Output {
   const float* bias;  // [n] or null
 };
 
+constexpr int MAX_CANDIDATES = 64;
+
+struct Grid {  // the values of a code, to round to
+  float low, high;           // integers: the ends
+  int count;                 // tables: values in ascending order; a number beyond thresholds[i] belongs to values[i + 1] or a later one
+  const float *values, *thresholds;  // null for integers
+  const uint8_t* codes;      // of each value
+  int sign;                  // tables of magnitudes: the bit of the code that negates; else 0
+};
+
+struct Grouped {  // a weight before it is quantised, with one scale and zero per group, or several to choose from
+  const void* weight;        // [n, k]
+  Dtype dtype;
+  int64_t n, k, group_n, group_k, groups_k, groups;  // groups_k of the `groups` lie side by side
+  const float *scales, *zeros;  // [candidates, groups]; zeros may be null
+  int64_t candidates;
+  Grid grid;
+};
+
 struct Level {
   const char* name;
   // rows m0…m1 of x [m, k] (row stride in elements) to int8 codes, scales, sums; or to floats and sums
@@ -86,6 +105,9 @@ struct Level {
   void (*multiply_f32)(const Weight&, const Activations&, const Output&, int64_t m0, int64_t m1, int64_t p0, int64_t p1, char* scratch);
   // panels p0…p1 to floats [n, k]
   void (*dequantize)(const Weight&, int64_t p0, int64_t p1, float* out);
+  // of groups g0…g1 the best candidate and its error; the codes [n, k] of rows r0…r1
+  void (*best_scales)(const Grouped&, int64_t g0, int64_t g1, int64_t* best, float* errors);
+  void (*encode)(const Grouped&, int64_t r0, int64_t r1, uint8_t* codes);
   // roofline probes: read bytes and return a checksum; do `rounds` x 64 independent vector operations of 64 lanes x 4 int8 (or 16 fp32)
   int64_t (*read_bytes)(const char* p, int64_t bytes);
   int64_t (*dot_s8_rounds)(int64_t rounds);

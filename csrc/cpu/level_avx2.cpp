@@ -9,6 +9,7 @@ namespace {
 #include "cpu/numbers.h"
 #include "cpu/simd_avx2.h"
 #include "cpu/multiply.h"
+#include "cpu/search.h"
 }  // namespace
 extern const Level level_avx2;
 const Level level_avx2 = QK_LEVEL("avx2");

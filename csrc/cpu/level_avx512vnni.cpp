@@ -9,6 +9,7 @@ namespace {
 #include "cpu/numbers.h"
 #include "cpu/simd_avx512.h"
 #include "cpu/multiply.h"
+#include "cpu/search.h"
 }  // namespace
 extern const Level level_avx512vnni;
 const Level level_avx512vnni = QK_LEVEL("avx512vnni");

@@ -9,6 +9,7 @@ namespace {
 #include "cpu/numbers.h"
 #include "cpu/simd_portable.h"
 #include "cpu/multiply.h"
+#include "cpu/search.h"
 }  // namespace
 extern const Level level_portable;
 const Level level_portable = QK_LEVEL("portable");

@@ -387,4 +387,4 @@ int64_t fma_f32_rounds(int64_t rounds) {
 }
 
 #define QK_LEVEL(NAME) \
-  {NAME, quantize_rows, convert_rows, multiply<true>, multiply<false>, dequantize, read_bytes, dot_s8_rounds, fma_f32_rounds, int(SCRATCH_ACC + SCRATCH_WEIGHTS)}
+  {NAME, quantize_rows, convert_rows, multiply<true>, multiply<false>, dequantize, best_scales, encode, read_bytes, dot_s8_rounds, fma_f32_rounds, int(SCRATCH_ACC + SCRATCH_WEIGHTS)}
