@@ -119,9 +119,8 @@ def check_finite(weight: Tensor, what: str = "the weight") -> None:
         raise FormatError(f"{what} must be a 2-D float matrix, not {list(weight.shape)} {weight.dtype}")
     if 0 in weight.shape:
         raise FormatError(f"{what} is empty: {list(weight.shape)}")
-    finite = torch.isfinite(weight)
-    if not bool(finite.all()):
-        bad = (~finite).nonzero()
+    if not all(torch.isfinite(end) for end in torch.aminmax(weight)):  # one pass: a NaN is both
+        bad = (~torch.isfinite(weight)).nonzero()
         row, column = bad[0].tolist()
         raise FormatError(f"{what} has {len(bad)} NaN or infinite values; the first is {weight[row, column].item()} at [{row}, {column}]")
 

@@ -90,7 +90,7 @@ struct Grouped {  // a weight before it is quantised, with one scale and zero pe
   const void* weight;        // [n, k]
   Dtype dtype;
   int64_t n, k, group_n, group_k, groups_k, groups;  // groups_k of the `groups` lie side by side
-  const float *scales, *zeros;  // [candidates, groups]; zeros may be null
+  const float *scales, *zeros;  // [groups, candidates]; zeros may be null
   int64_t candidates;
   Grid grid;
 };

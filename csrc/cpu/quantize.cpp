@@ -57,8 +57,8 @@ Grouped grouped(const Tensor& weight, const Tensor& scales, const Optional& zero
   w.weight = weight.const_data_ptr(), w.dtype = weight_dtype(weight), w.n = weight.size(0), w.k = weight.size(1);
   w.group_n = std::min(group_n, w.n), w.group_k = std::min(group_k, w.k);
   w.groups_k = (w.k + w.group_k - 1) / w.group_k, w.groups = (w.n + w.group_n - 1) / w.group_n * w.groups_k;
-  STD_TORCH_CHECK(scales.dim() == 3 && scales.size(0) >= 1 && scales.size(0) <= MAX_CANDIDATES, "scales must be [1 to ", MAX_CANDIDATES, ", N groups, K groups]");
-  w.candidates = scales.size(0), w.grid = grid;
+  STD_TORCH_CHECK(scales.dim() == 3 && scales.size(2) >= 1 && scales.size(2) <= MAX_CANDIDATES, "scales must be [N groups, K groups, 1 to ", MAX_CANDIDATES, "]");
+  w.candidates = scales.size(2), w.grid = grid;
   w.scales = checked<float>(scales, ScalarType::Float, w.candidates * w.groups, "scales");
   STD_TORCH_CHECK(!zeros || grid.values == nullptr, "zeros go with integers only");
   w.zeros = zeros ? checked<float>(*zeros, ScalarType::Float, w.candidates * w.groups, "zeros") : nullptr;
@@ -68,8 +68,8 @@ Grouped grouped(const Tensor& weight, const Tensor& scales, const Optional& zero
 std::tuple<Tensor, Tensor> best_scales(Tensor weight, Tensor scales, Optional zeros, Optional values, Optional thresholds, Optional codes, int64_t group_n,
                                        int64_t group_k, int64_t low, int64_t high, int64_t sign) {
   const Grouped w = grouped(weight, scales, zeros, group_n, group_k, grid_of(values, thresholds, codes, low, high, sign));
-  Tensor best = torch::stable::new_empty(scales, {scales.size(1), scales.size(2)}, ScalarType::Long);
-  Tensor errors = torch::stable::new_empty(scales, {scales.size(1), scales.size(2)});
+  Tensor best = torch::stable::new_empty(scales, {scales.size(0), scales.size(1)}, ScalarType::Long);
+  Tensor errors = torch::stable::new_empty(scales, {scales.size(0), scales.size(1)});
   auto* index = static_cast<int64_t*>(best.mutable_data_ptr());
   auto* error = static_cast<float*>(errors.mutable_data_ptr());
   const int64_t grain = std::max<int64_t>(1, 64 * 1024 / (w.group_n * w.group_k));

@@ -21,90 +21,94 @@ inline Floats load_lanes(const float* p) {
   __builtin_memcpy(&v, p, sizeof v);
   return v;
 }
-inline void store_lanes(float* p, Floats v) { __builtin_memcpy(p, &v, sizeof v); }
+inline Floats all(float x) { return x - Floats{}; }  // x + 0 would not be folded: it turns -0 to 0
 
 // ---- the kinds of code: the nearest value, and its code ---------------------------------------------------------------------------
 // A NaN (from 0 * inf, where a scale is too small to be inverted) falls to the lowest.
 
 struct ToInteger {
   static constexpr bool SHIFTS = true;  // the only kind with zero points
-  Floats low, high;
-  explicit ToInteger(const Grid& g) : low(Floats{} + g.low), high(Floats{} + g.high) {}
+  float low, high;
+  explicit ToInteger(const Grid& g) : low(g.low), high(g.high) {}
   Floats value(Floats x) const {
-    x = x > low ? x : low;
-    x = x < high ? x : high;
-    const Floats magic = Floats{} + 0x1.8p23f;
-    return (x + magic) - magic;  // round half to even
+    x = x > all(low) ? x : all(low);
+    x = x < all(high) ? x : all(high);
+    return (x + all(0x1.8p23f)) - all(0x1.8p23f);  // half to even
   }
-  Ints code(Floats x) const { return __builtin_convertvector(value(x) - low, Ints); }
+  Ints code(Floats x) const { return __builtin_convertvector(value(x) - all(low), Ints); }
 };
 
-template <bool Mirrored, bool Wide>
-struct ToTable {  // up to 16 values: compare with every threshold; more (Wide): bisect
+// Count the thresholds below x: all of them for up to 16 values, else by bisection. Mirrored: below |x|, and the sign apart.
+template <bool Mirrored, int Size>
+struct ToTable {
   static constexpr bool SHIFTS = false;
-  const Grid& g;
-  explicit ToTable(const Grid& grid) : g(grid) {}
+  alignas(64) float table[Size], thresholds[Size];
+  explicit ToTable(const Grid& g) {
+    for (int i = 0; i < Size; i++) {  // nothing is beyond infinity
+      table[i] = i < g.count ? g.values[i] : 0.0f;
+      thresholds[i] = i + 1 < g.count ? g.thresholds[i] : __builtin_inff();
+    }
+  }
   static Floats key(Floats x) { return Mirrored ? Floats(Ints(x) & INT32_MAX) : x; }
-  static Floats with_sign(Floats v, Floats x) { return Mirrored ? Floats(Ints(v) | (Ints(x) & INT32_MIN)) : v; }
   int bisect(float x) const {
     int at = 0;
-    for (int step = 128; step; step >>= 1)
-      if (at + step < g.count && x > g.thresholds[at + step - 1]) at += step;
+    for (int step = Size / 2; step; step /= 2) at += x > thresholds[at + step - 1] ? step : 0;
     return at;
   }
   Floats value(Floats x) const {
     const Floats k = key(x);
-    Floats v = Floats{} + g.values[0];
-    if constexpr (Wide)
-      for (int i = 0; i < WIDTH; i++) v[i] = g.values[bisect(k[i])];
-    else
-      for (int i = 1; i < g.count; i++) v = k > g.thresholds[i - 1] ? Floats{} + g.values[i] : v;
-    return with_sign(v, x);
+    Floats v = all(table[0]);
+    if constexpr (Size <= 16) {
+#pragma GCC unroll 16
+      for (int i = 0; i + 1 < Size; i++) v = k > all(thresholds[i]) ? all(table[i + 1]) : v;
+    } else {
+      for (int i = 0; i < WIDTH; i++) v[i] = table[bisect(k[i])];
+    }
+    return Mirrored ? Floats(Ints(v) | (Ints(x) & INT32_MIN)) : v;
   }
-  Ints code(Floats x) const {
+  Ints code(Floats x) const {  // the place in the table, and 256 for a sign
     const Floats k = key(x);
     Ints c{};
-    if constexpr (Wide)
+    if constexpr (Size <= 16) {
+#pragma GCC unroll 16
+      for (int i = 0; i + 1 < Size; i++) c -= k > all(thresholds[i]);
+    } else {
       for (int i = 0; i < WIDTH; i++) c[i] = bisect(k[i]);
-    else
-      for (int i = 1; i < g.count; i++) c -= k > g.thresholds[i - 1];
-    for (int i = 0; i < WIDTH; i++) c[i] = g.codes[c[i]];
-    return Mirrored ? c | ((Ints(x) < 0) & g.sign) : c;
+    }
+    return Mirrored ? c | ((Ints(x) < 0) & 256) : c;
   }
 };
 
 template <class Work>
 void with_kind(const Grid& g, const Work& work) {
   if (g.values == nullptr) work(ToInteger(g));
-  else if (g.count > 16) g.sign ? work(ToTable<true, true>(g)) : work(ToTable<false, true>(g));
-  else g.sign ? work(ToTable<true, false>(g)) : work(ToTable<false, false>(g));
+  else if (g.sign) g.count <= 8 ? work(ToTable<true, 8>(g)) : work(ToTable<true, 256>(g));
+  else g.count <= 16 ? work(ToTable<false, 16>(g)) : work(ToTable<false, 256>(g));
 }
 
 // ---- groups -----------------------------------------------------------------------------------------------------------------------
 
 inline int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }  // std::min would be a symbol that the levels share
+inline float inverse_of(float scale) { return scale == 0.0f ? 0.0f : 1.0f / scale; }
 template <class Kind>
 inline Floats scaled(const Kind&, Floats w, float inverse, float zero) {
-  const Floats x = w * inverse;
-  if constexpr (Kind::SHIFTS) return x + zero;
-  return x;
+  return Kind::SHIFTS ? w * inverse + zero : w * inverse;
 }
-inline float inverse_of(float scale) { return scale == 0.0f ? 0.0f : 1.0f / scale; }
 
 template <class Kind>
 inline void add_errors(const Kind& kind, const float* weights, int64_t count, float scale, float zero, float* sums) {
   const float inverse = inverse_of(scale);
-  Floats sum[16 / WIDTH];
-  for (int p = 0; p < 16 / WIDTH; p++) sum[p] = load_lanes(sums + p * WIDTH);
-  for (int64_t i = 0; i < count; i += 16)
-    for (int p = 0; p < 16 / WIDTH; p++) {
-      const Floats w = load_lanes(weights + i + p * WIDTH), value = kind.value(scaled(kind, w, inverse, zero));
+  for (int lane = 0; lane < 16; lane += WIDTH) {
+    Floats sum = load_lanes(sums + lane);
+    for (int64_t i = lane; i < count; i += 16) {
+      const Floats w = load_lanes(weights + i), value = kind.value(scaled(kind, w, inverse, zero));
       Floats error = (Kind::SHIFTS ? value - zero : value) * scale - w;
-      if (i + 16 > count)
-        for (int j = 0; j < WIDTH; j++) error[j] = i + p * WIDTH + j < count ? error[j] : 0.0f;
-      sum[p] += error * error;
+      if (__builtin_expect(i + WIDTH > count, 0))
+        for (int j = int(count - i); j < WIDTH; j++) error[j] = 0.0f;
+      sum += error * error;
     }
-  for (int p = 0; p < 16 / WIDTH; p++) store_lanes(sums + p * WIDTH, sum[p]);
+    __builtin_memcpy(sums + lane, &sum, sizeof sum);
+  }
 }
 
 inline float total(float* lanes) {
@@ -126,7 +130,7 @@ void best_scales(const Grouped& w, int64_t g0, int64_t g1, int64_t* best, float*
           const int64_t count = lesser(PIECE, k1 - k);
           load_row(w.weight, w.dtype, r * w.k + k, count, weights);
           for (int64_t c = 0; c < w.candidates; c++) {
-            const int64_t at = c * w.groups + g;
+            const int64_t at = g * w.candidates + c;
             add_errors(kind, weights, count, w.scales[at], w.zeros ? w.zeros[at] : 0.0f, sums[c]);
           }
         }
@@ -154,7 +158,11 @@ void encode(const Grouped& w, int64_t r0, int64_t r1, uint8_t* codes) {
           const Ints c = kind.code(scaled(kind, load_lanes(weights + i), inverse, zero));
           __builtin_memcpy(rounded + i, &c, sizeof c);
         }
-        for (int64_t i = 0; i < count; i++) codes[r * w.k + k + i] = uint8_t(rounded[i]);
+        uint8_t* out = codes + r * w.k + k;
+        if (w.grid.values == nullptr)
+          for (int64_t i = 0; i < count; i++) out[i] = uint8_t(rounded[i]);
+        else
+          for (int64_t i = 0; i < count; i++) out[i] = uint8_t(w.grid.codes[rounded[i] & 255] | (rounded[i] >> 8) * w.grid.sign);
       }
   });
 }

@@ -27,7 +27,7 @@ def best_scales(
 
     Shapes:
         weight        [N, K]                            any float
-        scales        [C, N / group_n, K / group_k]     float32, as the format stores them
+        scales        [N / group_n, K / group_k, C]     float32, as the format stores them
         zeros         like scales, or None
         tensor_scale  [1]                               float32
         returns       two of [N / group_n, K / group_k]: index int64, error float32
@@ -35,9 +35,9 @@ def best_scales(
     if tensor_scale is not None:
         scales = scales * tensor_scale
     if op := _compiled("cpu_best_scales", weight):
-        return op(weight.contiguous(), scales, zeros, *_arguments(format, *weight.shape))
+        return op(*_arguments(weight, format, scales, zeros))
     weight = weight.float()
-    errors = [_errors(weight, format, s, None if zeros is None else zeros[c]) for c, s in enumerate(scales)]
+    errors = [_errors(weight, format, scales[..., c], None if zeros is None else zeros[..., c]) for c in range(scales.shape[-1])]
     error, index = torch.stack(errors).nan_to_num_(torch.inf, posinf=torch.inf).min(0)
     return index, error
 
@@ -46,8 +46,7 @@ def codes(weight: Tensor, format: QuantFormat, scales: Tensor, zeros: Tensor | N
     """Return the packed codes of `reference.encode`; scales and zeros float32, as the format stores them."""
     if op := _compiled("cpu_encode", weight):
         full = scales if tensor_scale is None else scales * tensor_scale
-        unpacked = op(weight.contiguous(), full[None], None if zeros is None else zeros[None], *_arguments(format, *weight.shape))
-        return pack(unpacked, format.bits)
+        return pack(op(*_arguments(weight, format, full[..., None], None if zeros is None else zeros[..., None])), format.bits)
     return reference.encode(weight, format, scales, zeros, tensor_scale).codes
 
 
@@ -58,12 +57,13 @@ def _compiled(name: str, weight: Tensor) -> Callable[..., Any] | None:
     return getattr(torch.ops.qkernels, name, None)
 
 
-def _arguments(format: QuantFormat, n: int, k: int) -> tuple[Tensor | int | None, ...]:
-    """(values, thresholds, codes, group_n, group_k, low, high, sign) for the ops."""
-    code, extent = format.code, format.group_extent(n, k)
+def _arguments(weight: Tensor, format: QuantFormat, scales: Tensor, zeros: Tensor | None) -> tuple[Tensor | int | None, ...]:
+    """(weight, scales, zeros, values, thresholds, codes, group_n, group_k, low, high, sign) for the ops."""
+    tensors = (weight.contiguous(), scales.contiguous(), None if zeros is None else zeros.contiguous())
+    code, extent = format.code, format.group_extent(*weight.shape)
     if isinstance(code, Int):
-        return None, None, None, *extent, -code.bias, 2**code.bits - 1 - code.bias, 0
-    return *ordered(code), *extent, 0, 0, 0 if isinstance(code, Codebook) else 2 ** (code.bits - 1)
+        return *tensors, None, None, None, *extent, -code.bias, 2**code.bits - 1 - code.bias, 0
+    return *tensors, *ordered(code), *extent, 0, 0, 0 if isinstance(code, Codebook) else 2 ** (code.bits - 1)
 
 
 def _errors(weight: Tensor, format: QuantFormat, scales: Tensor, zeros: Tensor | None) -> Tensor:

@@ -49,18 +49,18 @@ def rtn(weight: Tensor, format: QuantFormat, *, clip_search: bool | None = None)
 def _quantize_rows(weight: Tensor, format: QuantFormat, search: bool, tensor_scale: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Packed codes, scales and zeros (float32) of some rows; with `search`, each group's best of all candidates."""
     scales, zeros = _candidates(weight, format, search, tensor_scale)
-    index = torch.zeros((1, *scales.shape[1:]), dtype=torch.int64, device=weight.device)
-    if len(scales) > 1:
-        index = nearest.best_scales(weight, format, scales, zeros, tensor_scale)[0][None]
-    scales = scales.gather(0, index)[0]
-    zeros = None if zeros is None else zeros.gather(0, index)[0]
+    index = torch.zeros((*scales.shape[:2], 1), dtype=torch.int64, device=weight.device)
+    if scales.shape[2] > 1:
+        index = nearest.best_scales(weight, format, scales, zeros, tensor_scale)[0][..., None]
+    scales = scales.gather(2, index)[..., 0]
+    zeros = None if zeros is None else zeros.gather(2, index)[..., 0]
     return nearest.codes(weight, format, scales, zeros, tensor_scale), scales, zeros
 
 
 def _candidates(weight: Tensor, format: QuantFormat, search: bool, tensor_scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Scales [C, N / group_n, K / group_k], as the format stores them, and zeros; one candidate, or with `search` some to choose from."""
-    low, high = _group_ends(weight, format)
-    clips = torch.tensor((1.0, *_CLIPS) if search else (1.0,), dtype=torch.float64, device=weight.device)[:, None, None]
+    """Scales [N / group_n, K / group_k, C], as the format stores them, and zeros; one candidate, or with `search` some to choose from."""
+    low, high = (end[..., None] for end in _group_ends(weight, format))
+    clips = torch.tensor((1.0, *_CLIPS) if search else (1.0,), dtype=torch.float64, device=weight.device)
     if format.zero != "none":
         return _affine(low * clips.float(), high * clips.float(), format)
     absmax = torch.maximum(-low, high)
@@ -70,13 +70,13 @@ def _candidates(weight: Tensor, format: QuantFormat, search: bool, tensor_scale:
         scales = absmax * (clips / short).float()
         if search and bias > top - bias:  # -8 … 7: the long side takes the extreme value, whatever its sign
             extreme = torch.where(high > -low, -absmax, absmax)
-            scales = torch.cat([scales, extreme * (clips / bias).float()])
+            scales = torch.cat([scales, extreme * (clips / bias).float()], 2)
         return _stored(scales, format), None
     values = code_values(format.code)
     largest = float(values[torch.isfinite(values)].abs().max())
     if format.scale == "e8m0":  # OCP: the exponent of the largest value, so that it may saturate; or one more, so that it does not
         top_exponent = int(torch.frexp(torch.tensor(largest)).exponent)
-        up = torch.tensor((0, 1) if search else (0,), device=weight.device)[:, None, None]
+        up = torch.tensor((0, 1) if search else (0,), device=weight.device)
         return _stored(torch.exp2((torch.frexp(absmax).exponent - top_exponent + up).float()), format), None
     unit = largest if tensor_scale is None else largest * float(tensor_scale)
     return _stored(absmax * (clips / unit).float(), format), None
