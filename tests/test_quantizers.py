@@ -1,5 +1,7 @@
 """The search for scales and the rounding of codes: the compiled library against plain torch, and both against fp64."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -155,6 +157,14 @@ def test_rtn_takes_strided_weights(format):
     weight = torch.randn(40, 34).t()
     assert rtn(weight, format).equal(rtn(weight.contiguous(), format))
     assert rtn(weight[::2], format).equal(rtn(weight[::2].contiguous(), format))
+
+
+@every_format
+def test_rtn_in_chunks(format, monkeypatch):
+    weight = torch.randn(130, 515)
+    whole = rtn(weight, format)
+    monkeypatch.setattr(sys.modules[rtn.__module__], "_CHUNK", 1000)
+    assert rtn(weight, format).equal(whole)
 
 
 @pytest.mark.parametrize("format", [f for f in plain(formats.all_formats()) if is_symmetric_int(f)], ids=lambda f: f.name)

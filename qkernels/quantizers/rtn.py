@@ -17,7 +17,7 @@ from qkernels.formats.format import SCALE_DTYPES
 from qkernels.quantizers import nearest
 from qkernels.reference import check_finite, code_values
 
-_CHUNK = 1 << 22  # elements quantised at a time: bounds the temporaries to some 100 MB
+_CHUNK = 1 << 20  # elements quantised at a time: bounds the temporaries to some 30 MB
 _CLIPS = tuple(1.0 - i / 40 for i in range(1, 17))  # 0.975 … 0.6 of the largest value
 
 
