@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -83,23 +84,33 @@ def nearest_code(x: Tensor, code: Code) -> Tensor:
     if isinstance(code, Int):
         return (x.round() + code.bias).clamp_(0, 2**code.bits - 1).to(torch.uint8)
     if isinstance(code, Float):
-        middles, _ = _thresholds(code)
-        magnitude = x.abs()
-        low, high = torch.bucketize(magnitude, middles), torch.bucketize(magnitude, middles, right=True)
-        index = torch.where(low % 2 == 0, low, high)  # they differ at a tie only, by one
+        index = torch.bucketize(x.abs(), ordered(code).thresholds, out_int32=True)
         return (index + torch.signbit(x) * 2 ** (code.bits - 1)).to(torch.uint8)
-    middles, order = _thresholds(code)
-    return order[torch.bucketize(x, middles)]
+    return ordered(code).codes[torch.bucketize(x, ordered(code).thresholds, out_int32=True)]
+
+
+class Ordered(NamedTuple):
+    """The finite values of a code (floats: their magnitudes) in ascending order.
+
+    A number belongs to values[i], i = the count of thresholds below it: midpoints, moved by one ulp where the tie goes up.
+    """
+
+    values: Tensor  # float32
+    thresholds: Tensor  # float32, one fewer
+    codes: Tensor  # uint8
 
 
 @lru_cache(maxsize=64)
-def _thresholds(code: Float | Codebook) -> tuple[Tensor, Tensor]:
-    """Midpoints between neighbouring finite values (floats: magnitudes), and the codes in order of their values."""
+def ordered(code: Float | Codebook) -> Ordered:
+    """Values, thresholds and codes for rounding to a code that is no integer."""
     values = torch.tensor(code.values, dtype=torch.float64)
     if isinstance(code, Float):
         values = values[: 2 ** (code.bits - 1)]
     values, order = values[torch.isfinite(values)].sort(stable=True)
-    return ((values[1:] + values[:-1]) / 2).float(), order.to(torch.uint8)
+    thresholds = ((values[1:] + values[:-1]) / 2).float()
+    if isinstance(code, Float):  # ties go to the even mantissa: between an odd code and the next, up
+        thresholds[1::2] = torch.nextafter(thresholds[1::2], torch.tensor(0.0))
+    return Ordered(values.float(), thresholds, order.to(torch.uint8))
 
 
 def check_finite(weight: Tensor, what: str = "the weight") -> None:
@@ -108,9 +119,8 @@ def check_finite(weight: Tensor, what: str = "the weight") -> None:
         raise FormatError(f"{what} must be a 2-D float matrix, not {list(weight.shape)} {weight.dtype}")
     if 0 in weight.shape:
         raise FormatError(f"{what} is empty: {list(weight.shape)}")
-    finite = torch.isfinite(weight)
-    if not bool(finite.all()):
-        bad = (~finite).nonzero()
+    if not all(torch.isfinite(end) for end in torch.aminmax(weight)):  # one pass: a NaN is both
+        bad = (~torch.isfinite(weight)).nonzero()
         row, column = bad[0].tolist()
         raise FormatError(f"{what} has {len(bad)} NaN or infinite values; the first is {weight[row, column].item()} at [{row}, {column}]")
 

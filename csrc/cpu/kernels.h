@@ -88,12 +88,34 @@ struct Arithmetic {  // one way to multiply; a level that lacks it has nulls
   int64_t (*probe)(int64_t rounds);
 };
 
+constexpr int MAX_CANDIDATES = 64;
+
+struct Grid {  // the values of a code, to round to
+  float low, high;           // integers: the ends
+  int count;                 // tables: values in ascending order; a number beyond thresholds[i] belongs to values[i + 1] or a later one
+  const float *values, *thresholds;  // null for integers
+  const uint8_t* codes;      // of each value
+  int sign;                  // tables of magnitudes: the bit of the code that negates; else 0
+};
+
+struct Grouped {  // a weight before it is quantised, with one scale and zero per group, or several to choose from
+  const void* weight;        // [n, k]
+  Dtype dtype;
+  int64_t n, k, group_n, group_k, groups_k, groups;  // groups_k of the `groups` lie side by side
+  const float *scales, *zeros;  // [groups, candidates]; zeros may be null
+  int64_t candidates;
+  Grid grid;
+};
+
 struct Level {
   const char* name;
   Arithmetic s8, f32, bf16;
   int scratch_bytes;
   void (*dequantize)(const Weight&, int64_t p0, int64_t p1, float* out);  // panels p0…p1 to floats [n, k]
-  void (*to_floats)(const void* x, Dtype, int64_t count, float* out);
+  void (*to_floats)(const void* x, Dtype, int64_t first, int64_t count, float* out);
+  // of groups g0…g1 the best candidate and its error; the codes [n, k] of rows r0…r1
+  void (*best_scales)(const Grouped&, int64_t g0, int64_t g1, int64_t* best, float* errors);
+  void (*encode)(const Grouped&, int64_t r0, int64_t r1, uint8_t* codes);
   int64_t (*read_bytes)(const char* p, int64_t bytes);  // roofline probe: read, and return a checksum
 };
 

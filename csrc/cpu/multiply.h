@@ -5,12 +5,10 @@
 #include "cpu/unpack.h"
 #include "cpu/rows.h"
 #include "cpu/probe.h"
+#include "cpu/search.h"
 
-constexpr int64_t ROW_CHUNK = 256;               // rows whose accumulators lie in scratch at a time
-#ifndef SCR
-#define SCR 256
-#endif
-constexpr int64_t SCRATCH_WEIGHTS = SCR * 1024;  // bytes of unpacked weights: they are to stay in L2
+constexpr int64_t ROW_CHUNK = 256;  // rows whose accumulators lie in scratch at a time
+constexpr int64_t SCRATCH_WEIGHTS = WIDE * MAX_BLOCK * PANEL * 4;  // bytes: a block of floats, or several of shorter numbers; near L1's size
 constexpr int64_t SCRATCH_ACC = ROW_CHUNK * WIDE * PANEL * 4;
 
 struct Job {  // rows m0…m1 times PANELS panels from `panel` on
@@ -109,4 +107,4 @@ constexpr Arithmetic BF16_ARITHMETIC = {};
 #endif
 
 #define QK_LEVEL(NAME) \
-  {NAME, S8_ARITHMETIC, F32_ARITHMETIC, BF16_ARITHMETIC, int(SCRATCH_ACC + SCRATCH_WEIGHTS), dequantize, to_floats, read_bytes}
+  {NAME, S8_ARITHMETIC, F32_ARITHMETIC, BF16_ARITHMETIC, int(SCRATCH_ACC + SCRATCH_WEIGHTS), dequantize, to_floats, best_scales, encode, read_bytes}

@@ -156,7 +156,7 @@ const float* bias_floats(const std::optional<Tensor>& bias, int64_t n, const Lev
   STD_TORCH_CHECK(is_activation(dtype), "bias must be float32, bfloat16 or float16");
   if (dtype == Dtype::f32) return static_cast<const float*>(bias->const_data_ptr());
   auto* out = reinterpret_cast<float*>(buffer.at_least(size_t(n) * 4));
-  level.to_floats(bias->const_data_ptr(), dtype, n, out);
+  level.to_floats(bias->const_data_ptr(), dtype, 0, n, out);
   return out;
 }
 

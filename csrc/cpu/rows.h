@@ -1,18 +1,18 @@
 // Rows of activations in, rows of results out.
 
-void to_floats(const void* x, Dtype dtype, int64_t count, float* out) {
+void to_floats(const void* x, Dtype dtype, int64_t first, int64_t count, float* out) {
   int64_t i = 0;
-  for (; i + 16 <= count; i += 16) store_f(out + i, load_numbers(x, dtype, i));
-  for (; i < count; i++) out[i] = load_number(x, dtype, i);
+  for (; i + 16 <= count; i += 16) store_f(out + i, load_numbers(x, dtype, first + i));
+  for (; i < count; i++) out[i] = load_number(x, dtype, first + i);
 }
 
-inline void load_block(const void* row, Dtype dtype, const Geometry& g, const Block& block, float* out) {  // zero-padded
+inline void load_block(const void* x, Dtype dtype, int64_t row, const Geometry& g, const Block& block, float* out) {  // zero-padded
   const int64_t in_group = block.k0 - block.group * g.group_padded, start = block.group * g.group + in_group;
   int64_t count = g.group - in_group;
   if (count > block.length) count = block.length;
   if (count > g.k - start) count = g.k - start;
   if (count < 0) count = 0;
-  to_floats(static_cast<const char*>(row) + start * (dtype == Dtype::f32 ? 4 : 2), dtype, count, out);
+  to_floats(x, dtype, row + start, count, out);
   for (int64_t i = count; i < block.length; i++) out[i] = 0;
 }
 
@@ -22,7 +22,7 @@ inline void for_blocks(const void* x, Dtype dtype, int64_t stride, const Geometr
   for (int64_t m = m0; m < m1; m++)
     for (int64_t b = 0; b < g.blocks; b++) {
       const Block block = block_at(g, b);
-      load_block(static_cast<const char*>(x) + m * stride * (dtype == Dtype::f32 ? 4 : 2), dtype, g, block, v);
+      load_block(x, dtype, m * stride, g, block, v);
       work(v, block.length, m * g.k_padded + block.k0, m * g.blocks + b);
     }
 }

@@ -7,8 +7,6 @@ Symmetric integers may get negative scales: the longer side of the range (-8 of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,9 +14,10 @@ from torch import Tensor
 from qkernels.errors import FormatError, UnsupportedError
 from qkernels.formats import Int, QuantFormat, QuantTensor
 from qkernels.formats.format import SCALE_DTYPES
-from qkernels.reference import check_finite, code_values, encode, nearest_code, spread
+from qkernels.quantizers import nearest
+from qkernels.reference import check_finite, code_values
 
-_CHUNK = 1 << 22  # elements quantised at a time: bounds the temporaries to some 100 MB
+_CHUNK = 1 << 20  # elements quantised at a time: bounds the temporaries to some 30 MB
 _CLIPS = tuple(1.0 - i / 40 for i in range(1, 17))  # 0.975 … 0.6 of the largest value
 
 
@@ -37,72 +36,50 @@ def rtn(weight: Tensor, format: QuantFormat, *, clip_search: bool | None = None)
     group_n, _ = format.group_extent(n, k)
     tensor_scale = _tensor_scale(weight, format)
     rows = max(1, _CHUNK // (k * group_n)) * group_n
-    parts = [_scales(weight[i : i + rows].float(), format, search, tensor_scale) for i in range(0, n, rows)]
-    scales = torch.cat([s for s, _ in parts])
+    parts = [_quantize_rows(weight[i : i + rows], format, search, tensor_scale) for i in range(0, n, rows)]
+    codes, scales, zeros = (None if part[0] is None else torch.cat(part) for part in zip(*parts, strict=True))
+    assert codes is not None and scales is not None
     _check_scales(scales, format)
-    zeros = torch.cat([z for _, z in parts if z is not None]) if format.zero != "none" else None
-    codes = [
-        encode(
-            weight[i : i + rows],
-            format,
-            scales[i // group_n : (i + rows - 1) // group_n + 1],
-            _slice(zeros, i, rows, group_n),
-            tensor_scale,
-        ).codes
-        for i in range(0, n, rows)
-    ]
     scales = scales.to(SCALE_DTYPES[format.scale])
     if zeros is not None:
         zeros = zeros.to(torch.uint8 if format.zero == "int" else scales.dtype)
-    return QuantTensor(format, (n, k), torch.cat(codes), scales, zeros, tensor_scale)
+    return QuantTensor(format, (n, k), codes, scales, zeros, tensor_scale)
 
 
-def _slice(zeros: Tensor | None, i: int, rows: int, group_n: int) -> Tensor | None:
-    return None if zeros is None else zeros[i // group_n : (i + rows - 1) // group_n + 1]
+def _quantize_rows(weight: Tensor, format: QuantFormat, search: bool, tensor_scale: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Packed codes, scales and zeros (float32) of some rows; with `search`, each group's best of all candidates."""
+    scales, zeros = _candidates(weight, format, search, tensor_scale)
+    index = torch.zeros((*scales.shape[:2], 1), dtype=torch.int64, device=weight.device)
+    if scales.shape[2] > 1:
+        index = nearest.best_scales(weight, format, scales, zeros, tensor_scale)[0][..., None]
+    scales = scales.gather(2, index)[..., 0]
+    zeros = None if zeros is None else zeros.gather(2, index)[..., 0]
+    return nearest.codes(weight, format, scales, zeros, tensor_scale), scales, zeros
 
 
-def _scales(weight: Tensor, format: QuantFormat, search: bool, tensor_scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Scales [N / group_n, K / group_k] float32 and zeros of some rows; with `search`, the best of all candidates."""
-    best: tuple[Tensor, Tensor | None] | None = None
-    best_error: Tensor | None = None
-    for scales, zeros in _candidates(weight, format, search, tensor_scale):
-        if not search:
-            return scales, zeros
-        error = _group_error(weight, format, scales, zeros, tensor_scale)
-        if best is None or best_error is None:
-            best, best_error = (scales, zeros), error
-        else:
-            better = error < best_error
-            best_error = torch.where(better, error, best_error)
-            best = (torch.where(better, scales, best[0]), None if zeros is None or best[1] is None else torch.where(better, zeros, best[1]))
-    assert best is not None
-    return best
-
-
-def _candidates(weight: Tensor, format: QuantFormat, search: bool, tensor_scale: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
-    low, high = _group_ends(weight, format)
-    clips = (1.0, *_CLIPS) if search else (1.0,)
+def _candidates(weight: Tensor, format: QuantFormat, search: bool, tensor_scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Scales [N / group_n, K / group_k, C], as the format stores them, and zeros; one candidate, or with `search` some to choose from."""
+    low, high = (end[..., None] for end in _group_ends(weight, format))
+    clips = torch.tensor((1.0, *_CLIPS) if search else (1.0,), dtype=torch.float64, device=weight.device)
     if format.zero != "none":
-        yield from (_affine(low * p, high * p, format) for p in clips)
-        return
+        return _affine(low * clips.float(), high * clips.float(), format)
     absmax = torch.maximum(-low, high)
     if isinstance(format.code, Int):
         bias, top = format.code.bias, 2**format.bits - 1
         short = min(bias, top - bias) or max(bias, top - bias)
-        yield from ((_stored(absmax * (p / short), format), None) for p in clips)
+        scales = absmax * (clips / short).float()
         if search and bias > top - bias:  # -8 … 7: the long side takes the extreme value, whatever its sign
             extreme = torch.where(high > -low, -absmax, absmax)
-            yield from ((_stored(extreme * (p / bias), format), None) for p in clips)
-        return
+            scales = torch.cat([scales, extreme * (clips / bias).float()], 2)
+        return _stored(scales, format), None
     values = code_values(format.code)
     largest = float(values[torch.isfinite(values)].abs().max())
     if format.scale == "e8m0":  # OCP: the exponent of the largest value, so that it may saturate; or one more, so that it does not
         top_exponent = int(torch.frexp(torch.tensor(largest)).exponent)
-        exponent = torch.frexp(absmax).exponent - top_exponent
-        yield from ((_stored(torch.ldexp(torch.ones_like(absmax), exponent + up), format), None) for up in (0, 1))
-        return
+        up = torch.tensor((0, 1) if search else (0,), device=weight.device)
+        return _stored(torch.exp2((torch.frexp(absmax).exponent - top_exponent + up).float()), format), None
     unit = largest if tensor_scale is None else largest * float(tensor_scale)
-    yield from ((_stored(absmax * (p / unit), format), None) for p in clips)
+    return _stored(absmax * (clips / unit).float(), format), None
 
 
 def _affine(low: Tensor, high: Tensor, format: QuantFormat) -> tuple[Tensor, Tensor]:
@@ -121,6 +98,7 @@ def _affine(low: Tensor, high: Tensor, format: QuantFormat) -> tuple[Tensor, Ten
 def _group_ends(weight: Tensor, format: QuantFormat) -> tuple[Tensor, Tensor]:
     """Smallest and largest value of each group, [N / group_n, K / group_k]."""
     n, k = weight.shape
+    weight = weight.float()
     group_n, group_k = format.group_extent(n, k)
     padded = (
         F.pad(weight, (0, -k % group_k, 0, -n % group_n), mode="constant", value=float("nan")) if k % group_k or n % group_n else weight
@@ -129,19 +107,6 @@ def _group_ends(weight: Tensor, format: QuantFormat) -> tuple[Tensor, Tensor]:
     if padded is weight:
         return groups.amin((1, 3)), groups.amax((1, 3))
     return groups.nan_to_num(float("inf")).amin((1, 3)), groups.nan_to_num(float("-inf")).amax((1, 3))
-
-
-def _group_error(weight: Tensor, format: QuantFormat, scales: Tensor, zeros: Tensor | None, tensor_scale: Tensor | None) -> Tensor:
-    """Sum of squared errors of each group under these scales."""
-    n, k = weight.shape
-    group_n, group_k = format.group_extent(n, k)
-    full = spread(scales if tensor_scale is None else scales * tensor_scale, format, n, k)
-    x = weight * torch.where(full == 0, 0.0, 1.0 / full)
-    shift = 0.0 if zeros is None else spread(zeros, format, n, k)
-    value = code_values(format.code)[nearest_code(x + shift, format.code).int()] - shift
-    error = (value * full - weight).square_()
-    error = F.pad(error, (0, -k % group_k, 0, -n % group_n))
-    return error.unflatten(1, (-1, group_k)).unflatten(0, (-1, group_n)).sum((1, 3))
 
 
 def _stored(scales: Tensor, format: QuantFormat) -> Tensor:
