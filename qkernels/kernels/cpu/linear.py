@@ -16,7 +16,7 @@ from qkernels.kernels.cpu import layout, library
 from qkernels.kernels.cpu.layout import Packed, prepare, restore
 from qkernels.kernels.registry import Kernel, Problem, register
 
-# GB/s of reading, and 10^9 multiply-adds x 2 per second (int8, fp32), of two cores at each level: benchmarks/results/roofline.json
+# GB/s of reading, and 10^9 multiply-adds x 2 per second (int8, fp32), of two cores at each level: rough, they only rank kernels
 _RATES = {
     "portable": (10.0, 12.0, 12.0),
     "avx2": (15.0, 100.0, 60.0),
