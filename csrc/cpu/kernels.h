@@ -66,10 +66,11 @@ struct Weight {
   float alpha;  // multiplies everything
 };
 
-struct Activations {
-  const void* values;   // [m, k_padded] int8, float or bf16. bf16: the 8 of a tile in the order 0 2 1 3 4 6 5 7, see Bf16Nibbles
-  const float* scales;  // [m, blocks]   int8 only
-  const float* sums;    // [m, blocks]   sum of the values
+struct Activations {  // block by block: what a tile reads lies together, and rows are no power of two apart, which would share cache sets
+  int64_t m;
+  void* values;   // per block [m, length]: int8, float or bf16. bf16: the 8 of a tile in the order 0 2 1 3 4 6 5 7, see Bf16Nibbles
+  float* scales;  // [blocks, m]  int8 only
+  float* sums;    // [blocks, m]  sum of the values
 };
 
 struct Output {
@@ -81,7 +82,7 @@ struct Output {
 struct Arithmetic {  // one way to multiply; a level that lacks it has nulls
   int value_bytes;   // of an activation
   // rows m0…m1 of x [m, k] (row stride in elements) to Activations
-  void (*prepare_rows)(const void* x, Dtype, int64_t stride, const Geometry&, int64_t m0, int64_t m1, void* values, float* scales, float* sums);
+  void (*prepare_rows)(const void* x, Dtype, int64_t stride, const Geometry&, int64_t m0, int64_t m1, const Activations&);
   // rows m0…m1 times panels p0…p1; scratch: scratch_bytes of this thread, 64-byte aligned
   void (*multiply)(const Weight&, const Activations&, const Output&, int64_t m0, int64_t m1, int64_t p0, int64_t p1, char* scratch);
   // roofline probe: `rounds` register tiles of independent multiply-adds; returns how many multiply-adds that was

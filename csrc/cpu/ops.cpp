@@ -185,10 +185,9 @@ Tensor linear(Tensor x, Tensor qweight, Tensor scales, std::optional<Tensor> zer
   const size_t values = (size_t(m) * g.k_padded * by.value_bytes + 63) / 64 * 64, blocks = size_t(m) * g.blocks;
   char* memory = activations.at_least(values + 2 * blocks * sizeof(float));
   auto* block_scales = reinterpret_cast<float*>(memory + values);
-  float* sums = block_scales + blocks;
-  const Activations a{memory, block_scales, sums};
+  const Activations a{m, memory, block_scales, block_scales + blocks};
   const void* px = x.const_data_ptr();
-  share_rows(m, m * k < 64 * 1024, [&](int64_t m0, int64_t m1) { by.prepare_rows(px, dtype, stride, g, m0, m1, memory, block_scales, sums); });
+  share_rows(m, m * k < 64 * 1024, [&](int64_t m0, int64_t m1) { by.prepare_rows(px, dtype, stride, g, m0, m1, a); });
   const Output out{y.mutable_data_ptr(), dtype, bias_floats(bias, n, level, bias_buffer)};
   share(m, (n + PANEL - 1) / PANEL, m * n * k < 256 * 1024, [&](int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
     static thread_local Buffer scratch;

@@ -17,25 +17,25 @@ inline void load_block(const void* x, Dtype dtype, int64_t row, const Geometry& 
 }
 
 template <class Work>  // work(padded floats, length, position in values, position in scales and sums)
-inline void for_blocks(const void* x, Dtype dtype, int64_t stride, const Geometry& g, int64_t m0, int64_t m1, const Work& work) {
+inline void for_blocks(const void* x, Dtype dtype, int64_t stride, const Geometry& g, int64_t m0, int64_t m1, int64_t m_all, const Work& work) {
   alignas(64) float v[MAX_BLOCK];
   for (int64_t m = m0; m < m1; m++)
     for (int64_t b = 0; b < g.blocks; b++) {
       const Block block = block_at(g, b);
       load_block(x, dtype, m * stride, g, block, v);
-      work(v, block.length, m * g.k_padded + block.k0, m * g.blocks + b);
+      work(v, block.length, m_all * block.k0 + m * block.length, b * m_all + m);
     }
 }
 
-void rows_to_s8(const void* x, Dtype dtype, int64_t stride, const Geometry& g, int64_t m0, int64_t m1, void* values, float* scales, float* sums) {
-  for_blocks(x, dtype, stride, g, m0, m1, [=](const float* v, int64_t length, int64_t at, int64_t block) {
+void rows_to_s8(const void* x, Dtype dtype, int64_t stride, const Geometry& g, int64_t m0, int64_t m1, const Activations& a) {
+  for_blocks(x, dtype, stride, g, m0, m1, a.m, [&](const float* v, int64_t length, int64_t at, int64_t block) {
     uint32_t largest = 0;  // of the bits of |v|: a NaN is larger than all, so it reaches the scale and the whole row
     for (int64_t i = 0; i < length; i++) {
       const uint32_t bits = float_to_bits(v[i]) & 0x7fffffffu;
       largest = bits > largest ? bits : largest;
     }
     const float absmax = bits_to_float(largest), inverse = absmax > 0x1p-120f ? 127.0f / absmax : 0.0f;
-    int8_t* out = static_cast<int8_t*>(values) + at;
+    int8_t* out = static_cast<int8_t*>(a.values) + at;
     int32_t sum = 0;
     if (largest >= 0x7f800000u) {
       for (int64_t i = 0; i < length; i++) out[i] = 1;  // any code: the scale below makes the row NaN
@@ -46,8 +46,8 @@ void rows_to_s8(const void* x, Dtype dtype, int64_t stride, const Geometry& g, i
         sum += q;
       }
     }
-    scales[block] = largest >= 0x7f800000u ? bits_to_float(0x7fc00000u) : absmax / 127.0f;
-    sums[block] = float(sum);
+    a.scales[block] = largest >= 0x7f800000u ? bits_to_float(0x7fc00000u) : absmax / 127.0f;
+    a.sums[block] = float(sum);
   });
 }
 
@@ -57,21 +57,21 @@ inline float sum_of(const float* v, int64_t length) {
   return sum;
 }
 
-void rows_to_f32(const void* x, Dtype dtype, int64_t stride, const Geometry& g, int64_t m0, int64_t m1, void* values, float*, float* sums) {
-  for_blocks(x, dtype, stride, g, m0, m1, [=](const float* v, int64_t length, int64_t at, int64_t block) {
-    __builtin_memcpy(static_cast<float*>(values) + at, v, size_t(length) * 4);
-    sums[block] = sum_of(v, length);
+void rows_to_f32(const void* x, Dtype dtype, int64_t stride, const Geometry& g, int64_t m0, int64_t m1, const Activations& a) {
+  for_blocks(x, dtype, stride, g, m0, m1, a.m, [&](const float* v, int64_t length, int64_t at, int64_t block) {
+    __builtin_memcpy(static_cast<float*>(a.values) + at, v, size_t(length) * 4);
+    a.sums[block] = sum_of(v, length);
   });
 }
 
 #ifdef QK_BF16_DOT
-void rows_to_bf16(const void* x, Dtype dtype, int64_t stride, const Geometry& g, int64_t m0, int64_t m1, void* values, float*, float* sums) {
-  for_blocks(x, dtype, stride, g, m0, m1, [=](const float* v, int64_t length, int64_t at, int64_t block) {
+void rows_to_bf16(const void* x, Dtype dtype, int64_t stride, const Geometry& g, int64_t m0, int64_t m1, const Activations& a) {
+  for_blocks(x, dtype, stride, g, m0, m1, a.m, [&](const float* v, int64_t length, int64_t at, int64_t block) {
     constexpr int ORDER[TILE_K] = {0, 2, 1, 3, 4, 6, 5, 7};
-    uint16_t* out = static_cast<uint16_t*>(values) + at;
+    uint16_t* out = static_cast<uint16_t*>(a.values) + at;
     for (int64_t k = 0; k < length; k += TILE_K)
       for (int i = 0; i < TILE_K; i++) out[k + i] = uint16_t(float_to_bits(v[k + ORDER[i]]) >> 16);  // exact: x is bf16
-    sums[block] = sum_of(v, length);
+    a.sums[block] = sum_of(v, length);
   });
 }
 #endif

@@ -23,6 +23,8 @@ inline B nibbles(B x, int high) {
 inline B look_up(const uint8_t* table, B index) {
   return {_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table))), index.v)};
 }
+// An accumulator stays in its register: GCC 12 would write it to the stack after every use, at a third of the speed.
+template <class V> [[gnu::always_inline]] inline void hold(V& sum) { __asm__("" : "+v"(sum)); }
 inline __m512i broadcast_32_bits(const void* x) {
   int32_t word;
   __builtin_memcpy(&word, x, 4);
@@ -33,7 +35,7 @@ template <bool NIBBLE> struct DotS8 {
   static constexpr int FOLD_K = MAX_BLOCK, BIAS = 0;
   I sum;
   void start(int32_t value) { sum = _mm512_set1_epi32(value); }
-  void add(B w, const int8_t* x) { sum = _mm512_dpbusd_epi32(sum, w.v, broadcast_32_bits(x)); }
+  void add(B w, const int8_t* x) { sum = _mm512_dpbusd_epi32(sum, w.v, broadcast_32_bits(x)), hold(sum); }
   void fold() {}
   F value() const { return to_float(sum); }
 };
@@ -41,7 +43,7 @@ struct DotF32 {
   static constexpr int FOLD_K = MAX_BLOCK;
   F sum;
   void start(int32_t) { sum = zero_f(); }
-  void add(F w, const float* x) { sum = _mm512_fmadd_ps(w, set1_f(*x), sum); }
+  void add(F w, const float* x) { sum = _mm512_fmadd_ps(w, set1_f(*x), sum), hold(sum); }
   void fold() {}
   F value() const { return sum; }
 };
@@ -75,7 +77,7 @@ struct DotBf16 {  // lane n: two k of row n
   static constexpr int FOLD_K = MAX_BLOCK;
   F sum;
   void start(int32_t) { sum = zero_f(); }
-  void add(B w, const uint16_t* x) { sum = _mm512_dpbf16_ps(sum, (__m512bh)w.v, (__m512bh)broadcast_32_bits(x)); }
+  void add(B w, const uint16_t* x) { sum = _mm512_dpbf16_ps(sum, (__m512bh)w.v, (__m512bh)broadcast_32_bits(x)), hold(sum); }
   void fold() {}
   F value() const { return sum; }
 };

@@ -91,52 +91,68 @@ inline F zero_of(const Weight& w, int64_t panel, int64_t group) {
   return w.zeros == nullptr ? zero_f() : load_numbers(w.zeros, w.zero_dtype, (panel * w.geometry.groups + group) * PANEL);
 }
 
+// f(0), f(1), … with constants: what they index stays in registers.
+#define QK_WITH(I) [&](auto I) __attribute__((always_inline))
+template <int COUNT, class Work>
+[[gnu::always_inline]] inline void each(const Work& work) {
+  [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) { (work(std::integral_constant<int, I>{}), ...); }
+  (std::make_integer_sequence<int, COUNT>{});
+}
+
+template <class Source, int ROWS, int PANELS>
+struct Sums {
+  using X = typename Source::X;
+  typename Source::Dot dot[ROWS][PANELS];
+
+  // Tiles of k columns; panel_stride and x_stride lead to the next panel and row.
+  [[gnu::always_inline]] void add(const Weight& w, const uint8_t* codes, int64_t panel_stride, const X* x, int64_t x_stride, int64_t k) {
+    constexpr int STEP_K = TILE_K / Source::STEPS;
+    for (const X* end = x + k; x < end; codes += Source::TILE_BYTES, x += TILE_K)
+      each<Source::STEPS>(QK_WITH(step) {
+        decltype(Source::weight(codes, step, w)) weights[PANELS];
+        each<PANELS>(QK_WITH(p) { weights[p] = Source::weight(codes + p * panel_stride, step, w); });
+        each<ROWS>(QK_WITH(r) { each<PANELS>(QK_WITH(p) { dot[r][p].add(weights[p], x + r * x_stride + STEP_K * step); }); });
+      });
+  }
+};
+
 // codes: tile (panel, k = first block's k0), panel_stride bytes to the next panel; acc [ROWS][acc_stride]
 template <class Source, int ROWS, int PANELS>
 void tile(const Weight& w, const Activations& x, int64_t m, int64_t panel, int64_t b0, int64_t b1, const uint8_t* codes, int64_t panel_stride,
           float* acc, int64_t acc_stride) {
   using Dot = typename Source::Dot;
-  using X = typename Source::X;
   const Geometry& g = w.geometry;
   const float centre = is_s8<Source> ? 0.0f : w.centre;
   for (int64_t b = b0; b < b1; b++) {
     const Block block = block_at(g, b);
-    const X* rows = static_cast<const X*>(x.values) + m * g.k_padded + block.k0;
-    Dot dot[ROWS][PANELS];
-    for (int r = 0; r < ROWS; r++) {
+    const auto* rows = static_cast<const typename Source::X*>(x.values) + x.m * block.k0 + m * block.length;
+    const float *scales = x.scales + b * x.m + m, *sums = x.sums + b * x.m + m;
+    Sums<Source, ROWS, PANELS> total;
+    each<ROWS>(QK_WITH(r) {
       int32_t start = 0;  // int8 codes are unsigned: what their offset adds is taken off beforehand
-      if constexpr (is_s8<Source>) start = -(w.offset - Dot::BIAS) * int32_t(x.sums[(m + r) * g.blocks + b]);
-      for (int p = 0; p < PANELS; p++) dot[r][p].start(start);
+      if constexpr (is_s8<Source>) start = -(w.offset - Dot::BIAS) * int32_t(sums[r]);
+      each<PANELS>(QK_WITH(p) { total.dot[r][p].start(start); });
+    });
+    for (int64_t k = 0; k < block.length; k += Dot::FOLD_K, codes += Dot::FOLD_K / TILE_K * Source::TILE_BYTES) {
+      const int64_t length = Dot::FOLD_K < block.length - k ? Dot::FOLD_K : block.length - k;
+      total.add(w, codes, panel_stride, rows + k, block.length, length);
+      each<ROWS>(QK_WITH(r) { each<PANELS>(QK_WITH(p) { total.dot[r][p].fold(); }); });
     }
-    for (int64_t k = 0; k < block.length;) {
-      const int64_t end = k + Dot::FOLD_K < block.length ? k + Dot::FOLD_K : block.length;
-      for (; k < end; k += TILE_K, codes += Source::TILE_BYTES)
-#pragma GCC unroll 8
-        for (int step = 0; step < Source::STEPS; step++) {
-          decltype(Source::weight(codes, step, w)) weights[PANELS];
-          for (int p = 0; p < PANELS; p++) weights[p] = Source::weight(codes + p * panel_stride, step, w);
-          for (int r = 0; r < ROWS; r++)
-            for (int p = 0; p < PANELS; p++) dot[r][p].add(weights[p], rows + r * g.k_padded + k + TILE_K / Source::STEPS * step);
-        }
-      for (auto& row : dot)
-        for (auto& d : row) d.fold();
-    }
-    for (int p = 0; p < PANELS; p++) {
+    each<PANELS>(QK_WITH(p) {
       const F scale = scale_of(w, panel + p, block.group);
-      for (int r = 0; r < ROWS; r++) {
+      each<ROWS>(QK_WITH(r) {
         float* out = acc + r * acc_stride + p * PANEL;
         F factor = scale;
-        if constexpr (is_s8<Source>) factor = mul(scale, set1_f(x.scales[(m + r) * g.blocks + b]));
-        store_f(out, fma(factor, dot[r][p].value(), load_f(out)));
-      }
-      if (w.zeros == nullptr && centre == 0) continue;
+        if constexpr (is_s8<Source>) factor = mul(scale, set1_f(scales[r]));
+        store_f(out, fma(factor, total.dot[r][p].value(), load_f(out)));
+      });
+      if (w.zeros == nullptr && centre == 0) return;
       const F shift = mul(scale, sub_f(set1_f(centre), zero_of(w, panel + p, block.group)));  // scale * (code - zero): the zero's share
       for (int r = 0; r < ROWS; r++) {
-        const int64_t at = (m + r) * g.blocks + b;
         float* out = acc + r * acc_stride + p * PANEL;
-        store_f(out, fma(shift, set1_f(is_s8<Source> ? x.scales[at] * x.sums[at] : x.sums[at]), load_f(out)));
+        store_f(out, fma(shift, set1_f(is_s8<Source> ? scales[r] * sums[r] : sums[r]), load_f(out)));
       }
-    }
+    });
   }
 }
 
