@@ -35,14 +35,17 @@ static inline Geometry make_geometry(int64_t k, int64_t group) {
 }
 
 struct Block {  // [k0, k0 + length) of the padded K, all in `group`
-  int64_t group, k0, length;
+  int64_t group, k0, length, group_end;
 };
 
-static inline Block block_at(const Geometry& g, int64_t b) {
-  int64_t group = b / g.blocks_per_group, part = b % g.blocks_per_group;
-  int64_t end = group + 1 < g.groups ? (group + 1) * g.group_padded : g.k_padded;
-  int64_t k0 = group * g.group_padded + part * MAX_BLOCK;
-  return {group, k0, end - k0 < MAX_BLOCK ? end - k0 : MAX_BLOCK};
+static inline Block block_from(const Geometry& g, int64_t group, int64_t k0) {
+  const int64_t end = group + 1 < g.groups ? (group + 1) * g.group_padded : g.k_padded;
+  return {group, k0, end - k0 < MAX_BLOCK ? end - k0 : MAX_BLOCK, end};
+}
+static inline Block first_block(const Geometry& g) { return block_from(g, 0, 0); }
+static inline Block block_after(const Geometry& g, const Block& b) {
+  const int64_t k0 = b.k0 + b.length;
+  return block_from(g, b.group + (k0 == b.group_end), k0);
 }
 
 struct Weight {

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <utility>
 
+#include <cstdlib>
 #include "cpu/kernels.h"
 
 namespace qk {

@@ -8,47 +8,79 @@
 #include "cpu/search.h"
 
 constexpr int64_t ROW_CHUNK = 256;  // rows whose accumulators lie in scratch at a time
-constexpr int64_t SCRATCH_WEIGHTS = WIDE * MAX_BLOCK * PANEL * 4;  // bytes: a block of floats, or several of shorter numbers; near L1's size
 constexpr int64_t SCRATCH_ACC = ROW_CHUNK * WIDE * PANEL * 4;
+constexpr int64_t SCRATCH_SCALES = MAX_CHUNK * WIDE * PANEL * 4;  // and as much for the shifts
+constexpr int64_t SCRATCH_WEIGHTS = WIDE * MAX_BLOCK * PANEL * 4;  // bytes: a block of floats, or several of shorter numbers; near L1's size
 
 struct Job {  // rows m0…m1 times PANELS panels from `panel` on
   const Weight& w;
   const Activations& x;
   const Output& out;
   int64_t m0, m1, panel;
-  float* acc;
-  uint8_t* unpacked;
+  char* scratch;
   int64_t rows() const { return m1 - m0; }
+  float* acc() const { return reinterpret_cast<float*>(scratch); }
+  float* scales() const { return reinterpret_cast<float*>(scratch + SCRATCH_ACC); }
+  uint8_t* unpacked() const { return reinterpret_cast<uint8_t*>(scratch + SCRATCH_ACC + 2 * SCRATCH_SCALES); }
 };
 
+// Fill in the blocks from chunk.first on, as many as fit most_k columns but one at least, and decode their scales.
+template <bool CENTRED, int PANELS>
+void next_chunk(const Job& j, Block block, int64_t most_k, Chunk& chunk) {
+  const Geometry& g = j.w.geometry;
+  float *scales = j.scales(), *shifts = scales + SCRATCH_SCALES / 4;
+  const F centre = set1_f(CENTRED ? j.w.centre : 0.0f);
+  const bool shifted = j.w.zeros != nullptr || (CENTRED && j.w.centre != 0);
+  chunk.scales = scales, chunk.shifts = shifted ? shifts : nullptr;
+  chunk.k0 = block.k0, chunk.k = chunk.count = 0;
+  do {
+    for (int p = 0; p < PANELS; p++, scales += PANEL, shifts += PANEL) {
+      const F scale = scale_of(j.w, j.panel + p, block.group);
+      store_f(scales, scale);
+      if (shifted) store_f(shifts, mul(scale, sub_f(centre, zero_of(j.w, j.panel + p, block.group))));
+    }
+    chunk.blocks[chunk.count++] = block;
+    chunk.k += block.length;
+    block = block_after(g, block);
+  } while (chunk.first + chunk.count < g.blocks && chunk.count < MAX_CHUNK && chunk.k + block.length <= most_k);
+}
+
+// In chunks of up to most_k columns, which all the rows take before the next: what of the weight they use again is in the cache.
+template <class Source, int PANELS, class Codes>
+void by_chunks(const Job& j, int64_t most_k, const Codes& codes_of) {
+  const Geometry& g = j.w.geometry;
+  __builtin_memset(j.acc(), 0, size_t(j.rows() * PANELS * PANEL * 4));
+  Chunk chunk;
+  Block block = first_block(g);
+  for (chunk.first = 0; chunk.first < g.blocks; chunk.first += chunk.count) {
+    next_chunk<!is_s8<Source>, PANELS>(j, block, most_k, chunk);
+    codes_of(chunk);
+    rows_of_tiles<Source, PANELS>(j.w, j.x, chunk, j.m0, j.m1, j.acc());
+    block = block_after(g, chunk.blocks[chunk.count - 1]);
+  }
+  write_rows(j.w, j.out, j.m0, j.m1, j.panel, PANELS, j.acc());
+}
+
 template <class Source, int PANELS>
-void direct(const Job& j) {
-  const int64_t stride = j.w.geometry.k_padded * 2 * j.w.bits;
-  __builtin_memset(j.acc, 0, size_t(j.rows() * PANELS * PANEL * 4));
-  rows_of_tiles<Source, PANELS>(j.w, j.x, j.m0, j.m1, j.panel, 0, j.w.geometry.blocks, j.w.codes + j.panel * stride, stride, j.acc);
-  write_rows(j.w, j.out, j.m0, j.m1, j.panel, PANELS, j.acc);
+void direct(const Job& j) {  // weights straight from their packed form
+  const int64_t bytes_per_k = 2 * j.w.bits, stride = j.w.geometry.k_padded * bytes_per_k;
+  static const int64_t CH = getenv("CH") ? atoi(getenv("CH")) : 16384;
+  const int64_t most_k = j.rows() <= MAX_ROWS<PANELS> ? j.w.geometry.k_padded : CH / (bytes_per_k * PANELS);
+  by_chunks<Source, PANELS>(j, most_k, [&](Chunk& chunk) {
+    chunk.codes = j.w.codes + j.panel * stride + chunk.k0 * bytes_per_k, chunk.panel_stride = stride;
+  });
 }
 
 template <class Unpacked, int PANELS>
 void through_scratch(const Job& j) {
-  const Geometry& g = j.w.geometry;
-  const int64_t bytes_per_k = Unpacked::TILE_BYTES / TILE_K, stride = g.k_padded * 2 * j.w.bits;
-  const int64_t most_k = SCRATCH_WEIGHTS / (bytes_per_k * WIDE);
-  __builtin_memset(j.acc, 0, size_t(j.rows() * PANELS * PANEL * 4));
-  for (int64_t b0 = 0, b1; b0 < g.blocks; b0 = b1) {
-    const int64_t k0 = block_at(g, b0).k0;
-    int64_t k1 = k0;
-    for (b1 = b0; b1 < g.blocks; b1++) {
-      const Block next = block_at(g, b1);
-      if (next.k0 + next.length - k0 > most_k) break;
-      k1 = next.k0 + next.length;
-    }
-    const int64_t panel_bytes = (k1 - k0) * bytes_per_k;
+  const int64_t bytes_per_k = 2 * j.w.bits, stride = j.w.geometry.k_padded * bytes_per_k;
+  constexpr int64_t unpacked_per_k = Unpacked::TILE_BYTES / TILE_K;
+  static const int64_t CH = getenv("CU") ? atoi(getenv("CU")) : SCRATCH_WEIGHTS;
+  by_chunks<Unpacked, PANELS>(j, CH / (unpacked_per_k * WIDE), [&](Chunk& chunk) {
+    chunk.codes = j.unpacked(), chunk.panel_stride = chunk.k * unpacked_per_k;
     for (int p = 0; p < PANELS; p++)
-      unpack(Unpacked{}, j.w, j.w.codes + (j.panel + p) * stride + k0 * 2 * j.w.bits, k1 - k0, j.unpacked + p * panel_bytes);
-    rows_of_tiles<Unpacked, PANELS>(j.w, j.x, j.m0, j.m1, j.panel, b0, b1, j.unpacked, panel_bytes, j.acc);
-  }
-  write_rows(j.w, j.out, j.m0, j.m1, j.panel, PANELS, j.acc);
+      unpack(Unpacked{}, j.w, j.w.codes + (j.panel + p) * stride + chunk.k0 * bytes_per_k, chunk.k, j.unpacked() + p * chunk.panel_stride);
+  });
 }
 
 // Up to a few rows (FEW_…, of the level), unpacking in registers again for every tile is cheaper than a trip through scratch.
@@ -89,10 +121,7 @@ struct ByBf16 {
 template <class By>
 void multiply(const Weight& w, const Activations& x, const Output& out, int64_t m0, int64_t m1, int64_t p0, int64_t p1, char* scratch) {
   for (int64_t m = m0; m < m1; m += ROW_CHUNK) {
-    Job j{w, x, out, m, m + ROW_CHUNK < m1 ? m + ROW_CHUNK : m1, p0, reinterpret_cast<float*>(scratch), reinterpret_cast<uint8_t*>(scratch + SCRATCH_ACC)};
-    // Rows that would make two wide tiles, but one tall one: the tall one unpacks once.
-    if (j.rows() > MAX_ROWS<WIDE> && j.rows() <= MAX_ROWS<TALL>)
-      for (; j.panel + TALL <= p1; j.panel += TALL) By::template panels<TALL>(j);
+    Job j{w, x, out, m, m + ROW_CHUNK < m1 ? m + ROW_CHUNK : m1, p0, scratch};
     for (; j.panel + WIDE <= p1; j.panel += WIDE) By::template panels<WIDE>(j);
     for (; j.panel < p1; j.panel++) By::template panels<1>(j);
   }
@@ -107,4 +136,4 @@ constexpr Arithmetic BF16_ARITHMETIC = {};
 #endif
 
 #define QK_LEVEL(NAME) \
-  {NAME, S8_ARITHMETIC, F32_ARITHMETIC, BF16_ARITHMETIC, int(SCRATCH_ACC + SCRATCH_WEIGHTS), dequantize, to_floats, best_scales, encode, read_bytes}
+  {NAME, S8_ARITHMETIC, F32_ARITHMETIC, BF16_ARITHMETIC, int(SCRATCH_ACC + 2 * SCRATCH_SCALES + SCRATCH_WEIGHTS), dequantize, to_floats, best_scales, encode, read_bytes}

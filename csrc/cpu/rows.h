@@ -19,12 +19,13 @@ inline void load_block(const void* x, Dtype dtype, int64_t row, const Geometry& 
 template <class Work>  // work(padded floats, length, position in values, position in scales and sums)
 inline void for_blocks(const void* x, Dtype dtype, int64_t stride, const Geometry& g, int64_t m0, int64_t m1, int64_t m_all, const Work& work) {
   alignas(64) float v[MAX_BLOCK];
-  for (int64_t m = m0; m < m1; m++)
-    for (int64_t b = 0; b < g.blocks; b++) {
-      const Block block = block_at(g, b);
+  for (int64_t m = m0; m < m1; m++) {
+    Block block = first_block(g);
+    for (int64_t b = 0; b < g.blocks; b++, block = block_after(g, block)) {
       load_block(x, dtype, m * stride, g, block, v);
       work(v, block.length, m_all * block.k0 + m * block.length, b * m_all + m);
     }
+  }
 }
 
 void rows_to_s8(const void* x, Dtype dtype, int64_t stride, const Geometry& g, int64_t m0, int64_t m1, const Activations& a) {

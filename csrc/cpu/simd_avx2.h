@@ -2,7 +2,7 @@
 struct F { __m256 a, b; };
 struct I { __m256i a, b; };
 struct B { __m256i a, b; };
-constexpr int ACCUMULATORS = 6, WIDE = 1, TALL = 1;  // register tile: rows of x times panels; panels at most, and for many rows
+constexpr int ACCUMULATORS = 6, WIDE = 1;  // register tile: rows of x times panels; panels at most
 constexpr int FEW_S8 = 36, FEW_INTEGERS = 36, FEW_TABLE = 6;  // see multiply.h
 
 inline F zero_f() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
@@ -45,7 +45,7 @@ template <> struct DotS8<true> {  // codes of up to 4 bits: 8 pair sums of at mo
   static constexpr int FOLD_K = 32, BIAS = 0;
   I sum;
   __m256i a, b;
-  void start(int32_t value) { sum = set1_i(value), a = b = _mm256_setzero_si256(); }
+  void start(float value) { sum = set1_i(int32_t(value)), a = b = _mm256_setzero_si256(); }
   void add(B w, const int8_t* x) {
     const __m256i v = broadcast_4(x);
     a = _mm256_add_epi16(a, _mm256_maddubs_epi16(w.a, v)), b = _mm256_add_epi16(b, _mm256_maddubs_epi16(w.b, v));
@@ -60,7 +60,7 @@ template <> struct DotS8<true> {  // codes of up to 4 bits: 8 pair sums of at mo
 template <> struct DotS8<false> {  // codes minus 128, as |w| times x with the sign of w: 2 * 128 * 127 fits
   static constexpr int FOLD_K = MAX_BLOCK, BIAS = 128;
   I sum;
-  void start(int32_t value) { sum = set1_i(value); }
+  void start(float value) { sum = set1_i(int32_t(value)); }
   static __m256i dot(__m256i acc, __m256i w, __m256i x) {
     w = _mm256_xor_si256(w, _mm256_set1_epi8(-128));
     return _mm256_add_epi32(acc, pairs_to_i32(_mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w))));
@@ -75,7 +75,7 @@ template <> struct DotS8<false> {  // codes minus 128, as |w| times x with the s
 struct DotF32 {
   static constexpr int FOLD_K = MAX_BLOCK;
   F sum;
-  void start(int32_t) { sum = zero_f(); }
+  void start(float) { sum = zero_f(); }
   void add(F w, const float* x) { sum = ::qk::fma(w, set1_f(*x), sum); }
   void fold() {}
   F value() const { return sum; }

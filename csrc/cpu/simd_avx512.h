@@ -2,8 +2,8 @@
 using F = __m512;
 using I = __m512i;
 struct B { __m512i v; };
-constexpr int ACCUMULATORS = 24, WIDE = 4, TALL = 2;  // register tile: rows of x times panels (of 32 registers); panels at most, and for many rows
-constexpr int FEW_S8 = 12, FEW_INTEGERS = 12, FEW_TABLE = 12;  // see multiply.h
+constexpr int ACCUMULATORS = 24, WIDE = 4;  // register tile: rows of x times panels; panels at most
+constexpr int FEW_S8 = 100000, FEW_INTEGERS = 12, FEW_TABLE = 12;  // see multiply.h
 
 inline F zero_f() { return _mm512_setzero_ps(); }
 inline F set1_f(float x) { return _mm512_set1_ps(x); }
@@ -34,7 +34,7 @@ inline __m512i broadcast_32_bits(const void* x) {
 template <bool NIBBLE> struct DotS8 {
   static constexpr int FOLD_K = MAX_BLOCK, BIAS = 0;
   I sum;
-  void start(int32_t value) { sum = _mm512_set1_epi32(value); }
+  void start(float value) { sum = _mm512_cvtps_epi32(_mm512_set1_ps(value)); }
   void add(B w, const int8_t* x) { sum = _mm512_dpbusd_epi32(sum, w.v, broadcast_32_bits(x)), hold(sum); }
   void fold() {}
   F value() const { return to_float(sum); }
@@ -42,7 +42,7 @@ template <bool NIBBLE> struct DotS8 {
 struct DotF32 {
   static constexpr int FOLD_K = MAX_BLOCK;
   F sum;
-  void start(int32_t) { sum = zero_f(); }
+  void start(float) { sum = zero_f(); }
   void add(F w, const float* x) { sum = _mm512_fmadd_ps(w, set1_f(*x), sum), hold(sum); }
   void fold() {}
   F value() const { return sum; }
@@ -76,7 +76,7 @@ inline F e5m2_values(const uint8_t* half, int i) {  // the upper byte of a half
 struct DotBf16 {  // lane n: two k of row n
   static constexpr int FOLD_K = MAX_BLOCK;
   F sum;
-  void start(int32_t) { sum = zero_f(); }
+  void start(float) { sum = zero_f(); }
   void add(B w, const uint16_t* x) { sum = _mm512_dpbf16_ps(sum, (__m512bh)w.v, (__m512bh)broadcast_32_bits(x)), hold(sum); }
   void fold() {}
   F value() const { return sum; }

@@ -2,7 +2,7 @@
 struct F { float v[16]; };
 struct I { int32_t v[16]; };
 struct B { uint8_t v[64]; };
-constexpr int ACCUMULATORS = 4, WIDE = 1, TALL = 1;  // register tile: rows of x times panels; panels at most, and for many rows
+constexpr int ACCUMULATORS = 4, WIDE = 1;  // register tile: rows of x times panels; panels at most
 constexpr int FEW_S8 = 4, FEW_INTEGERS = 4, FEW_TABLE = 4;  // see multiply.h
 
 inline F zero_f() { return F{}; }
@@ -22,7 +22,7 @@ inline B look_up(const uint8_t* table, B index) { for (auto& v : index.v) v = ta
 template <bool NIBBLE> struct DotS8 {  // sum[n] += sum of w[4n+i] * x[i]
   static constexpr int FOLD_K = MAX_BLOCK, BIAS = 0;
   I sum;
-  void start(int32_t value) { for (auto& v : sum.v) v = value; }
+  void start(float value) { for (auto& v : sum.v) v = int32_t(value); }
   void add(B w, const int8_t* x) {
     for (int n = 0; n < 16; n++) for (int i = 0; i < 4; i++) sum.v[n] += int(w.v[4 * n + i]) * x[i];
   }
@@ -32,7 +32,7 @@ template <bool NIBBLE> struct DotS8 {  // sum[n] += sum of w[4n+i] * x[i]
 struct DotF32 {
   static constexpr int FOLD_K = MAX_BLOCK;
   F sum;
-  void start(int32_t) { sum = zero_f(); }
+  void start(float) { sum = zero_f(); }
   void add(F w, const float* x) { for (int i = 0; i < 16; i++) sum.v[i] += w.v[i] * *x; }
   void fold() {}
   F value() const { return sum; }

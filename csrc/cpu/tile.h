@@ -82,15 +82,6 @@ constexpr bool is_s8 = Source::STEPS == 2;
 
 // ---- the tile ---------------------------------------------------------------------------------------------------------------------
 
-inline F scale_of(const Weight& w, int64_t panel, int64_t group) {
-  const int64_t at = (panel * w.geometry.groups + group) * w.scale_lanes;
-  const F s = w.scale_lanes == 1 ? set1_f(load_number(w.scales, w.scale_dtype, at)) : load_numbers(w.scales, w.scale_dtype, at);
-  return mul(s, set1_f(w.alpha));
-}
-inline F zero_of(const Weight& w, int64_t panel, int64_t group) {
-  return w.zeros == nullptr ? zero_f() : load_numbers(w.zeros, w.zero_dtype, (panel * w.geometry.groups + group) * PANEL);
-}
-
 // f(0), f(1), … with constants: what they index stays in registers.
 #define QK_WITH(I) [&](auto I) __attribute__((always_inline))
 template <int COUNT, class Work>
@@ -107,52 +98,73 @@ struct Sums {
   // Tiles of k columns; panel_stride and x_stride lead to the next panel and row.
   [[gnu::always_inline]] void add(const Weight& w, const uint8_t* codes, int64_t panel_stride, const X* x, int64_t x_stride, int64_t k) {
     constexpr int STEP_K = TILE_K / Source::STEPS;
-    for (const X* end = x + k; x < end; codes += Source::TILE_BYTES, x += TILE_K)
+    const X* end = x + k;
+    do {  // once at least: were it to be skipped, GCC would keep the sums on the stack for that case
       each<Source::STEPS>(QK_WITH(step) {
         decltype(Source::weight(codes, step, w)) weights[PANELS];
         each<PANELS>(QK_WITH(p) { weights[p] = Source::weight(codes + p * panel_stride, step, w); });
         each<ROWS>(QK_WITH(r) { each<PANELS>(QK_WITH(p) { dot[r][p].add(weights[p], x + r * x_stride + STEP_K * step); }); });
       });
+      codes += Source::TILE_BYTES, x += TILE_K;
+    } while (x < end);
+  }
+  [[gnu::always_inline]] void add_block(const Weight& w, const uint8_t* codes, int64_t panel_stride, const X* x, int64_t length) {
+    constexpr int64_t FOLD_K = Source::Dot::FOLD_K;
+    if constexpr (FOLD_K == MAX_BLOCK) return add(w, codes, panel_stride, x, length, length);
+    for (int64_t k = 0; k < length; k += FOLD_K, codes += FOLD_K / TILE_K * Source::TILE_BYTES) {
+      add(w, codes, panel_stride, x + k, length, FOLD_K < length - k ? FOLD_K : length - k);
+      each<ROWS>(QK_WITH(r) { each<PANELS>(QK_WITH(p) { dot[r][p].fold(); }); });
+    }
   }
 };
 
-// codes: tile (panel, k = first block's k0), panel_stride bytes to the next panel; acc [ROWS][acc_stride]
+constexpr int MAX_CHUNK = 32;
+
+struct Chunk {  // of K, for PANELS panels
+  int64_t first, count, k0, k;  // blocks first…first + count, which are the columns k0…k0 + k
+  Block blocks[MAX_CHUNK];
+  const uint8_t* codes;     // of the first panel, in the form of a source
+  int64_t panel_stride;     // bytes to the next panel's
+  const float* scales;      // [count, PANELS, 16]
+  const float* shifts;      // likewise: scale * (code - zero) is scale * code + shift; or null
+};
+
+// Out of line: where there is nothing to shift, GCC finds better registers for the rest.
+[[gnu::noinline]] void add_shifts(const float* shifts, const float* scales, const float* sums, int rows, int panels, float* acc) {
+  for (int r = 0; r < rows; r++) {
+    const F sum = set1_f(scales == nullptr ? sums[r] : scales[r] * sums[r]);
+    for (int p = 0; p < panels; p++, acc += PANEL) store_f(acc, fma(load_f(shifts + p * PANEL), sum, load_f(acc)));
+  }
+}
+
 template <class Source, int ROWS, int PANELS>
-void tile(const Weight& w, const Activations& x, int64_t m, int64_t panel, int64_t b0, int64_t b1, const uint8_t* codes, int64_t panel_stride,
-          float* acc, int64_t acc_stride) {
-  using Dot = typename Source::Dot;
-  const Geometry& g = w.geometry;
-  const float centre = is_s8<Source> ? 0.0f : w.centre;
-  for (int64_t b = b0; b < b1; b++) {
-    const Block block = block_at(g, b);
-    const auto* rows = static_cast<const typename Source::X*>(x.values) + x.m * block.k0 + m * block.length;
-    const float *scales = x.scales + b * x.m + m, *sums = x.sums + b * x.m + m;
+void tile(const Weight& w, const Activations& x, const Chunk& chunk, int64_t m, float* acc) {  // acc [ROWS, PANELS, 16]
+  const uint8_t* codes = chunk.codes;
+  const float *w_scales = chunk.scales, *shifts = chunk.shifts;
+  const float *scales = x.scales + chunk.first * x.m + m, *sums = x.sums + chunk.first * x.m + m;
+  float less = 0;  // int8 codes are unsigned: what their offset adds
+  if constexpr (is_s8<Source>) less = float(Source::Dot::BIAS - w.offset);
+  for (const Block *block = chunk.blocks, *end = block + chunk.count; block < end; block++) {
     Sums<Source, ROWS, PANELS> total;
+    each<ROWS>(QK_WITH(r) { each<PANELS>(QK_WITH(p) { total.dot[r][p].start(less * sums[r]); }); });
+    const auto* rows = static_cast<const typename Source::X*>(x.values) + x.m * block->k0 + m * block->length;
+    total.add_block(w, codes, chunk.panel_stride, rows, block->length);
+    float* out = acc;
+    __asm__("" : "+r"(out));  // else GCC keeps acc in registers from block to block, and spills what it needs them for
     each<ROWS>(QK_WITH(r) {
-      int32_t start = 0;  // int8 codes are unsigned: what their offset adds is taken off beforehand
-      if constexpr (is_s8<Source>) start = -(w.offset - Dot::BIAS) * int32_t(sums[r]);
-      each<PANELS>(QK_WITH(p) { total.dot[r][p].start(start); });
-    });
-    for (int64_t k = 0; k < block.length; k += Dot::FOLD_K, codes += Dot::FOLD_K / TILE_K * Source::TILE_BYTES) {
-      const int64_t length = Dot::FOLD_K < block.length - k ? Dot::FOLD_K : block.length - k;
-      total.add(w, codes, panel_stride, rows + k, block.length, length);
-      each<ROWS>(QK_WITH(r) { each<PANELS>(QK_WITH(p) { total.dot[r][p].fold(); }); });
-    }
-    each<PANELS>(QK_WITH(p) {
-      const F scale = scale_of(w, panel + p, block.group);
-      each<ROWS>(QK_WITH(r) {
-        float* out = acc + r * acc_stride + p * PANEL;
-        F factor = scale;
-        if constexpr (is_s8<Source>) factor = mul(scale, set1_f(scales[r]));
-        store_f(out, fma(factor, total.dot[r][p].value(), load_f(out)));
+      const F scale = set1_f(is_s8<Source> ? scales[r] : 1.0f);
+      each<PANELS>(QK_WITH(p) {
+        float* sum = out + (r * PANELS + p) * PANEL;
+        const F factor = load_f(w_scales + p * PANEL);
+        store_f(sum, fma(is_s8<Source> ? mul(factor, scale) : factor, total.dot[r][p].value(), load_f(sum)));
       });
-      if (w.zeros == nullptr && centre == 0) return;
-      const F shift = mul(scale, sub_f(set1_f(centre), zero_of(w, panel + p, block.group)));  // scale * (code - zero): the zero's share
-      for (int r = 0; r < ROWS; r++) {
-        float* out = acc + r * acc_stride + p * PANEL;
-        store_f(out, fma(shift, set1_f(is_s8<Source> ? scales[r] * sums[r] : sums[r]), load_f(out)));
-      }
     });
+    if (shifts != nullptr) {
+      add_shifts(shifts, is_s8<Source> ? scales : nullptr, sums, ROWS, PANELS, acc);
+      shifts += PANELS * PANEL;
+    }
+    codes += block->length / TILE_K * Source::TILE_BYTES;
+    w_scales += PANELS * PANEL, scales += x.m, sums += x.m;
   }
 }
 
@@ -161,14 +173,12 @@ constexpr int MAX_ROWS = ACCUMULATORS / PANELS < 12 ? ACCUMULATORS / PANELS : 12
 
 // All rows m0…m1, in tiles of nearly equal height (so that no M is much dearer than the next).
 template <class Source, int PANELS>
-void rows_of_tiles(const Weight& w, const Activations& x, int64_t m0, int64_t m1, int64_t panel, int64_t b0, int64_t b1, const uint8_t* codes,
-                   int64_t panel_stride, float* acc) {
-  constexpr int64_t stride = PANELS * PANEL;
+void rows_of_tiles(const Weight& w, const Activations& x, const Chunk& chunk, int64_t m0, int64_t m1, float* acc) {
   constexpr auto tile_of = []<size_t... R>(std::index_sequence<R...>) { return std::array{tile<Source, int(R) + 1, PANELS>...}; };
   constexpr auto TILES = tile_of(std::make_index_sequence<MAX_ROWS<PANELS>>{});  // by height, from 1
   int64_t tiles = (m1 - m0 + MAX_ROWS<PANELS> - 1) / MAX_ROWS<PANELS>;
   for (int64_t m = m0, rows; m < m1; m += rows, tiles--) {
     rows = (m1 - m + tiles - 1) / tiles;
-    TILES[size_t(rows - 1)](w, x, m, panel, b0, b1, codes, panel_stride, acc + (m - m0) * stride, stride);
+    TILES[size_t(rows - 1)](w, x, chunk, m, acc + (m - m0) * PANELS * PANEL);
   }
 }
