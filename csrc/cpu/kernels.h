@@ -12,6 +12,7 @@
 namespace qk {
 
 constexpr int PANEL = 16, TILE_K = 8, MAX_BLOCK = 256;
+constexpr int64_t ALWAYS = INT64_MAX;
 
 enum class Dtype { f32, bf16, f16, e4m3, e8m0, u8 };
 enum class CodeKind { integer, table, e4m3, e5m2 };

@@ -4,7 +4,6 @@
 #include <cstddef>
 #include <utility>
 
-#include <cstdlib>
 #include "cpu/kernels.h"
 
 namespace qk {

@@ -10,6 +10,7 @@
 constexpr int64_t ROW_CHUNK = 256;  // rows whose accumulators lie in scratch at a time
 constexpr int64_t SCRATCH_ACC = ROW_CHUNK * WIDE * PANEL * 4;
 constexpr int64_t SCRATCH_SCALES = MAX_CHUNK * WIDE * PANEL * 4;  // and as much for the shifts
+constexpr int64_t CHUNK_CODES = 16 << 10;  // bytes of packed codes: half of L1
 constexpr int64_t SCRATCH_WEIGHTS = WIDE * MAX_BLOCK * PANEL * 4;  // bytes: a block of floats, or several of shorter numbers; near L1's size
 
 struct Job {  // rows m0…m1 times PANELS panels from `panel` on
@@ -64,8 +65,7 @@ void by_chunks(const Job& j, int64_t most_k, const Codes& codes_of) {
 template <class Source, int PANELS>
 void direct(const Job& j) {  // weights straight from their packed form
   const int64_t bytes_per_k = 2 * j.w.bits, stride = j.w.geometry.k_padded * bytes_per_k;
-  static const int64_t CH = getenv("CH") ? atoi(getenv("CH")) : 16384;
-  const int64_t most_k = j.rows() <= MAX_ROWS<PANELS> ? j.w.geometry.k_padded : CH / (bytes_per_k * PANELS);
+  const int64_t most_k = j.rows() <= MAX_ROWS<PANELS> ? j.w.geometry.k_padded : CHUNK_CODES / (bytes_per_k * PANELS);
   by_chunks<Source, PANELS>(j, most_k, [&](Chunk& chunk) {
     chunk.codes = j.w.codes + j.panel * stride + chunk.k0 * bytes_per_k, chunk.panel_stride = stride;
   });
@@ -75,8 +75,7 @@ template <class Unpacked, int PANELS>
 void through_scratch(const Job& j) {
   const int64_t bytes_per_k = 2 * j.w.bits, stride = j.w.geometry.k_padded * bytes_per_k;
   constexpr int64_t unpacked_per_k = Unpacked::TILE_BYTES / TILE_K;
-  static const int64_t CH = getenv("CU") ? atoi(getenv("CU")) : SCRATCH_WEIGHTS;
-  by_chunks<Unpacked, PANELS>(j, CH / (unpacked_per_k * WIDE), [&](Chunk& chunk) {
+  by_chunks<Unpacked, PANELS>(j, SCRATCH_WEIGHTS / (unpacked_per_k * WIDE), [&](Chunk& chunk) {
     chunk.codes = j.unpacked(), chunk.panel_stride = chunk.k * unpacked_per_k;
     for (int p = 0; p < PANELS; p++)
       unpack(Unpacked{}, j.w, j.w.codes + (j.panel + p) * stride + chunk.k0 * bytes_per_k, chunk.k, j.unpacked() + p * chunk.panel_stride);
@@ -102,7 +101,7 @@ struct ByF32 {
     const bool integers = j.w.kind == CodeKind::integer;
     if (j.w.bits == 4 && integers && j.rows() <= FEW_INTEGERS) direct<F32Integers, PANELS>(j);
     else if (j.w.bits == 4 && j.rows() <= FEW_TABLE) direct<F32Table, PANELS>(j);
-    else if (j.w.bits == 8 && integers && j.rows() <= FEW_INTEGERS) direct<F32Bytes, PANELS>(j);
+    else if (j.w.bits == 8 && integers && j.rows() <= FEW_BYTES) direct<F32Bytes, PANELS>(j);
     else through_scratch<F32Unpacked, PANELS>(j);
   }
 };
@@ -112,7 +111,7 @@ struct ByBf16 {
   template <int PANELS>
   static void panels(const Job& j) {
     if (j.w.bits == 4 && j.rows() <= FEW_INTEGERS) direct<Bf16Nibbles, PANELS>(j);
-    else if (j.w.bits == 8 && j.rows() <= FEW_INTEGERS && j.w.kind == CodeKind::integer) direct<Bf16Bytes, PANELS>(j);
+    else if (j.w.bits == 8 && j.w.kind == CodeKind::integer && j.rows() <= FEW_BYTES) direct<Bf16Bytes, PANELS>(j);
     else through_scratch<Bf16Unpacked, PANELS>(j);
   }
 };

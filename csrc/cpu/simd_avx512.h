@@ -3,7 +3,7 @@ using F = __m512;
 using I = __m512i;
 struct B { __m512i v; };
 constexpr int ACCUMULATORS = 24, WIDE = 4;  // register tile: rows of x times panels; panels at most
-constexpr int FEW_S8 = 100000, FEW_INTEGERS = 12, FEW_TABLE = 12;  // see multiply.h
+constexpr int64_t FEW_S8 = ALWAYS, FEW_INTEGERS = ALWAYS, FEW_TABLE = ALWAYS, FEW_BYTES = 12;  // see multiply.h
 
 inline F zero_f() { return _mm512_setzero_ps(); }
 inline F set1_f(float x) { return _mm512_set1_ps(x); }

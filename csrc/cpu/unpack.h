@@ -1,26 +1,50 @@
 // Codes unpacked into scratch, once for many rows of x, and whole weights into floats.
 
-inline void half_codes(const Weight& w, const uint8_t* tile, int half, uint8_t* out) {  // 64 codes, one a byte
-  if (w.bits == 8) store_b(out, load_b(tile + 64 * half));
-  else if (w.bits == 4) store_b(out, nibbles(load_b(tile), half));
-  else expand_bits(tile + 8 * w.bits * half, w.bits, out);
+// 64 codes, one a byte: where they lie, or in `room`. bits is a number of the caller's own: a byte stored to memory might change w's,
+// and all that follows from them would be worked out again each time.
+inline const uint8_t* half_codes(int bits, const uint8_t* tile, int half, uint8_t* room) {
+  if (bits == 8) return tile + 64 * half;
+  if (bits == 4) store_b(room, nibbles(load_b(tile), half));
+  else expand_bits(tile + 8 * bits * half, bits, room);
+  return room;
 }
 
 // Values of column j of a half tile whose codes lie one a byte.
-inline F half_values(const Weight& w, const uint8_t* half, int j) {
-  switch (w.kind) {
-    case CodeKind::integer: return add_f(byte_integers(half, j), set1_f(float(128 - (1 << (w.bits - 1)))));
-    case CodeKind::table: return nibble_values(half, 8 * j, w.table);
+template <CodeKind KIND>
+inline F half_values(int bits, const float* table, const uint8_t* half, int j) {
+  switch (KIND) {
+    case CodeKind::integer: return add_f(byte_integers(half, j), set1_f(float(128 - (1 << (bits - 1)))));
+    case CodeKind::table: return nibble_values(half, 8 * j, table);
     case CodeKind::e4m3: return e4m3_values(half, j);
     case CodeKind::e5m2: return e5m2_values(half, j);
   }
   __builtin_unreachable();
 }
 
-// k columns of a panel, in the form of S8Bytes and S8Unpacked
+template <class Work>  // work(value of a column: F of j), two for every tile
+inline void for_halves(const Weight& w, const uint8_t* codes, int64_t k, const Work& work) {
+  const int bits = w.bits;
+  const auto all = [&](auto kind) {
+    alignas(64) uint8_t room[64];
+    for (int64_t i = 0; i < k; i += TILE_K, codes += 16 * bits)
+      for (int h = 0; h < 2; h++) {
+        const uint8_t* half = half_codes(bits, codes, h, room);
+        work([&](int j) { return half_values<kind>(bits, w.table, half, j); });
+      }
+  };
+  switch (w.kind) {
+    case CodeKind::integer: return all(std::integral_constant<CodeKind, CodeKind::integer>{});
+    case CodeKind::table: return all(std::integral_constant<CodeKind, CodeKind::table>{});
+    case CodeKind::e4m3: return all(std::integral_constant<CodeKind, CodeKind::e4m3>{});
+    case CodeKind::e5m2: return all(std::integral_constant<CodeKind, CodeKind::e5m2>{});
+  }
+}
+
+// k columns of a panel, in the form of S8Bytes and S8Unpacked; 8-bit codes have it already
 inline void unpack(S8<true>, const Weight& w, const uint8_t* codes, int64_t k, uint8_t* out) {
-  for (int64_t i = 0; i < k; i += TILE_K, codes += 16 * w.bits)
-    for (int half = 0; half < 2; half++, out += 64) half_codes(w, codes, half, out);
+  const int bits = w.bits;
+  for (int64_t i = 0; i < k; i += TILE_K, codes += 16 * bits)
+    for (int half = 0; half < 2; half++, out += 64) half_codes(bits, codes, half, out);
 }
 inline void unpack(S8<false>, const Weight& w, const uint8_t* codes, int64_t k, uint8_t* out) {
   unpack(S8<true>{}, w, codes, k, out);
@@ -29,30 +53,31 @@ inline void unpack(S8<false>, const Weight& w, const uint8_t* codes, int64_t k, 
 }
 
 inline void unpack(F32, const Weight& w, const uint8_t* codes, int64_t k, uint8_t* out) {
-  alignas(64) uint8_t half[64];
   auto* values = reinterpret_cast<float*>(out);
-  for (int64_t i = 0; i < k; i += TILE_K, codes += 16 * w.bits)
-    for (int h = 0; h < 2; h++) {
-      if (w.bits != 4) half_codes(w, codes, h, half);
-      for (int j = 0; j < 4; j++, values += 16) {
-        if (w.bits != 4) store_f(values, half_values(w, half, j));
-        else if (w.kind == CodeKind::integer) store_f(values, nibble_integers(codes, 8 * j + 4 * h, w.table));
-        else store_f(values, nibble_values(codes, 8 * j + 4 * h, w.table));
+  if (w.bits == 4) {
+    const bool integers = w.kind == CodeKind::integer;
+    for (int64_t i = 0; i < k; i += TILE_K, codes += 64)
+      for (int j = 0; j < TILE_K; j++, values += 16) {
+        const int shift = 8 * (j & 3) + 4 * (j >> 2);
+        store_f(values, integers ? nibble_integers(codes, shift, w.table) : nibble_values(codes, shift, w.table));
       }
-    }
+    return;
+  }
+  for_halves(w, codes, k, [&](const auto& column) {
+    for (int j = 0; j < 4; j++, values += 16) store_f(values, column(j));
+  });
 }
 
 #ifdef QK_BF16_DOT
 inline void unpack(Bf16, const Weight& w, const uint8_t* codes, int64_t k, uint8_t* out) {
-  alignas(64) uint8_t half[64];
-  for (int64_t i = 0; i < k; i += TILE_K, codes += 16 * w.bits)
-    for (int h = 0; h < 2; h++) {
-      if (w.bits != 4) half_codes(w, codes, h, half);
-      for (int j = 0; j < 2; j++, out += 64) {
-        if (w.bits == 4) store_b(out, nibble_pairs(codes, 8 * j + 4 * h, w.table_bf16));
-        else store_b(out, bf16_pair(half_values(w, half, j), half_values(w, half, j + 2)));
-      }
-    }
+  if (w.bits == 4) {
+    for (int64_t i = 0; i < k; i += TILE_K, codes += 64)
+      for (int step = 0; step < 4; step++, out += 64) store_b(out, Bf16Nibbles::weight(codes, step, w));
+    return;
+  }
+  for_halves(w, codes, k, [&](const auto& column) {
+    for (int j = 0; j < 2; j++, out += 64) store_b(out, bf16_pair(column(j), column(j + 2)));
+  });
 }
 #endif
 
