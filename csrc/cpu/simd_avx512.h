@@ -3,7 +3,7 @@ using F = __m512;
 using I = __m512i;
 struct B { __m512i v; };
 constexpr int ACCUMULATORS = 24, WIDE = 4;  // register tile: rows of x times panels; panels at most
-constexpr int64_t FEW_S8 = ALWAYS, FEW_INTEGERS = ALWAYS, FEW_TABLE = ALWAYS, FEW_BYTES = 12;  // see multiply.h
+constexpr int64_t FEW_S8 = ALWAYS, FEW_INTEGERS = ALWAYS, FEW_TABLE = ALWAYS, FEW_BYTES = 36;  // see multiply.h
 
 inline F zero_f() { return _mm512_setzero_ps(); }
 inline F set1_f(float x) { return _mm512_set1_ps(x); }
@@ -53,9 +53,10 @@ inline F nibble_values(const uint8_t* tile, int shift, const float* table) {  //
   return _mm512_permutexvar_ps(index, _mm512_loadu_ps(table));
 }
 inline F nibble_integers(const uint8_t* tile, int shift, const float* table) { return nibble_values(tile, shift, table); }
-inline F byte_integers(const uint8_t* half, int i) {  // code - 128: flipping the top bit makes it two's complement
-  const I flipped = _mm512_xor_si512(_mm512_loadu_si512(half), _mm512_set1_epi32(int(0x80808080u)));
-  return to_float(_mm512_srai_epi32(_mm512_sll_epi32(flipped, _mm_cvtsi32_si128(24 - 8 * i)), 24));
+inline F byte_integers(const uint8_t* half, int i) {  // code - 128: the code becomes the last bits of 2^23, which then goes, exactly
+  const I lanes = _mm512_srl_epi32(_mm512_loadu_si512(half), _mm_cvtsi32_si128(8 * i));
+  const I number = _mm512_ternarylogic_epi32(lanes, _mm512_set1_epi32(255), _mm512_set1_epi32(0x4b000000), 0xea);  // lanes & 255 | 2^23
+  return _mm512_sub_ps(_mm512_castsi512_ps(number), _mm512_set1_ps(0x1p23f + 128));
 }
 inline I byte_lanes(const uint8_t* half, int i) {
   return _mm512_and_si512(_mm512_srl_epi32(_mm512_loadu_si512(half), _mm_cvtsi32_si128(8 * i)), _mm512_set1_epi32(255));

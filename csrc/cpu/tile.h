@@ -120,6 +120,16 @@ struct Sums {
 
 constexpr int MAX_CHUNK = 32;
 
+struct Ahead {  // packed codes that will be read next, to be fetched into L2 meanwhile, a step with every block of a tile
+  const uint8_t *at, *end;  // of the first panel
+  int64_t stride, step;     // bytes to the next panel's, and of a step
+  template <int PANELS>
+  void fetch() {
+    for (const uint8_t* to = step < end - at ? at + step : end; at < to; at += 64)
+      for (int p = 0; p < PANELS; p++) __builtin_prefetch(at + p * stride, 0, 2);
+  }
+};
+
 struct Chunk {  // of K, for PANELS panels
   int64_t first, count, k0, k;  // blocks first…first + count, which are the columns k0…k0 + k
   Block blocks[MAX_CHUNK];
@@ -127,6 +137,7 @@ struct Chunk {  // of K, for PANELS panels
   int64_t panel_stride;     // bytes to the next panel's
   const float* scales;      // [count, PANELS, 16]
   const float* shifts;      // likewise: scale * (code - zero) is scale * code + shift; or null
+  Ahead ahead;
 };
 
 // Out of line: where there is nothing to shift, GCC finds better registers for the rest.
@@ -138,13 +149,14 @@ struct Chunk {  // of K, for PANELS panels
 }
 
 template <class Source, int ROWS, int PANELS>
-void tile(const Weight& w, const Activations& x, const Chunk& chunk, int64_t m, float* acc) {  // acc [ROWS, PANELS, 16]
+void tile(const Weight& w, const Activations& x, Chunk& chunk, int64_t m, float* acc) {  // acc [ROWS, PANELS, 16]
   const uint8_t* codes = chunk.codes;
   const float *w_scales = chunk.scales, *shifts = chunk.shifts;
   const float *scales = x.scales + chunk.first * x.m + m, *sums = x.sums + chunk.first * x.m + m;
   float less = 0;  // int8 codes are unsigned: what their offset adds
   if constexpr (is_s8<Source>) less = float(Source::Dot::BIAS - w.offset);
   for (const Block *block = chunk.blocks, *end = block + chunk.count; block < end; block++) {
+    chunk.ahead.template fetch<PANELS>();
     Sums<Source, ROWS, PANELS> total;
     each<ROWS>(QK_WITH(r) { each<PANELS>(QK_WITH(p) { total.dot[r][p].start(less * sums[r]); }); });
     const auto* rows = static_cast<const typename Source::X*>(x.values) + x.m * block->k0 + m * block->length;
@@ -173,10 +185,11 @@ constexpr int MAX_ROWS = ACCUMULATORS / PANELS < 12 ? ACCUMULATORS / PANELS : 12
 
 // All rows m0…m1, in tiles of nearly equal height (so that no M is much dearer than the next).
 template <class Source, int PANELS>
-void rows_of_tiles(const Weight& w, const Activations& x, const Chunk& chunk, int64_t m0, int64_t m1, float* acc) {
+void rows_of_tiles(const Weight& w, const Activations& x, Chunk& chunk, int64_t m0, int64_t m1, float* acc) {
   constexpr auto tile_of = []<size_t... R>(std::index_sequence<R...>) { return std::array{tile<Source, int(R) + 1, PANELS>...}; };
   constexpr auto TILES = tile_of(std::make_index_sequence<MAX_ROWS<PANELS>>{});  // by height, from 1
   int64_t tiles = (m1 - m0 + MAX_ROWS<PANELS> - 1) / MAX_ROWS<PANELS>;
+  chunk.ahead.step = (chunk.ahead.end - chunk.ahead.at) / (tiles * chunk.count) / 64 * 64 + 64;
   for (int64_t m = m0, rows; m < m1; m += rows, tiles--) {
     rows = (m1 - m + tiles - 1) / tiles;
     TILES[size_t(rows - 1)](w, x, chunk, m, acc + (m - m0) * PANELS * PANEL);
