@@ -13,11 +13,11 @@ constexpr int64_t SCRATCH_SCALES = MAX_CHUNK * WIDE * PANEL * 4;  // and as much
 constexpr int64_t CHUNK_CODES = 16 << 10;  // bytes of packed codes: half of L1
 constexpr int64_t SCRATCH_WEIGHTS = WIDE * MAX_BLOCK * PANEL * 4;  // bytes: a block of floats, or several of shorter numbers; near L1's size
 
-struct Job {  // rows m0…m1 times PANELS panels from `panel` on
+struct Job {  // rows m0…m1 times PANELS panels from `panel` on, the last of them before p1
   const Weight& w;
   const Activations& x;
   const Output& out;
-  int64_t m0, m1, panel;
+  int64_t m0, m1, panel, p1;
   char* scratch;
   int64_t rows() const { return m1 - m0; }
   float* acc() const { return reinterpret_cast<float*>(scratch); }
@@ -47,12 +47,13 @@ void next_chunk(const Job& j, Block block, int64_t most_k, Chunk& chunk) {
 }
 
 inline Ahead codes_after(const Job& j, const Chunk& chunk, int panels) {  // those of the next chunk, or of the next panels
+  if (j.rows() <= 2 * MAX_ROWS<WIDE>) return {};  // one or two tiles are no time to fetch in
   const Geometry& g = j.w.geometry;
   const bool last = chunk.first + chunk.count == g.blocks;
+  if (last && j.panel + 2 * panels > j.p1) return {};
   const int64_t bytes_per_k = 2 * j.w.bits, stride = g.k_padded * bytes_per_k, k = last ? 0 : chunk.k0 + chunk.k;
   const uint8_t* at = j.w.codes + (j.panel + (last ? panels : 0)) * stride + k * bytes_per_k;
-  const int64_t bytes = (g.k_padded - k < chunk.k ? g.k_padded - k : chunk.k) * bytes_per_k;
-  return {at, at + (j.rows() > 2 * MAX_ROWS<WIDE> ? bytes : 0), stride, 0};
+  return {at, at + (g.k_padded - k < chunk.k ? g.k_padded - k : chunk.k) * bytes_per_k, stride, 0};
 }
 
 // In chunks of up to most_k columns, which all the rows take before the next: what of the weight they use again is in the cache.
@@ -79,6 +80,19 @@ void direct(const Job& j) {  // weights straight from their packed form
   by_chunks<Source, PANELS>(j, most_k, [&](Chunk& chunk) {
     chunk.codes = j.w.codes + j.panel * stride + chunk.k0 * bytes_per_k, chunk.panel_stride = stride;
   });
+}
+
+// Of codes that are dear to decode: tiles of half the width and twice the height decode half as often.
+template <class Source, int PANELS>
+void direct_tall(const Job& j) {
+  if constexpr (PANELS > 1)
+    if (j.rows() > MAX_ROWS<PANELS>) {
+      Job half = j;
+      direct<Source, PANELS / 2>(half);
+      half.panel += PANELS / 2;
+      return direct<Source, PANELS / 2>(half);
+    }
+  direct<Source, PANELS>(j);
 }
 
 template <class Unpacked, int PANELS>
@@ -111,7 +125,7 @@ struct ByF32 {
     const bool integers = j.w.kind == CodeKind::integer;
     if (j.w.bits == 4 && integers && j.rows() <= FEW_INTEGERS) direct<F32Integers, PANELS>(j);
     else if (j.w.bits == 4 && j.rows() <= FEW_TABLE) direct<F32Table, PANELS>(j);
-    else if (j.w.bits == 8 && integers && j.rows() <= FEW_BYTES) direct<F32Bytes, PANELS>(j);
+    else if (j.w.bits == 8 && integers && j.rows() <= FEW_BYTES) direct_tall<F32Bytes, PANELS>(j);
     else through_scratch<F32Unpacked, PANELS>(j);
   }
 };
@@ -121,7 +135,7 @@ struct ByBf16 {
   template <int PANELS>
   static void panels(const Job& j) {
     if (j.w.bits == 4 && j.rows() <= FEW_INTEGERS) direct<Bf16Nibbles, PANELS>(j);
-    else if (j.w.bits == 8 && j.w.kind == CodeKind::integer && j.rows() <= FEW_BYTES) direct<Bf16Bytes, PANELS>(j);
+    else if (j.w.bits == 8 && j.w.kind == CodeKind::integer && j.rows() <= FEW_BYTES) direct_tall<Bf16Bytes, PANELS>(j);
     else through_scratch<Bf16Unpacked, PANELS>(j);
   }
 };
@@ -130,7 +144,7 @@ struct ByBf16 {
 template <class By>
 void multiply(const Weight& w, const Activations& x, const Output& out, int64_t m0, int64_t m1, int64_t p0, int64_t p1, char* scratch) {
   for (int64_t m = m0; m < m1; m += ROW_CHUNK) {
-    Job j{w, x, out, m, m + ROW_CHUNK < m1 ? m + ROW_CHUNK : m1, p0, scratch};
+    Job j{w, x, out, m, m + ROW_CHUNK < m1 ? m + ROW_CHUNK : m1, p0, p1, scratch};
     for (; j.panel + WIDE <= p1; j.panel += WIDE) By::template panels<WIDE>(j);
     for (; j.panel < p1; j.panel++) By::template panels<1>(j);
   }

@@ -1,22 +1,29 @@
 // Rows of activations in, rows of results out.
 
-void to_floats(const void* x, Dtype dtype, int64_t first, int64_t count, float* out) {
+template <Dtype DTYPE>
+inline void floats_of(const void* x, int64_t first, int64_t count, float* out) {
   int64_t i = 0;
-  for (; i + 16 <= count; i += 16) store_f(out + i, load_numbers(x, dtype, first + i));
-  for (; i < count; i++) out[i] = load_number(x, dtype, first + i);
+  for (; i + 16 <= count; i += 16) store_f(out + i, load_numbers(x, DTYPE, first + i));
+  for (; i < count; i++) out[i] = load_number(x, DTYPE, first + i);
 }
 
-inline void load_block(const void* x, Dtype dtype, int64_t row, const Geometry& g, const Block& block, float* out) {  // zero-padded
+void to_floats(const void* x, Dtype dtype, int64_t first, int64_t count, float* out) {
+  if (dtype == Dtype::f32) floats_of<Dtype::f32>(x, first, count, out);
+  else if (dtype == Dtype::bf16) floats_of<Dtype::bf16>(x, first, count, out);
+  else floats_of<Dtype::f16>(x, first, count, out);
+}
+
+inline void load_block(const void* x, Dtype dtype, int64_t row, const Geometry& g, const Block& block, float* out) {  // zeros up to a multiple of 16
   const int64_t in_group = block.k0 - block.group * g.group_padded, start = block.group * g.group + in_group;
   int64_t count = g.group - in_group;
   if (count > block.length) count = block.length;
   if (count > g.k - start) count = g.k - start;
   if (count < 0) count = 0;
   to_floats(x, dtype, row + start, count, out);
-  for (int64_t i = count; i < block.length; i++) out[i] = 0;
+  for (int64_t i = count; i < (block.length + 15) / 16 * 16; i++) out[i] = 0;
 }
 
-template <class Work>  // work(padded floats, length, position in values, position in scales and sums)
+template <class Work>  // work(floats, length, position in values, position in scales and sums)
 inline void for_blocks(const void* x, Dtype dtype, int64_t stride, const Geometry& g, int64_t m0, int64_t m1, int64_t m_all, const Work& work) {
   alignas(64) float v[MAX_BLOCK];
   for (int64_t m = m0; m < m1; m++) {
@@ -30,32 +37,34 @@ inline void for_blocks(const void* x, Dtype dtype, int64_t stride, const Geometr
 
 void rows_to_s8(const void* x, Dtype dtype, int64_t stride, const Geometry& g, int64_t m0, int64_t m1, const Activations& a) {
   for_blocks(x, dtype, stride, g, m0, m1, a.m, [&](const float* v, int64_t length, int64_t at, int64_t block) {
-    uint32_t largest = 0;  // of the bits of |v|: a NaN is larger than all, so it reaches the scale and the whole row
-    for (int64_t i = 0; i < length; i++) {
-      const uint32_t bits = float_to_bits(v[i]) & 0x7fffffffu;
-      largest = bits > largest ? bits : largest;
-    }
-    const float absmax = bits_to_float(largest), inverse = absmax > 0x1p-120f ? 127.0f / absmax : 0.0f;
+    I most = magnitude_bits(load_f(v));  // as integers, where a NaN is larger than all: it reaches the scale and the whole row
+    for (int64_t i = 16; i < length; i += 16) most = max_i(most, magnitude_bits(load_f(v + i)));
+    const int32_t largest = highest(most);
+    const bool finite = largest < 0x7f800000;
+    const float absmax = bits_to_float(uint32_t(largest));
+    const F inverse = set1_f(finite && absmax > 0x1p-120f ? 127.0f / absmax : 0.0f);
     int8_t* out = static_cast<int8_t*>(a.values) + at;
     int32_t sum = 0;
-    if (largest >= 0x7f800000u) {
-      for (int64_t i = 0; i < length; i++) out[i] = 1;  // any code: the scale below makes the row NaN
-    } else {
-      for (int64_t i = 0; i < length; i++) {
-        const int32_t q = int32_t((v[i] * inverse + 0x1.8p23f) - 0x1.8p23f);  // round half to even
-        out[i] = int8_t(q);
-        sum += q;
-      }
+    int64_t i = 0;
+    for (; finite && i + 16 <= length; i += 16) sum += round_to_s8(mul(load_f(v + i), inverse), out + i);
+    if (finite && i < length) {
+      int8_t last[16];
+      sum += round_to_s8(mul(load_f(v + i), inverse), last);
+      __builtin_memcpy(out + i, last, TILE_K);
     }
-    a.scales[block] = largest >= 0x7f800000u ? bits_to_float(0x7fc00000u) : absmax / 127.0f;
+    if (!finite) __builtin_memset(out, 1, size_t(length));  // any code: the scale makes the row NaN
+    a.scales[block] = finite ? absmax / 127.0f : bits_to_float(0x7fc00000u);
     a.sums[block] = float(sum);
   });
 }
 
 inline float sum_of(const float* v, int64_t length) {
-  float sum = 0;
-  for (int64_t i = 0; i < length; i++) sum += v[i];
-  return sum;
+  F sum = load_f(v);
+  for (int64_t i = 16; i < length; i += 16) sum = add_f(sum, load_f(v + i));
+  alignas(64) float lanes[16];
+  store_f(lanes, sum);
+  for (int n = 8; n > 0; n /= 2) for (int i = 0; i < n; i++) lanes[i] += lanes[i + n];
+  return lanes[0];
 }
 
 void rows_to_f32(const void* x, Dtype dtype, int64_t stride, const Geometry& g, int64_t m0, int64_t m1, const Activations& a) {
@@ -68,10 +77,14 @@ void rows_to_f32(const void* x, Dtype dtype, int64_t stride, const Geometry& g, 
 #ifdef QK_BF16_DOT
 void rows_to_bf16(const void* x, Dtype dtype, int64_t stride, const Geometry& g, int64_t m0, int64_t m1, const Activations& a) {
   for_blocks(x, dtype, stride, g, m0, m1, a.m, [&](const float* v, int64_t length, int64_t at, int64_t block) {
-    constexpr int ORDER[TILE_K] = {0, 2, 1, 3, 4, 6, 5, 7};
     uint16_t* out = static_cast<uint16_t*>(a.values) + at;
-    for (int64_t k = 0; k < length; k += TILE_K)
-      for (int i = 0; i < TILE_K; i++) out[k + i] = uint16_t(float_to_bits(v[k + ORDER[i]]) >> 16);  // exact: x is bf16
+    int64_t i = 0;
+    for (; i + 16 <= length; i += 16) store_bf16_tiles(out + i, load_f(v + i));
+    if (i < length) {
+      uint16_t last[16];
+      store_bf16_tiles(last, load_f(v + i));
+      __builtin_memcpy(out + i, last, TILE_K * 2);
+    }
     a.sums[block] = sum_of(v, length);
   });
 }

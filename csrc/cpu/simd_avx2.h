@@ -16,6 +16,26 @@ inline F fma(F x, F y, F z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fma
 inline I set1_i(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
 inline F to_float(I x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
 
+inline I magnitude_bits(F x) {
+  const __m256i mask = _mm256_set1_epi32(0x7fffffff);
+  return {_mm256_and_si256(_mm256_castps_si256(x.a), mask), _mm256_and_si256(_mm256_castps_si256(x.b), mask)};
+}
+inline I max_i(I x, I y) { return {_mm256_max_epi32(x.a, y.a), _mm256_max_epi32(x.b, y.b)}; }
+template <class Join>  // of all lanes
+inline int32_t reduce(__m256i x, const Join& join) {
+  __m128i v = join(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+  v = join(v, _mm_shuffle_epi32(v, 0x4e));
+  return _mm_cvtsi128_si32(join(v, _mm_shuffle_epi32(v, 0xb1)));
+}
+inline int32_t highest(I x) { return reduce(_mm256_max_epi32(x.a, x.b), [](__m128i a, __m128i b) { return _mm_max_epi32(a, b); }); }
+inline int32_t round_to_s8(F x, int8_t* out) {  // half to even; returns the sum
+  const __m256i a = _mm256_cvtps_epi32(x.a), b = _mm256_cvtps_epi32(x.b);
+  const __m256i halves = _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8);  // packing works within 128-bit lanes
+  const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), bytes);
+  return reduce(_mm256_add_epi32(a, b), [](__m128i v, __m128i w) { return _mm_add_epi32(v, w); });
+}
+
 inline __m256i load_si(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 inline __m128i load_half(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
 inline B load_b(const uint8_t* p) { return {load_si(p), load_si(p + 32)}; }

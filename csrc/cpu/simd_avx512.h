@@ -3,7 +3,7 @@ using F = __m512;
 using I = __m512i;
 struct B { __m512i v; };
 constexpr int ACCUMULATORS = 24, WIDE = 4;  // register tile: rows of x times panels; panels at most
-constexpr int64_t FEW_S8 = ALWAYS, FEW_INTEGERS = ALWAYS, FEW_TABLE = ALWAYS, FEW_BYTES = 36;  // see multiply.h
+constexpr int64_t FEW_S8 = ALWAYS, FEW_INTEGERS = ALWAYS, FEW_TABLE = ALWAYS, FEW_BYTES = 72;  // see multiply.h
 
 inline F zero_f() { return _mm512_setzero_ps(); }
 inline F set1_f(float x) { return _mm512_set1_ps(x); }
@@ -14,6 +14,15 @@ inline F sub_f(F x, F y) { return _mm512_sub_ps(x, y); }
 inline F mul(F x, F y) { return _mm512_mul_ps(x, y); }
 inline F fma(F x, F y, F z) { return _mm512_fmadd_ps(x, y, z); }
 inline F to_float(I x) { return _mm512_cvtepi32_ps(x); }
+
+inline I magnitude_bits(F x) { return _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff)); }
+inline I max_i(I x, I y) { return _mm512_max_epi32(x, y); }
+inline int32_t highest(I x) { return _mm512_reduce_max_epi32(x); }
+inline int32_t round_to_s8(F x, int8_t* out) {  // half to even; returns the sum
+  const I q = _mm512_cvtps_epi32(x);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(q));
+  return _mm512_reduce_add_epi32(q);
+}
 
 inline B load_b(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
 inline void store_b(uint8_t* p, B x) { _mm512_storeu_si512(p, x.v); }
@@ -84,6 +93,11 @@ struct DotBf16 {  // lane n: two k of row n
 };
 inline B bf16_pair(F first, F second) {  // of values that are bf16 already
   return {_mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(_mm512_castps_si512(first), 16), _mm512_castps_si512(second))};
+}
+inline void store_bf16_tiles(uint16_t* p, F x) {  // of values that are bf16 already: two tiles of 8, each in the order 0 2 1 3 4 6 5 7
+  const __m512i order = _mm512_set_epi32(15, 13, 14, 12, 11, 9, 10, 8, 7, 5, 6, 4, 3, 1, 2, 0);
+  const __m512i top = _mm512_srli_epi32(_mm512_permutexvar_epi32(order, _mm512_castps_si512(x)), 16);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(top));
 }
 // Codes at `shift` of every 16-bit half lane, which are two apart in k. vpermw looks at 5 bits: the table holds everything twice.
 inline B nibble_pairs(const uint8_t* tile, int shift, const uint16_t* table) {

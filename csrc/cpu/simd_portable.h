@@ -13,6 +13,14 @@ inline F add_f(F a, F b) { for (int i = 0; i < 16; i++) a.v[i] += b.v[i]; return
 inline F sub_f(F a, F b) { for (int i = 0; i < 16; i++) a.v[i] -= b.v[i]; return a; }
 inline F mul(F a, F b) { for (int i = 0; i < 16; i++) a.v[i] *= b.v[i]; return a; }
 inline F fma(F a, F b, F c) { for (int i = 0; i < 16; i++) c.v[i] = __builtin_fmaf(a.v[i], b.v[i], c.v[i]); return c; }
+inline I magnitude_bits(F a) { I r; for (int i = 0; i < 16; i++) r.v[i] = int32_t(float_to_bits(a.v[i]) & 0x7fffffffu); return r; }
+inline I max_i(I a, I b) { for (int i = 0; i < 16; i++) if (b.v[i] > a.v[i]) a.v[i] = b.v[i]; return a; }
+inline int32_t highest(I a) { int32_t r = a.v[0]; for (int32_t v : a.v) r = v > r ? v : r; return r; }
+inline int32_t round_to_s8(F a, int8_t* out) {  // half to even, in the adder; returns the sum
+  int32_t sum = 0;
+  for (int i = 0; i < 16; i++) out[i] = int8_t((a.v[i] + 0x1.8p23f) - 0x1.8p23f), sum += out[i];
+  return sum;
+}
 
 inline B load_b(const uint8_t* p) { B r; __builtin_memcpy(r.v, p, 64); return r; }
 inline void store_b(uint8_t* p, B a) { __builtin_memcpy(p, a.v, 64); }
