@@ -46,13 +46,14 @@ void next_chunk(const Job& j, Block block, int64_t most_k, Chunk& chunk) {
   } while (chunk.first + chunk.count < g.blocks && chunk.count < MAX_CHUNK && chunk.k + block.length <= most_k);
 }
 
-inline Ahead codes_after(const Job& j, const Chunk& chunk, int panels) {  // those of the next chunk, or of the next panels
-  if (j.rows() <= 2 * MAX_ROWS<WIDE>) return {};  // one or two tiles are no time to fetch in
+template <int PANELS>
+inline Ahead codes_after(const Job& j, const Chunk& chunk) {  // those of the next chunk, or of the next panels
+  if (j.rows() <= MAX_ROWS<PANELS>) return {};  // a single tile reads on and on, and the machine fetches ahead by itself
   const Geometry& g = j.w.geometry;
   const bool last = chunk.first + chunk.count == g.blocks;
-  if (last && j.panel + 2 * panels > j.p1) return {};
+  if (last && j.panel + 2 * PANELS > j.p1) return {};
   const int64_t bytes_per_k = 2 * j.w.bits, stride = g.k_padded * bytes_per_k, k = last ? 0 : chunk.k0 + chunk.k;
-  const uint8_t* at = j.w.codes + (j.panel + (last ? panels : 0)) * stride + k * bytes_per_k;
+  const uint8_t* at = j.w.codes + (j.panel + (last ? PANELS : 0)) * stride + k * bytes_per_k;
   return {at, at + (g.k_padded - k < chunk.k ? g.k_padded - k : chunk.k) * bytes_per_k, stride, 0};
 }
 
@@ -66,7 +67,7 @@ void by_chunks(const Job& j, int64_t most_k, const Codes& codes_of) {
   for (chunk.first = 0; chunk.first < g.blocks; chunk.first += chunk.count) {
     next_chunk<!is_s8<Source>, PANELS>(j, block, most_k, chunk);
     codes_of(chunk);
-    chunk.ahead = codes_after(j, chunk, PANELS);
+    chunk.ahead = codes_after<PANELS>(j, chunk);
     rows_of_tiles<Source, PANELS>(j.w, j.x, chunk, j.m0, j.m1, j.acc());
     block = block_after(g, chunk.blocks[chunk.count - 1]);
   }

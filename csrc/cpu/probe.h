@@ -20,13 +20,14 @@ int64_t probe(int64_t rounds) {
   alignas(64) typename Source::X x[ROWS * K] = {};
   Weight w{};
   F total = zero_f();
+  Ahead none{};
   for (int64_t i = 0; i < rounds; i += MAX_BLOCK / K) {
     Sums<Source, ROWS, WIDE> sums;
     each<ROWS>(QK_WITH(r) { each<WIDE>(QK_WITH(p) { sums.dot[r][p].start(0); }); });
     for (int64_t block = 0; block < MAX_BLOCK; block += K) {
       const uint8_t* tiles = codes;
       __asm__ volatile("" : "+r"(tiles) : "r"(x) : "memory");  // may have changed: nothing is computed beforehand
-      sums.add(w, tiles, K / TILE_K * Source::TILE_BYTES, x, K, K);
+      sums.add(w, tiles, K / TILE_K * Source::TILE_BYTES, x, K, K, none);
       each<ROWS>(QK_WITH(r) { each<WIDE>(QK_WITH(p) { sums.dot[r][p].fold(); }); });
     }
     each<ROWS>(QK_WITH(r) { each<WIDE>(QK_WITH(p) { total = add_f(total, sums.dot[r][p].value()); }); });

@@ -90,16 +90,29 @@ template <int COUNT, class Work>
   (std::make_integer_sequence<int, COUNT>{});
 }
 
+// Packed codes that will be read next are fetched into L2 meanwhile, evenly: a burst of fetches would hold up the loads behind it.
+struct Ahead {
+  const uint8_t *at, *end;  // of the first panel
+  int64_t stride, step;     // bytes to the next panel's, and from one tile of 8 k to the next
+  template <int PANELS>
+  [[gnu::always_inline]] void fetch() {
+    if (!FETCH_AHEAD || at >= end) return;
+    for (int p = 0; p < PANELS; p++) __builtin_prefetch(at + p * stride, 0, 2);
+    at += step;
+  }
+};
+
 template <class Source, int ROWS, int PANELS>
 struct Sums {
   using X = typename Source::X;
   typename Source::Dot dot[ROWS][PANELS];
 
   // Tiles of k columns; panel_stride and x_stride lead to the next panel and row.
-  [[gnu::always_inline]] void add(const Weight& w, const uint8_t* codes, int64_t panel_stride, const X* x, int64_t x_stride, int64_t k) {
+  [[gnu::always_inline]] void add(const Weight& w, const uint8_t* codes, int64_t panel_stride, const X* x, int64_t x_stride, int64_t k, Ahead& ahead) {
     constexpr int STEP_K = TILE_K / Source::STEPS;
     const X* end = x + k;
     do {  // once at least: were it to be skipped, GCC would keep the sums on the stack for that case
+      ahead.template fetch<PANELS>();
       each<Source::STEPS>(QK_WITH(step) {
         decltype(Source::weight(codes, step, w)) weights[PANELS];
         each<PANELS>(QK_WITH(p) { weights[p] = Source::weight(codes + p * panel_stride, step, w); });
@@ -108,27 +121,17 @@ struct Sums {
       codes += Source::TILE_BYTES, x += TILE_K;
     } while (x < end);
   }
-  [[gnu::always_inline]] void add_block(const Weight& w, const uint8_t* codes, int64_t panel_stride, const X* x, int64_t length) {
+  [[gnu::always_inline]] void add_block(const Weight& w, const uint8_t* codes, int64_t panel_stride, const X* x, int64_t length, Ahead& ahead) {
     constexpr int64_t FOLD_K = Source::Dot::FOLD_K;
-    if constexpr (FOLD_K == MAX_BLOCK) return add(w, codes, panel_stride, x, length, length);
+    if constexpr (FOLD_K == MAX_BLOCK) return add(w, codes, panel_stride, x, length, length, ahead);
     for (int64_t k = 0; k < length; k += FOLD_K, codes += FOLD_K / TILE_K * Source::TILE_BYTES) {
-      add(w, codes, panel_stride, x + k, length, FOLD_K < length - k ? FOLD_K : length - k);
+      add(w, codes, panel_stride, x + k, length, FOLD_K < length - k ? FOLD_K : length - k, ahead);
       each<ROWS>(QK_WITH(r) { each<PANELS>(QK_WITH(p) { dot[r][p].fold(); }); });
     }
   }
 };
 
 constexpr int MAX_CHUNK = 32;
-
-struct Ahead {  // packed codes that will be read next, to be fetched into L2 meanwhile, a step with every block of a tile
-  const uint8_t *at, *end;  // of the first panel
-  int64_t stride, step;     // bytes to the next panel's, and of a step
-  template <int PANELS>
-  void fetch() {
-    for (const uint8_t* to = step < end - at ? at + step : end; at < to; at += 64)
-      for (int p = 0; p < PANELS; p++) __builtin_prefetch(at + p * stride, 0, 2);
-  }
-};
 
 struct Chunk {  // of K, for PANELS panels
   int64_t first, count, k0, k;  // blocks first…first + count, which are the columns k0…k0 + k
@@ -152,15 +155,15 @@ template <class Source, int ROWS, int PANELS>
 void tile(const Weight& w, const Activations& x, Chunk& chunk, int64_t m, float* acc) {  // acc [ROWS, PANELS, 16]
   const uint8_t* codes = chunk.codes;
   const float *w_scales = chunk.scales, *shifts = chunk.shifts;
+  Ahead ahead = chunk.ahead;
   const float *scales = x.scales + chunk.first * x.m + m, *sums = x.sums + chunk.first * x.m + m;
   float less = 0;  // int8 codes are unsigned: what their offset adds
   if constexpr (is_s8<Source>) less = float(Source::Dot::BIAS - w.offset);
   for (const Block *block = chunk.blocks, *end = block + chunk.count; block < end; block++) {
-    chunk.ahead.template fetch<PANELS>();
     Sums<Source, ROWS, PANELS> total;
     each<ROWS>(QK_WITH(r) { each<PANELS>(QK_WITH(p) { total.dot[r][p].start(less * sums[r]); }); });
     const auto* rows = static_cast<const typename Source::X*>(x.values) + x.m * block->k0 + m * block->length;
-    total.add_block(w, codes, chunk.panel_stride, rows, block->length);
+    total.add_block(w, codes, chunk.panel_stride, rows, block->length, ahead);
     float* out = acc;
     __asm__("" : "+r"(out));  // else GCC keeps acc in registers from block to block, and spills what it needs them for
     each<ROWS>(QK_WITH(r) {
@@ -178,6 +181,7 @@ void tile(const Weight& w, const Activations& x, Chunk& chunk, int64_t m, float*
     codes += block->length / TILE_K * Source::TILE_BYTES;
     w_scales += PANELS * PANEL, scales += x.m, sums += x.m;
   }
+  chunk.ahead = ahead;
 }
 
 template <int PANELS>
@@ -189,7 +193,7 @@ void rows_of_tiles(const Weight& w, const Activations& x, Chunk& chunk, int64_t 
   constexpr auto tile_of = []<size_t... R>(std::index_sequence<R...>) { return std::array{tile<Source, int(R) + 1, PANELS>...}; };
   constexpr auto TILES = tile_of(std::make_index_sequence<MAX_ROWS<PANELS>>{});  // by height, from 1
   int64_t tiles = (m1 - m0 + MAX_ROWS<PANELS> - 1) / MAX_ROWS<PANELS>;
-  chunk.ahead.step = (chunk.ahead.end - chunk.ahead.at) / (tiles * chunk.count) / 64 * 64 + 64;
+  chunk.ahead.step = (chunk.ahead.end - chunk.ahead.at) * TILE_K / (tiles * chunk.k) / 16 * 16 + 16;
   for (int64_t m = m0, rows; m < m1; m += rows, tiles--) {
     rows = (m1 - m + tiles - 1) / tiles;
     TILES[size_t(rows - 1)](w, x, chunk, m, acc + (m - m0) * PANELS * PANEL);
