@@ -43,15 +43,8 @@ def find(record: dict, contestant: str, m: int, shape: str = SHAPE) -> dict | No
 
 
 def read_share(contestant: str) -> Value:
-    """Weight bytes per second at M = 1 as a share of the measured read bandwidth."""
-
-    def value(record: dict) -> float | None:
-        result, limits = find(record, contestant, 1), record.get("roofline")
-        if result is None or not limits:
-            return None
-        return result["nbytes"] / (result["timing"]["median_us"] * 1e3) / limits["read_gbs"]
-
-    return value
+    """Weight bytes per second at M = 1 as a share of what reading memory alone reached in the same rounds."""
+    return lambda record: (find(record, contestant, 1) or {}).get("read_share")
 
 
 def faster(contestant: str, other: str, m: int) -> Value:

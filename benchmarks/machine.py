@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -70,6 +71,13 @@ def try_roofline(threads: int, before: Roofline | None = None, tries: int = 5) -
     except Exception as error:
         return None, f"{type(error).__name__}: {error}"
     return best, ""
+
+
+def reader(nbytes: int) -> Callable[[], object] | None:
+    """A function that reads `nbytes` of memory with all threads; None where the kernels are not compiled."""
+    from qkernels.kernels.cpu import library, roofline
+
+    return None if library.why_missing() else roofline.reader(nbytes)
 
 
 def last_level_cache_bytes() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
@@ -11,12 +12,13 @@ from torch import Tensor
 
 from benchmarks.base import Arithmetic, Contestant, Deviation, Layer, Prepared
 from benchmarks.check import check
-from benchmarks.machine import Roofline, last_level_cache_bytes
+from benchmarks.machine import Roofline, last_level_cache_bytes, reader
 from benchmarks.shapes import LayerShape
 from benchmarks.timing import Pace, Rotation, Timing, interleave
 
 LEAST_ROTATION_BYTES = 128 << 20
 MOST_COPIES = 256  # of layers so small that more would take longer to make than to measure
+READER = "reading memory"  # takes its turn among the contestants, as the bandwidth of a shared machine changes from second to second
 Say = Callable[[str], None]  # progress: called with what is being done
 
 
@@ -37,7 +39,11 @@ class Entrant:
 
 @dataclass(frozen=True)
 class Result:
-    """One contestant on one shape and M. Times in µs; `share` = limit / median; `ok` False: wrong, hence no times."""
+    """One contestant on one shape and M. Times in µs; `share` = limit / median; `ok` False: wrong, hence no times.
+
+    read_gbs is what reading alone reached in the same rounds; read_share the part of it that reading `nbytes` makes of the time,
+    a median over the rounds.
+    """
 
     contestant: str
     kind: str
@@ -56,6 +62,8 @@ class Result:
     nmse: float | None = None
     max_abs: float | None = None
     timing: dict | None = None
+    read_gbs: float | None = None
+    read_share: float | None = None
     limit_us: float | None = None
     share: float | None = None
     times_over: dict[str, float] = field(default_factory=dict)  # how many times faster than each other contestant
@@ -120,24 +128,36 @@ def measure_shape(
     weight = torch.randn(shape.n, shape.k, generator=torch.Generator().manual_seed(0)) * shape.k**-0.5
     xs = inputs(shape, ms)
     entrants = []
+    read = reader(rotation_bytes())
     for contestant in contestants:
         say(f"{shape.name}: preparing {contestant.name}")
         entrants.append(enter(contestant, weight, xs, threads, rotation_bytes()))
     results = []
     for m, x in xs.items():
         say(f"{shape.name}: timing M={m}")
-        results += _measure_m(shape, m, x, entrants, pace)
+        results += _measure_m(shape, m, x, entrants, pace, read)
     return results
 
 
-def _measure_m(shape: LayerShape, m: int, x: Tensor, entrants: list[Entrant], pace: Pace) -> list[Result]:
+def _measure_m(
+    shape: LayerShape, m: int, x: Tensor, entrants: list[Entrant], pace: Pace, read: Callable[[], object] | None
+) -> list[Result]:
     rotations = {e.contestant.name: _rotation(e, x) for e in entrants if not e.unprepared and m not in e.faults}
-    timings = interleave(rotations, pace)
+    timings = interleave(rotations | ({READER: Rotation([read])} if read else {}), pace)
+    reading = timings.pop(READER, None)
     for entrant in entrants:
         if isinstance(error := timings.get(entrant.contestant.name), Exception):
             entrant.faults[m] = _first_line(error)
     good = {name: t for name, t in timings.items() if isinstance(t, Timing)}
-    return [_result(shape, m, entrant, good) for entrant in entrants]
+    results = [_result(shape, m, entrant, good) for entrant in entrants]
+    return [_with_reading(result, reading) if isinstance(reading, Timing) else result for result in results]
+
+
+def _with_reading(result: Result, reading: Timing) -> Result:
+    gbs = [rotation_bytes() / us / 1e3 for us in reading.rounds_us]
+    rounds_us = result.timing["rounds_us"] if result.timing else []
+    shares = [result.nbytes / us / 1e3 / g for us, g in zip(rounds_us, gbs, strict=False)]
+    return replace(result, read_gbs=statistics.median(gbs), read_share=statistics.median(shares) if shares else None)
 
 
 def _rotation(entrant: Entrant, x: Tensor) -> Rotation:
@@ -162,8 +182,10 @@ def _result(shape: LayerShape, m: int, entrant: Entrant, timings: dict[str, Timi
 
 
 def with_limits(result: Result, roofline: Roofline | None) -> Result:
-    """Add the least time that the machine allows and the share of it that was reached."""
+    """Add the least time that the machine allows and the share of it that was reached; memory counts as fast as it was in these rounds."""
     if result.timing is None or roofline is None:
         return result
+    if result.read_gbs is not None:
+        roofline = replace(roofline, read_gbs=result.read_gbs)
     limit_us = roofline.limit_us(result.traffic, 2 * result.m * result.n * result.k, result.arithmetic)
     return replace(result, limit_us=limit_us, share=limit_us / result.timing["median_us"])

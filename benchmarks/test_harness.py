@@ -21,6 +21,7 @@ from benchmarks.peers.aten import linear
 from benchmarks.run import copies_of
 from benchmarks.shapes import parse_shapes
 from benchmarks.timing import Pace, Rotation, Timing, interleave
+from qkernels.kernels.cpu import library
 
 
 def test_shapes():
@@ -98,6 +99,15 @@ def test_wrong_results_have_no_speed(measured):
     for name in ("wrong", "not finite", "peer that fails", "unsupported"):
         assert not by_name[name]["ok"] and by_name[name]["timing"] is None and by_name[name]["reason"]
     assert {r["contestant"] for r in report.reds(measured)} == {"wrong", "not finite"}
+
+
+def test_reading_takes_its_turn(measured):
+    good = next(r for r in measured["results"] if r["contestant"] == goals.INT4)
+    if library.why_missing():
+        pytest.skip(library.why_missing())
+    assert good["read_gbs"] > 0 and 0 < good["read_share"] < 1
+    limit_us = replace(LIMITS, read_gbs=good["read_gbs"]).limit_us(good["traffic"], 2 * good["m"] * good["n"] * good["k"], "bf16")
+    assert good["limit_us"] == pytest.approx(limit_us)
 
 
 def test_disturbed_rounds_are_repeated(monkeypatch):

@@ -46,6 +46,21 @@ void next_chunk(const Job& j, Block block, int64_t most_k, Chunk& chunk) {
   } while (chunk.first + chunk.count < g.blocks && chunk.count < MAX_CHUNK && chunk.k + block.length <= most_k);
 }
 
+inline int64_t bytes_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : dtype == Dtype::bf16 || dtype == Dtype::f16 ? 2 : 1; }
+
+// The scales and zeros that the next panels begin with: decoding them would wait for memory, with nothing else to do.
+template <int PANELS>
+void fetch_scales(const Job& j) {
+  const int64_t groups = j.w.geometry.groups, first = groups < MAX_CHUNK ? groups : MAX_CHUNK;
+  const auto fetch = [&](const void* from, int64_t bytes) {
+    for (int p = PANELS; p < 2 * PANELS && j.panel + p < j.p1; p++)
+      for (int64_t i = 0; i < first * bytes; i += 64)
+        __builtin_prefetch(static_cast<const char*>(from) + (j.panel + p) * groups * bytes + i, 0, 2);
+  };
+  fetch(j.w.scales, j.w.scale_lanes * bytes_of(j.w.scale_dtype));
+  if (j.w.zeros != nullptr) fetch(j.w.zeros, PANEL * bytes_of(j.w.zero_dtype));
+}
+
 template <int PANELS>
 inline Ahead codes_after(const Job& j, const Chunk& chunk) {  // those of the next chunk, or of the next panels
   if (j.rows() <= MAX_ROWS<PANELS>) return {};  // a single tile reads on and on, and the machine fetches ahead by itself
@@ -68,6 +83,7 @@ void by_chunks(const Job& j, int64_t most_k, const Codes& codes_of) {
     next_chunk<!is_s8<Source>, PANELS>(j, block, most_k, chunk);
     codes_of(chunk);
     chunk.ahead = codes_after<PANELS>(j, chunk);
+    if (chunk.first + chunk.count == g.blocks) fetch_scales<PANELS>(j);
     rows_of_tiles<Source, PANELS>(j.w, j.x, chunk, j.m0, j.m1, j.acc());
     block = block_after(g, chunk.blocks[chunk.count - 1]);
   }

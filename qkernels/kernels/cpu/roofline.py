@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,12 @@ class Roofline:
     threads: int
 
 
+def reader(nbytes: int) -> Callable[[], float]:
+    """A function that reads a buffer of `nbytes` once, with all threads, and returns bytes per second."""
+    buffer = torch.ones(nbytes, dtype=torch.uint8)
+    return lambda: torch.ops.qkernels.cpu_probe("read", buffer, 1)
+
+
 def measure(threads: int | None = None, megabytes: int = 512) -> Roofline:
     """Best of several runs of each probe, about a second in all. Raises BackendUnavailable without the compiled library."""
     if reason := library.why_missing():
@@ -29,12 +36,13 @@ def measure(threads: int | None = None, megabytes: int = 512) -> Roofline:
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
-        buffer, level, count = torch.ones(megabytes << 20, dtype=torch.uint8), library.level(), torch.get_num_threads()
+        read, level, count = reader(megabytes << 20), library.level(), torch.get_num_threads()
+        nothing = torch.empty(0, dtype=torch.uint8)
         rounds = 1_000 if level == "portable" else 20_000
 
         def best(what: str) -> float:
-            return max(torch.ops.qkernels.cpu_probe(what, buffer, rounds) for _ in range(5)) / 1e9
+            return 2 * max(torch.ops.qkernels.cpu_probe(what, nothing, rounds) for _ in range(5)) / 1e9
 
-        return Roofline(best("read"), 2 * best("s8"), 2 * best("f32"), 2 * best("bf16") or None, level, count)
+        return Roofline(max(read() for _ in range(5)) / 1e9, best("s8"), best("f32"), best("bf16") or None, level, count)
     finally:
         torch.set_num_threads(before)
