@@ -11,6 +11,7 @@ constexpr int64_t ROW_CHUNK = 256;  // rows whose accumulators lie in scratch at
 constexpr int64_t SCRATCH_ACC = ROW_CHUNK * WIDE * PANEL * 4;
 constexpr int64_t SCRATCH_SCALES = MAX_CHUNK * WIDE * PANEL * 4;  // and as much for the shifts
 constexpr int64_t CHUNK_CODES = 16 << 10;  // bytes of packed codes: half of L1
+constexpr int64_t FIRST_CODES = 8 << 10;  // of the next panels, which a tile that has all rows fetches: what lies behind, the machine does
 constexpr int64_t SCRATCH_WEIGHTS = WIDE * MAX_BLOCK * PANEL * 4;  // bytes: a block of floats, or several of shorter numbers; near L1's size
 
 struct Job {  // rows m0…m1 times PANELS panels from `panel` on, the last of them before p1
@@ -62,14 +63,15 @@ void fetch_scales(const Job& j) {
 }
 
 template <int PANELS>
-inline Ahead codes_after(const Job& j, const Chunk& chunk) {  // those of the next chunk, or of the next panels
-  if (j.rows() <= MAX_ROWS<PANELS>) return {};  // a single tile reads on and on, and the machine fetches ahead by itself
+inline Ahead codes_after(const Job& j, const Chunk& chunk) {  // those of the next chunk, or the first of the next panels
   const Geometry& g = j.w.geometry;
-  const bool last = chunk.first + chunk.count == g.blocks;
-  if (last && j.panel + 2 * PANELS > j.p1) return {};
+  const bool last = chunk.first + chunk.count == g.blocks, once = j.rows() <= MAX_ROWS<PANELS>;
+  if (last ? j.panel + 2 * PANELS > j.p1 : once) return {};
   const int64_t bytes_per_k = 2 * j.w.bits, stride = g.k_padded * bytes_per_k, k = last ? 0 : chunk.k0 + chunk.k;
   const uint8_t* at = j.w.codes + (j.panel + (last ? PANELS : 0)) * stride + k * bytes_per_k;
-  return {at, at + (g.k_padded - k < chunk.k ? g.k_padded - k : chunk.k) * bytes_per_k, stride, 0};
+  int64_t bytes = (g.k_padded - k < chunk.k ? g.k_padded - k : chunk.k) * bytes_per_k;
+  if (once && bytes > FIRST_CODES) bytes = FIRST_CODES;
+  return {at, at + bytes, stride, 0};
 }
 
 // In chunks of up to most_k columns, which all the rows take before the next: what of the weight they use again is in the cache.
