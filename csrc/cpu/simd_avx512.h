@@ -34,7 +34,11 @@ inline B look_up(const uint8_t* table, B index) {
   return {_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table))), index.v)};
 }
 // An accumulator stays in its register: GCC 12 would write it to the stack after every use, at a third of the speed.
+#ifdef QKERNELS_EMULATE  // no such registers
+template <class V> inline void hold(V&) {}
+#else
 template <class V> [[gnu::always_inline]] inline void hold(V& sum) { __asm__("" : "+v"(sum)); }
+#endif
 inline __m512i broadcast_32_bits(const void* x) {
   int32_t word;
   __builtin_memcpy(&word, x, 4);

@@ -20,6 +20,7 @@ constexpr int _MM_FROUND_TO_NEAREST_INT = 0, _CMP_UNORD_Q = 3;
 namespace {
 namespace emulated {
 
+using i8x16 __attribute__((vector_size(16))) = int8_t;
 using u8x16 __attribute__((vector_size(16))) = uint8_t;
 using u8x64 __attribute__((vector_size(64))) = uint8_t;
 using i8x64 __attribute__((vector_size(64))) = int8_t;
@@ -87,10 +88,14 @@ inline __m128i _mm_loadu_si128(const void* p) { return emulated::load<__m128i>(p
 inline void _mm512_storeu_ps(void* p, __m512 v) { std::memcpy(p, &v, sizeof(v)); }
 inline void _mm512_storeu_si512(void* p, __m512i v) { std::memcpy(p, &v, sizeof(v)); }
 inline void _mm256_storeu_si256(__m256i* p, __m256i v) { std::memcpy(p, &v, sizeof(v)); }
+inline void _mm_storeu_si128(__m128i* p, __m128i v) { std::memcpy(p, &v, sizeof(v)); }
 inline __m512 _mm512_setzero_ps() { return __m512{}; }
 inline __m512 _mm512_set1_ps(float x) { return emulated::lanes<__m512>([=](size_t) { return x; }); }
 inline __m512i _mm512_set1_epi8(char x) { return (__m512i)emulated::lanes<emulated::u8x64>([=](size_t) { return uint8_t(x); }); }
 inline __m512i _mm512_set1_epi32(int x) { return (__m512i)emulated::lanes<emulated::i32x16>([=](size_t) { return x; }); }
+inline __m512i _mm512_set_epi32(int p, int o, int n, int m, int l, int k, int j, int i, int h, int g, int f, int e, int d, int c, int b, int a) {
+  return (__m512i)emulated::i32x16{a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p};
+}
 inline __m512i _mm512_set1_epi64(long long x) { return __m512i{x, x, x, x, x, x, x, x}; }
 inline __m512i _mm512_set_epi64(long long h, long long g, long long f, long long e, long long d, long long c, long long b, long long a) {
   return __m512i{a, b, c, d, e, f, g, h};
@@ -131,6 +136,24 @@ inline __m512i _mm512_max_epi32(__m512i a, __m512i b) {
   const auto x = (emulated::i32x16)a, y = (emulated::i32x16)b;
   return (__m512i)emulated::lanes<emulated::i32x16>([&](size_t i) { return x[i] > y[i] ? x[i] : y[i]; });
 }
+inline int _mm512_reduce_max_epi32(__m512i v) {
+  const auto x = (emulated::i32x16)v;
+  int most = x[0];
+  for (int i = 1; i < 16; i++) most = x[i] > most ? x[i] : most;
+  return most;
+}
+inline int _mm512_reduce_add_epi32(__m512i v) {
+  const auto x = (emulated::u32x16)v;
+  uint32_t sum = 0;
+  for (int i = 0; i < 16; i++) sum += x[i];
+  return int(sum);
+}
+inline __m512i _mm512_ternarylogic_epi32(__m512i a, __m512i b, __m512i c, int table) {  // bit of the table that the bits of a, b, c name
+  __m512i result{};
+  for (int i = 0; i < 8; i++)
+    if (table >> i & 1) result |= (i & 4 ? a : ~a) & (i & 2 ? b : ~b) & (i & 1 ? c : ~c);
+  return result;
+}
 inline __mmask16 _mm512_cmpeq_epi32_mask(__m512i a, __m512i b) {
   const auto x = (emulated::u32x16)a, y = (emulated::u32x16)b;
   unsigned mask = 0;
@@ -168,6 +191,10 @@ inline __m512i _mm512_permutexvar_epi16(__m512i index, __m512i v) {
   const auto x = (emulated::u16x32)v, at = (emulated::u16x32)index;
   return (__m512i)emulated::lanes<emulated::u16x32>([&](size_t i) { return x[at[i] & 31]; });
 }
+inline __m512i _mm512_permutexvar_epi32(__m512i index, __m512i v) {
+  const auto x = (emulated::u32x16)v, at = (emulated::u32x16)index;
+  return (__m512i)emulated::lanes<emulated::u32x16>([&](size_t i) { return x[at[i] & 15]; });
+}
 inline __m512 _mm512_permutexvar_ps(__m512i index, __m512 v) {
   const auto at = (emulated::u32x16)index;
   return emulated::lanes<__m512>([&](size_t i) { return v[at[i] & 15]; });
@@ -195,6 +222,12 @@ inline __m512i _mm512_mask_blend_epi32(__mmask16 mask, __m512i zeros, __m512i on
 // ---- conversions
 
 inline __m512 _mm512_cvtepi32_ps(__m512i v) { return __builtin_convertvector((emulated::i32x16)v, __m512); }
+inline __m512i _mm512_cvtps_epi32(__m512 v) {  // to nearest even; what does not fit is the least number
+  return (__m512i)emulated::lanes<emulated::i32x16>([&](size_t i) {
+    return v[i] >= -0x1p31f && v[i] < 0x1p31f ? int32_t(__builtin_rintf(v[i])) : INT32_MIN;
+  });
+}
+inline __m128i _mm512_cvtepi32_epi8(__m512i v) { return (__m128i) __builtin_convertvector((emulated::i32x16)v, emulated::i8x16); }
 inline __m512i _mm512_cvtepu8_epi32(__m128i v) { return (__m512i) __builtin_convertvector((emulated::u8x16)v, emulated::u32x16); }
 inline __m512i _mm512_cvtepu16_epi32(__m256i v) { return (__m512i) __builtin_convertvector((emulated::u16x16)v, emulated::u32x16); }
 inline __m256i _mm512_cvtepi32_epi16(__m512i v) { return (__m256i) __builtin_convertvector((emulated::u32x16)v, emulated::u16x16); }
