@@ -16,19 +16,20 @@ from qkernels.kernels.cpu import layout, library
 from qkernels.kernels.cpu.layout import Packed, prepare, restore
 from qkernels.kernels.registry import Kernel, Problem, register
 
-# GB/s of reading, and 10^9 multiply-adds x 2 per second (int8, fp32), of two cores at each level: rough, they only rank kernels
+# Reading in GB/s, then 10^9 operations a second with int8, fp32 and bf16 activations: what the kernels reached at M = 1 and M = 128 on two
+# Zen4 cores with QKERNELS_ISA set to the level (benchmarks/NOTES.md). They rank kernels; other CPUs differ, but not in the order.
 _RATES = {
-    "portable": (10.0, 12.0, 12.0),
-    "avx2": (15.0, 100.0, 60.0),
-    "avx512vnni": (17.0, 450.0, 110.0),
-    "avx512bf16": (29.0, 450.0, 110.0),
+    "portable": (12.0, 17.0, 7.0, 7.0),
+    "avx2": (29.0, 420.0, 185.0, 185.0),
+    "avx512vnni": (29.0, 790.0, 205.0, 205.0),
+    "avx512bf16": (29.0, 790.0, 205.0, 420.0),
 }
 
 
 def _cost(p: Problem, int8: bool) -> float:
-    read_gbs, int8_gops, fp32_gflops = _RATES[p.device.isa]
-    reading = p.format.nbytes(p.n, p.k) / read_gbs / 1e3
-    return 2.0 + max(reading, 2 * p.rows * p.n * p.k / (int8_gops if int8 else fp32_gflops) / 1e3)
+    read_gbs, int8_gops, fp32_gops, bf16_gops = _RATES[p.device.isa]
+    gops = int8_gops if int8 else bf16_gops if p.dtype == torch.bfloat16 else fp32_gops
+    return 2.0 + max(p.format.nbytes(p.n, p.k) / read_gbs, 2 * p.rows * p.n * p.k / gops) / 1e3
 
 
 def _run(x: Tensor, packed: Packed, bias: Tensor | None, op: torch._ops.OpOverload) -> Tensor:
