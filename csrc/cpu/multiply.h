@@ -7,7 +7,7 @@
 #include "cpu/probe.h"
 #include "cpu/search.h"
 
-constexpr int64_t ROW_CHUNK = 256;  // rows whose accumulators lie in scratch at a time
+constexpr int64_t ROW_CHUNK = 512;  // rows whose accumulators lie in scratch at a time
 constexpr int64_t SCRATCH_ACC = ROW_CHUNK * WIDE * PANEL * 4;
 constexpr int64_t SCRATCH_SCALES = MAX_CHUNK * WIDE * PANEL * 4;  // and as much for the shifts
 constexpr int64_t CHUNK_CODES = 16 << 10;  // bytes of packed codes: half of L1
