@@ -133,7 +133,13 @@ def _layer(model: nn.Module, name: str, entry: dict[str, Any], mine: dict[str, t
         raise CheckpointError(f"layer {name!r} was saved as {entry.get('shape')}, the model's is {shape}")
     try:
         layer: QuantLinear = QuantLinear(
-            shape[1], shape[0], "bias" in mine, formats.get(entry["format"]), compute=entry["compute"], device="meta"
+            shape[1],
+            shape[0],
+            "bias" in mine,
+            formats.get(entry["format"]),
+            compute=entry["compute"],
+            device="meta",
+            dtype=linear.weight.dtype,
         )
         layer.load_state_dict(mine, strict=True, assign=True)
     except (FormatError, RuntimeError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -75,6 +76,7 @@ def list_formats() -> None:
 
 @app.command()
 def explain(
+    name: Annotated[str | None, typer.Argument(metavar="FORMAT", help="the format; --format means the same")] = None,
     format: str = "int4",
     device: str = "cpu",
     nk: Annotated[str, typer.Option(help="N x K")] = "4096x4096",
@@ -86,7 +88,7 @@ def explain(
     n, k = _numbers(nk.lower().replace("x", ","), "--nk", 2)
     kind = next((known for known in registry.DTYPES if str(known) == f"torch.{dtype}"), dtype)
     for rows in _numbers(m, "--m"):
-        plan = qkernels.explain(format, (n, k), rows, device=device, dtype=kind, compute=compute)  # type: ignore[arg-type]
+        plan = qkernels.explain(name or format, (n, k), rows, device=device, dtype=kind, compute=compute)  # type: ignore[arg-type]
         console.print(str(plan), highlight=False, markup=False, soft_wrap=True)
 
 
@@ -122,6 +124,9 @@ def inspect(path: Path) -> None:
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(context: typer.Context) -> None:
     """The benchmark: the arguments of `python -m benchmarks`, which lies in the source tree."""
+    root = Path(qkernels.__file__).parents[1]
+    if (root / "benchmarks" / "__main__.py").is_file():  # an editable install knows where its checkout is
+        sys.path.insert(0, str(root))
     try:
         runner = importlib.import_module("benchmarks.__main__")
     except ImportError as error:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import ctypes
+import functools
+import inspect
+import re
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -93,6 +98,8 @@ def replace_linear(
                 made[id(linear)] = QuantLinear.from_linear(linear, fmt, quantizer=quantize, compute=compute)
             except FormatError as error:
                 raise FormatError(f"layer {name}: {error}; the model is unchanged") from None
+            except UnsupportedError as error:
+                raise UnsupportedError(f"layer {name}: {error}; the model is unchanged") from None
         layer = made[id(linear)]
         report.replaced.append(Row(name, fmt.name, layer.kernel or "none", linear.weight.nbytes, layer.nbytes))
     for name, linear in linears:
@@ -135,7 +142,8 @@ def _choose(
     skipped: dict[str, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, nn.Linear):
-            reason = _why_skip(name, module, _globs(include), _globs(exclude) or (), filter_fn, owners)
+            parent = model.get_submodule(name.rpartition(".")[0])
+            reason = _why_skip(name, module, _globs(include), _globs(exclude) or (), filter_fn, owners, parent)
             if reason is None and module.weight.is_meta and not meta:
                 reason = "its weight is on the meta device"
             if reason is None:
@@ -154,6 +162,7 @@ def _why_skip(
     exclude: Sequence[str],
     filter_fn: Callable[[nn.Module, str], bool] | None,
     owners: dict[int, set[int]],
+    parent: nn.Module,
 ) -> str | None:
     if name == "":
         return "the model itself is a Linear: use QuantLinear.from_linear"
@@ -167,9 +176,39 @@ def _why_skip(
         return f"excluded by {list(exclude)}"
     if len(owners.get(id(module.weight), ())) > 1:
         return "its weight is tied to another module's"
+    if "forward" in vars(module) or any(vars(module)[kind] for kind in _HOOKS):
+        return "it has hooks or a forward of its own, which a replacement would lose"
+    if name.rpartition(".")[2] in _weights_read(type(parent)):  # type: ignore[arg-type]  # mypy takes Module.__hash__ for the class's
+        return f"{type(parent).__name__} reads its weight itself"
     if filter_fn is not None and not filter_fn(module, name):
         return "filter_fn said no"
     return None
+
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+@functools.cache
+def _weights_read(parent: type[nn.Module]) -> frozenset[str]:
+    """Children whose `weight` the methods of a module's class read, as T5's `self.wo.weight.dtype`: packed codes would mislead them.
+
+    Methods that set weights up are passed over; so are classes without source.
+    """
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(parent)))
+    except (OSError, TypeError, SyntaxError):
+        return frozenset()
+    methods = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and not _SETS_UP.search(node.name))
+    return frozenset(
+        node.value.attr
+        for method in methods
+        for node in ast.walk(method)
+        if isinstance(node, ast.Attribute) and node.attr == "weight" and isinstance(node.value, ast.Attribute)
+        and isinstance(node.value.value, ast.Name) and node.value.value.id == "self"
+    )  # fmt: skip
+
+
+_SETS_UP = re.compile("init|reset|load|save|tie|resize|convert")
 
 
 def _globs(patterns: str | Sequence[str] | None) -> Sequence[str] | None:

@@ -32,7 +32,7 @@ class QuantLinear(nn.Linear):
     format      name or QuantFormat
     compute     "float", "int8" or "auto" (see Problem)
     kernel      name of a kernel to force; None takes the cheapest
-    dtype       of the bias
+    dtype       of the bias, and of the weight that `to_linear` gives back (attribute dense_dtype; `.to(dtype)` changes both)
     A new layer's weight is all code 0: fill it by `load_state_dict`, or make it by `from_linear` / `from_quant_tensor`.
     """
 
@@ -51,7 +51,7 @@ class QuantLinear(nn.Linear):
         nn.Module.__init__(self)  # not nn.Linear's: it would allocate the dense weight
         self.in_features, self.out_features = in_features, out_features
         self.format = formats.get(format)
-        self.compute, self.forced_kernel = compute, kernel
+        self.compute, self.forced_kernel, self.dense_dtype = compute, kernel, dtype
         Problem(self.format, out_features, in_features, compute=compute)  # checks compute
         for name in (*_TENSORS, "bias"):
             self.register_parameter(name, None)
@@ -74,7 +74,15 @@ class QuantLinear(nn.Linear):
         compute: Compute = "auto",
         kernel: str | None = None,
     ) -> QuantLinear:
-        """Quantise an `nn.Linear`. The bias is shared, not copied. Raises FormatError on NaN or infinite weights."""
+        """Quantise an `nn.Linear`. The bias is shared, not copied; on the meta device there is nothing to quantise yet.
+
+        Raises FormatError on NaN or infinite weights.
+        """
+        if linear.weight.is_meta:
+            n, k = linear.weight.shape
+            layer = cls(k, n, False, format, compute=compute, kernel=kernel, device="meta", dtype=linear.weight.dtype)
+            layer.bias = linear.bias
+            return layer.train(linear.training)
         q = quantizers.get(quantizer)(linear.weight.detach(), formats.get(format))
         return cls.from_quant_tensor(q, linear.bias, compute=compute, kernel=kernel, dtype=linear.weight.dtype).train(linear.training)
 
@@ -90,7 +98,7 @@ class QuantLinear(nn.Linear):
     ) -> QuantLinear:
         """Wrap a canonical weight."""
         n, k = q.shape
-        layer = cls(k, n, False, q.format, compute=compute, kernel=kernel, device="meta")
+        layer = cls(k, n, False, q.format, compute=compute, kernel=kernel, device="meta", dtype=dtype)
         if bias is not None:
             layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
         layer._prepare(q, dtype)
@@ -119,8 +127,8 @@ class QuantLinear(nn.Linear):
         return reference.decode(self.quant_tensor()).to(dtype)
 
     def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
-        """An `nn.Linear` with the dequantised weight; dtype defaults to the bias's, else torch's default."""
-        dtype = dtype or (self.bias.dtype if self.bias is not None else torch.get_default_dtype())
+        """An `nn.Linear` with the dequantised weight; dtype defaults to the dense weight's, else the bias's, else torch's default."""
+        dtype = dtype or self.dense_dtype or (self.bias.dtype if self.bias is not None else torch.get_default_dtype())
         linear = nn.Linear(self.in_features, self.out_features, False, device="meta")
         linear.weight = nn.Parameter(self.dequantize(dtype), requires_grad=False)
         linear.bias = self.bias
@@ -139,9 +147,13 @@ class QuantLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] float32, bfloat16 or float16 -> [..., out_features] in the same dtype."""
-        if x.shape[-1] != self.in_features:
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise FormatError(f"x {list(x.shape)} does not fit a layer with in_features = {self.in_features}")
+        if x.dtype not in registry.DTYPES:
+            raise FormatError(f"x is {x.dtype}; a QuantLinear takes float32, bfloat16 or float16")
         if self._kernel is None:
+            if x.is_meta:
+                return x.new_empty((*x.shape[:-1], self.out_features))
             raise FormatError("the layer is on the meta device: load or materialise its weight first")
         bias = self._parameters["bias"]
         if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
@@ -191,6 +203,8 @@ class QuantLinear(nn.Linear):
         moved = probe.device != self.weight.device
         held = self.quant_tensor().tensors() if moved else {f: getattr(self, name) for name, f in zip(_TENSORS, FIELDS, strict=True)}
         kept = {field: _keep_dtype(fn, t) for field, t in held.items() if t is not None}
+        if self.dense_dtype is not None:
+            self.dense_dtype = fn(torch.empty(0, dtype=self.dense_dtype, device=self.weight.device)).dtype
         if self.bias is not None:
             grad = self.bias.requires_grad
             self.bias = nn.Parameter(fn(self.bias.detach()), requires_grad=grad)

@@ -1,7 +1,7 @@
 """qkernels' own directory: canonical tensors in safetensors, and what they mean in JSON.
 
 DIR/qkernels.json          {"version": 1, "layers": {name: {"format", "shape", "compute"}}, "tied": {name: name of its tensor},
-                               "sha256": {file: digest}}
+                               "sha256": {file: digest}, "digest": of all that}
 DIR/model.safetensors      every tensor of the model's state_dict, canonical layout; above 4 GB model-00001-of-0000N.safetensors, …
 """
 
@@ -78,12 +78,26 @@ class Writer:
         names = weight_files(len(self._files))
         digests = {name: _digest(file.rename(self.directory / name)) for name, file in zip(names, self._files, strict=True)}
         manifest = {"version": VERSION, "layers": self.layers, "tied": self.tied, "sha256": digests}
+        manifest["digest"] = _manifest_digest(manifest)
         (self.directory / MANIFEST).write_text(json.dumps(manifest, indent=1))
         self.directory.chmod(0o755)
         self._check_target()  # it may have been made meanwhile
-        if self.target.exists():
-            shutil.rmtree(self.target)
-        self.directory.rename(self.target)
+        self._replace_target()
+
+    def _replace_target(self) -> None:
+        """Put the new directory in the old one's place; the old one goes when the new one is there."""
+        if not self.target.exists():
+            self.directory.rename(self.target)
+            return
+        aside = Path(tempfile.mkdtemp(prefix=f".{self.target.name}-old-", dir=self.target.parent))
+        self.target.rename(aside / "old")
+        try:
+            self.directory.rename(self.target)
+        except BaseException:
+            (aside / "old").rename(self.target)
+            aside.rmdir()
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
 
     def _check_target(self) -> None:
         target = self.target
@@ -133,7 +147,14 @@ def read_manifest(source: Path) -> dict[str, Any]:
     for name, source_name in tied.items():
         if not isinstance(source_name, str):
             raise CheckpointError(f"{path}: {name!r} is tied to {source_name!r}, no name")
+    if manifest.get("digest") != _manifest_digest(manifest):
+        raise CheckpointError(f"{path} was edited: its digest is not that of what it says")
     return manifest
+
+
+def _manifest_digest(manifest: Mapping[str, Any]) -> str:
+    said = {key: manifest[key] for key in ("version", "layers", "tied", "sha256")}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def _is_layer(entry: Any) -> bool:

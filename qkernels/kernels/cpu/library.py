@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from qkernels import config
+from qkernels.errors import FormatError
 
 _PACKAGE = Path(__file__).resolve().parents[2]
 
@@ -24,6 +25,8 @@ def why_missing() -> str | None:
     try:
         torch.ops.load_library(str(path))
         torch.ops.qkernels.cpu_set_level(config.forced_isa() or "")
+    except ValueError as error:
+        raise FormatError(str(error)) from None
     except (OSError, RuntimeError) as error:
         return f"the compiled library does not load: {str(error).splitlines()[0]}"
     return None
