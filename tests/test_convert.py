@@ -1,6 +1,7 @@
 """replace_linear, restore_linear, save and load: all or nothing."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -257,3 +258,74 @@ def test_save_replaces_its_own_and_nothing_else(tmp_path):
     assert (foreign / "a.jpg").read_text() == (tmp_path / "file").read_text() == "dear"
     with pytest.raises(CheckpointError, match="missing"):
         load(Net(), tmp_path / "nowhere")
+
+
+def test_restored_weights_have_the_model_s_dtype():
+    """A model without biases (Llama's) tells its dtype by its weights alone."""
+    model = nn.Sequential(nn.Linear(32, 32, bias=False), nn.Linear(32, 32, bias=False)).to(torch.bfloat16)
+    replace_linear(model, "int4_g32", progress=False)
+    x = torch.randn(3, 32, dtype=torch.bfloat16)
+    before = model(x)
+    restore_linear(model)
+    assert all(layer.weight.dtype == torch.bfloat16 for layer in model)
+    torch.testing.assert_close(model(x), before, rtol=0.05, atol=0.05)
+    replace_linear(model, "int4_g32", progress=False)
+    restore_linear(model.float())
+    assert model[0].weight.dtype == torch.float32
+
+
+class Reads(nn.Module):
+    """As T5's feed-forward does: it asks a child for its weight's dtype."""
+
+    def __init__(self):
+        super().__init__()
+        self.wi, self.wo = nn.Linear(32, 32), nn.Linear(32, 32)
+        nn.init.zeros_(self.wi.weight)
+
+    def forward(self, x):
+        return self.wo(self.wi(x).to(self.wo.weight.dtype))
+
+
+def test_a_weight_that_its_parent_reads_stays():
+    model = nn.Sequential(Reads(), nn.TransformerEncoderLayer(32, 2, 64, batch_first=True)).eval()
+    report = replace_linear(model, "int4_g32", progress=False)
+    assert [row.name for row in report.replaced] == ["0.wi"]
+    assert report.skipped["0.wo"] == "Reads reads its weight itself"
+    assert report.skipped["1.linear1"] == "TransformerEncoderLayer reads its weight itself"
+    with torch.no_grad():
+        assert model(torch.randn(1, 3, 32)).isfinite().all()
+
+
+def test_hooks_are_not_lost():
+    model, seen = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32)), []
+    model[0].register_forward_hook(lambda *_: seen.append(1))
+    report = replace_linear(model, "int4_g32", progress=False)
+    assert [row.name for row in report.replaced] == ["1"] and "hooks" in report.skipped["0"]
+    model(torch.randn(1, 32))
+    assert seen
+
+
+def test_a_save_that_fails_at_the_end_keeps_the_old_directory(tmp_path, monkeypatch):
+    model, _ = quantized()
+    save(model, tmp_path / "m")
+    before = (tmp_path / "m" / "qkernels.json").read_bytes()
+    rename = Path.rename
+
+    def fails(self, target):
+        if self.name.startswith(".m-") and "old" not in self.name:
+            raise OSError("disk")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(OSError, match="disk"):
+        save(model, tmp_path / "m")
+    assert [p.name for p in tmp_path.iterdir()] == ["m"] and (tmp_path / "m" / "qkernels.json").read_bytes() == before
+
+
+def test_an_edited_manifest_is_an_error(tmp_path):
+    model, _ = quantized()
+    save(model, tmp_path / "m")
+    path = tmp_path / "m" / "qkernels.json"
+    path.write_text(path.read_text().replace("u4b8_g32", "u4b3_g32"))
+    with pytest.raises(CheckpointError, match="edited"):
+        load(Net(), tmp_path / "m")

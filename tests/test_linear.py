@@ -197,3 +197,17 @@ def test_a_new_layer_runs(format):
     with torch.no_grad():
         y = QuantLinear(40, 17, format=format)(torch.randn(2, 40))
     assert y.shape == (2, 17) and bool(torch.isfinite(y).all())
+
+
+@pytest.mark.parametrize("x", [torch.zeros(2, 64, dtype=torch.float64), torch.zeros(2, 64, dtype=torch.int32), torch.tensor(1.0)])
+def test_a_wrong_x_is_a_typed_error(x):
+    layer = QuantLinear.from_linear(nn.Linear(64, 32), "int4_g32")
+    with pytest.raises(FormatError, match=r"takes float32, bfloat16 or float16|does not fit"):
+        layer(x)
+
+
+def test_a_meta_linear_becomes_a_meta_layer():
+    layer = QuantLinear.from_linear(nn.Linear(64, 32, device="meta"), "int4_g32")
+    assert layer.weight.is_meta and layer.bias.is_meta
+    y = layer(torch.empty(2, 3, 64, device="meta", dtype=torch.bfloat16))
+    assert y.is_meta and y.shape == (2, 3, 32) and y.dtype == torch.bfloat16
