@@ -72,7 +72,7 @@ sanitize: build  ## the kernels' tests under address and undefined-behaviour san
 	mkdir -p $(SANITIZED) && rm -rf $(SANITIZED)/csrc $(SANITIZED)/qkernels $(SANITIZED)/tests
 	cp -rp csrc qkernels tests setup.py pyproject.toml README.md LICENSE $(SANITIZED)
 	cd $(SANITIZED) && QKERNELS_CPU=1 \
-	QKERNELS_CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1 -g -w" \
+	QKERNELS_CXXFLAGS="-DQKERNELS_SMALL_TILES -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -fno-var-tracking -O1 -g -w" \
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	cd $(SANITIZED) && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(BIN)/python -m pytest -v --capture=sys tests/test_kernels.py

@@ -2,7 +2,11 @@
 using F = __m512;
 using I = __m512i;
 struct B { __m512i v; };
+#ifdef QKERNELS_SMALL_TILES  // for the sanitizers: a quarter of the code to instrument
+constexpr int ACCUMULATORS = 4, WIDE = 4;
+#else
 constexpr int ACCUMULATORS = 24, WIDE = 4;  // register tile: rows of x times panels; panels at most
+#endif
 constexpr bool FETCH_AHEAD = true;
 constexpr int64_t FEW_S8 = ALWAYS, FEW_INTEGERS = ALWAYS, FEW_TABLE = ALWAYS, FEW_BYTES = 72;  // see multiply.h
 
