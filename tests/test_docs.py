@@ -2,10 +2,17 @@
 
 from pathlib import Path
 
-from benchmarks import readme, report
-from qkernels.kernels import table
+import torch
+from cases import random_quant
 
-README = Path(__file__).parents[1] / "README.md"
+from benchmarks import readme, report
+from qkernels import kernels, reference
+from qkernels.kernels import registry, table
+from qkernels.kernels.registry import Problem
+from qkernels.testing import assert_matmul_close
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
 
 
 def test_readme_prints_the_registry():
@@ -17,3 +24,20 @@ def test_readme_prints_the_registry():
 def test_readme_prints_the_results():
     """`python -m benchmarks readme --write` after a change of benchmarks/results."""
     assert readme.current(README.read_text()) == readme.markdown(report.load_all())
+
+
+def test_the_skeleton_kernel_runs(monkeypatch):
+    """The code in docs/add_a_kernel.md registers a kernel that is chosen, right, and inverted by its `restore`."""
+    monkeypatch.setattr(registry, "_KERNELS", dict(registry._KERNELS))
+    code = (ROOT / "docs" / "add_a_kernel.md").read_text().split("```python\n")[1].split("```")[0]
+    made = {"__name__": "skeleton"}
+    exec(compile(code, "add_a_kernel.md", "exec"), made)
+    kernel = made["KERNEL"]
+    assert kernel in kernels.all_kernels()
+    for perm in (False, True):
+        q = random_quant(made["FORMAT"], 17, 40, perm=perm)
+        packed = kernel.prepare(q)
+        assert kernel.restore(packed).equal(q)
+        x, bias = torch.randn(3, 40).bfloat16(), torch.randn(17).bfloat16()
+        assert_matmul_close(kernel.run(x, packed, bias), x, reference.decode(q, torch.float64), bias)
+    assert registry.plan(Problem(made["FORMAT"], 64, 64), kernel.name).kernel is kernel
