@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from cases import is_symmetric_int, plain
 
 from qkernels import config, formats, reference, rtn
+from qkernels.errors import FormatError
 from qkernels.formats import Codebook, Float, Int, QuantFormat
 from qkernels.formats.format import SCALE_DTYPES
 from qkernels.kernels.cpu import library
@@ -213,3 +214,13 @@ def test_malformed_arguments(op, name, change, message):
     function(**good(name))
     with pytest.raises(RuntimeError, match=message):
         function(**{**good(name), **change})
+
+
+def test_weights_too_small_for_their_scales_are_an_error():
+    weight = torch.randn(16, 128)
+    with pytest.raises(FormatError, match="sf32"):
+        rtn(weight * 1e-7, formats.get("int4"))
+    assert rtn(weight * 1e-7, formats.get("u4b8_g128_sf32")).scales.all()
+    weight[3] *= 1e-9  # a dead row among live ones
+    assert not rtn(weight, formats.get("int4")).scales[3].any()
+    assert rtn(torch.zeros(2, 128), formats.get("int4")).shape == (2, 128)

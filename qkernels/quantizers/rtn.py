@@ -41,6 +41,7 @@ def rtn(weight: Tensor, format: QuantFormat, *, clip_search: bool | None = None)
     assert codes is not None and scales is not None
     _check_scales(scales, format)
     scales = scales.to(SCALE_DTYPES[format.scale])
+    _check_underflow(weight, scales, format)
     if zeros is not None:
         zeros = zeros.to(torch.uint8 if format.zero == "int" else scales.dtype)
     return QuantTensor(format, (n, k), codes, scales, zeros, tensor_scale)
@@ -130,6 +131,21 @@ def _check_scales(scales: Tensor, format: QuantFormat) -> None:
         row, column = bad.nonzero()[0].tolist()
         raise FormatError(
             f"the scale of group [{row}, {column}] is beyond {limit:g}, the largest {format.scale} scale that {format.name} holds; "
+            "use a format with sf32 scales"
+        )
+
+
+def _check_underflow(weight: Tensor, scales: Tensor, format: QuantFormat) -> None:
+    """Raise when groups lose weights that matter because their scale became 0: beside larger ones, they would round to 0 anyway."""
+    lost = scales.float() == 0
+    if not bool(lost.any()):
+        return
+    absmax = torch.stack(_group_ends(weight, format)).abs().amax(0).float()
+    largest = torch.where(lost, absmax, 0.0).amax()
+    if float(largest) > float(absmax.amax()) / 64:
+        least = torch.finfo(SCALE_DTYPES[format.scale]).smallest_normal
+        raise FormatError(
+            f"weights of up to {float(largest):.3g} need a scale that {format.scale} ({least:.3g} and more) rounds to 0; "
             "use a format with sf32 scales"
         )
 
