@@ -185,7 +185,10 @@ class QuantLinear(nn.Linear):
             self._kernel = None
             self._hold(dict(zip(FIELDS, (q.codes, q.scales, q.zeros, q.tensor_scale, q.perm), strict=True)))
             return
-        kernel = self._plan(devices.current(q.codes.device), None, dtype, q.perm is not None).kernel
+        plan = self._plan(devices.current(q.codes.device), None, dtype, q.perm is not None)
+        kernel = plan.kernel
+        if self.forced_kernel is None:
+            _say_if_slow(plan)
         packed = kernel.prepare(q)
         self._kernel = kernel.name
         self._hold(dict(zip(FIELDS, packed[2:], strict=True)))
@@ -277,6 +280,19 @@ class QuantLinear(nn.Linear):
         else:
             with torch.no_grad():
                 self.bias.copy_(bias)
+
+
+_SAID: set[str] = set()
+
+
+def _say_if_slow(plan: Plan) -> None:
+    """Warn when the reference kernel has to serve: once for every reason."""
+    if plan.kernel.backend != "reference":
+        return
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in sorted(plan.rejected.items()))
+    if reasons not in _SAID:
+        _SAID.add(reasons)
+        log.warning("the slow reference kernel serves %s on %s (%s)", plan.problem.format.name, plan.problem.device, reasons)
 
 
 def _keep_dtype(fn: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from cases import plain, random_quant
 from torch import nn
 
 from qkernels import FormatError, QuantLinear, QuantTensor, UnsupportedError, formats, kernels
+from qkernels.kernels import device as devices
 from qkernels.kernels.registry import Problem, why_not
 from qkernels.testing import assert_matmul_close
 
@@ -211,3 +212,13 @@ def test_a_meta_linear_becomes_a_meta_layer():
     assert layer.weight.is_meta and layer.bias.is_meta
     y = layer(torch.empty(2, 3, 64, device="meta", dtype=torch.bfloat16))
     assert y.is_meta and y.shape == (2, 3, 32) and y.dtype == torch.bfloat16
+
+
+def test_falling_back_to_the_reference_is_said_once(monkeypatch, caplog):
+    monkeypatch.setattr(devices, "current", lambda _: devices.Device("cpu", isa="none"))
+    monkeypatch.setattr("qkernels.linear._SAID", set())
+    for _ in range(2):
+        QuantLinear.from_linear(nn.Linear(64, 32), "int4_g32")
+    QuantLinear.from_linear(nn.Linear(64, 32), "int4_g32", kernel="reference")  # as asked: nothing to say
+    (said,) = [record.getMessage() for record in caplog.records if record.name == "qkernels"]
+    assert "slow reference kernel serves u4b8_g32_sf16 on cpu:none" in said and "cpu_s8_wN_dot" in said
