@@ -26,7 +26,7 @@ from qkernels.linear import QuantLinear
 
 @dataclass(frozen=True)
 class Row:
-    """One layer of a report; bytes count weight, scales and zeros, not the bias."""
+    """One layer of a report; bytes count weight, scales and zeros, not the bias, and a layer that has two names once."""
 
     name: str
     format: str
@@ -92,6 +92,7 @@ def replace_linear(
     report = Report()
     linears, report.skipped = _choose(model, include, exclude, filter_fn)
     made: dict[int, QuantLinear] = {}
+    first: dict[int, str] = {}
     for name, linear in _progress(linears, progress, f"quantizing to {fmt.name}"):
         if id(linear) not in made:
             try:
@@ -100,8 +101,11 @@ def replace_linear(
                 raise FormatError(f"layer {name}: {error}; the model is unchanged") from None
             except UnsupportedError as error:
                 raise UnsupportedError(f"layer {name}: {error}; the model is unchanged") from None
-        layer = made[id(linear)]
-        report.replaced.append(Row(name, fmt.name, layer.kernel or "none", linear.weight.nbytes, layer.nbytes))
+            layer = made[id(linear)]
+            report.replaced.append(Row(name, fmt.name, layer.kernel or "none", linear.weight.nbytes, layer.nbytes))
+            first[id(linear)] = name
+        else:
+            report.replaced.append(Row(name, fmt.name, f"shared with {first[id(linear)]}", 0, 0))
     for name, linear in linears:
         _set(model, name, made[id(linear)])
     del linear, linears  # the last hold on the dense weights

@@ -87,6 +87,13 @@ def test_report():
         assert part in text
 
 
+def test_a_shared_layer_counts_once():
+    _, report = quantized("int8")
+    rows = {row.name: row for row in report.replaced}
+    assert rows["again"].kernel == "shared with shared" and rows["again"].bytes_before == 0
+    assert report.bytes_before == 4 * (4 * 32 * 64 + 32 * 32)
+
+
 def test_bad_weights_in_the_last_layer_leave_the_model_alone():
     model = Net()
     with torch.no_grad():
