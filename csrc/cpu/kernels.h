@@ -18,7 +18,7 @@ enum class Dtype { f32, bf16, f16, e4m3, e8m0, u8 };
 enum class CodeKind { integer, table, e4m3, e5m2 };
 
 struct Geometry {  // how K is cut: real k, groups, blocks
-  int64_t k, group, group_padded, groups, k_padded, blocks_per_group, blocks;
+  int64_t k, group, group_padded, groups, k_padded, blocks;
 };
 
 static inline Geometry make_geometry(int64_t k, int64_t group) {
@@ -29,9 +29,8 @@ static inline Geometry make_geometry(int64_t k, int64_t group) {
   g.group_padded = up8(g.group);
   g.groups = (k + g.group - 1) / g.group;
   g.k_padded = (g.groups - 1) * g.group_padded + up8(k - (g.groups - 1) * g.group);
-  g.blocks_per_group = (g.group_padded + MAX_BLOCK - 1) / MAX_BLOCK;
-  int64_t last = g.k_padded - (g.groups - 1) * g.group_padded;
-  g.blocks = (g.groups - 1) * g.blocks_per_group + (last + MAX_BLOCK - 1) / MAX_BLOCK;
+  const int64_t last = g.k_padded - (g.groups - 1) * g.group_padded;
+  g.blocks = (g.groups - 1) * ((g.group_padded + MAX_BLOCK - 1) / MAX_BLOCK) + (last + MAX_BLOCK - 1) / MAX_BLOCK;
   return g;
 }
 
