@@ -69,20 +69,7 @@ def assert_close(layer: nn.Module, arithmetic: Arithmetic, x: Tensor, y: Tensor)
     from qkernels.testing import assert_matmul_close
 
     rows, q = rows_to_check(len(x)), layer.quant_tensor()
-    compute = "int8" if arithmetic == "int8" else "float"
     try:
-        assert_matmul_close(
-            y[rows], x[rows], layer.dequantize(torch.float64), compute=compute, group=q.format.group[1], code_step=code_step(q)
-        )
+        assert_matmul_close(y[rows], x[rows], layer.dequantize(torch.float64), int8=q if arithmetic == "int8" else None)
     except AssertionError as error:
         raise CheckFailed(str(error).strip().splitlines()[0]) from error
-
-
-def code_step(q) -> Tensor | None:
-    """Largest table value times scale, [N, K], of a codebook: int8 cannot hold its values exactly."""
-    from qkernels.formats import Codebook
-    from qkernels.reference import spread
-
-    if not isinstance(q.format.code, Codebook):
-        return None
-    return spread(q.scales.double().abs(), q.format, *q.shape) * max(abs(v) for v in q.format.code.values)

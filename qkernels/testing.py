@@ -6,38 +6,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qkernels.formats import Codebook, Int, QuantFormat, QuantTensor
+from qkernels.reference import spread
+
 ACT_GROUP = 256  # the longest run of K that shares one int8 activation scale
 
 
-def assert_matmul_close(
-    y: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    compute: str = "float",
-    group: int | None = None,
-    perm: Tensor | None = None,
-    code_step: Tensor | None = None,
-) -> None:
+def assert_matmul_close(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, int8: QuantTensor | None = None) -> None:
     """Compare y with the fp64 product of the dequantised weight; raise AssertionError beyond the derived bound.
 
     Shapes:
         y, x, bias   [..., N], [..., K], [N]     as the kernel saw them
         weight       [N, K] float64              dequantised
-        perm         [K]                         order in which columns form groups (int8 only)
-        code_step    [N, K] or broadcastable     int8 only: largest |value| of an inexact codebook times its scale; rounded to /127
-    compute          "float": twice the largest error of torch's own matmul in x's dtype, the bound gamma_K |x| |W| in fp32, one ulp
-                     "int8": besides, half a step of int8 activations: absmax / 127 per row and run of K
-    group            extent of the weight's groups along K; None or -1: all of K. Runs are at most ACT_GROUP long
+    The bound is twice the largest error of torch's own matmul in x's dtype, gamma_K |x| |W| in fp32, and one ulp.
+
+    int8: the quantised weight, where the kernel quantises activations to int8. Besides, then: half a step of them, for every row and run
+    of K, and of the entries of a codebook that int8 does not hold exactly.
     """
     exact = F.linear(x.double(), weight, None if bias is None else bias.double())
     assert y.shape == exact.shape and y.dtype == x.dtype, f"got {list(y.shape)} {y.dtype}, want {list(exact.shape)} {x.dtype}"
     if not y.numel():
         return
     allowed = _float_bound(x, weight, bias, exact)
-    if compute == "int8":
-        allowed = allowed + _int8_bound(x, weight, group, perm, code_step)
+    if int8 is not None:
+        allowed = allowed + _int8_bound(x, weight, int8)
     error = (y.double() - exact).abs()
     bad = ~(error <= allowed)
     if bool(bad.any()):
@@ -53,21 +45,28 @@ def _float_bound(x: Tensor, weight: Tensor, bias: Tensor | None, exact: Tensor) 
     return 2 * torch_error + roundings / (1 - roundings) * magnitude + info.eps * exact.abs() + info.smallest_normal * info.eps
 
 
-def _int8_bound(x: Tensor, weight: Tensor, group: int | None, perm: Tensor | None, code_step: Tensor | None) -> Tensor:
-    if perm is not None:
-        x, weight = x[..., perm.long()], weight[:, perm.long()]
-        code_step = code_step if code_step is None or code_step.shape[-1] == 1 else code_step[:, perm.long()]
-    k = x.shape[-1]
-    extent = k if group is None or group == -1 else min(group, k)
-    rounding = torch.zeros_like(weight) if code_step is None else (0.5 / 127 * code_step.double()).expand_as(weight)
+def _int8_bound(x: Tensor, weight: Tensor, q: QuantTensor) -> Tensor:
+    n, k = q.shape
+    code, extent = q.format.code, q.format.group_extent(n, k)[1]
+    rounding = torch.zeros_like(weight)
+    if isinstance(code, Codebook):
+        assert q.scales is not None
+        rounding = 0.5 / 127 * max(abs(v) for v in code.values) * spread(q.scales.double().abs(), q.format, n, k).expand_as(weight)
+    if q.perm is not None:  # groups are runs of the permuted columns
+        x, weight, rounding = x[..., q.perm.long()], weight[:, q.perm.long()], rounding[:, q.perm.long()]
     total = F.linear(x.double().abs(), rounding)
     for start in range(0, k, extent):
         stop = min(start + extent, k)
         for i in range(start, stop, ACT_GROUP):
             run = slice(i, min(i + ACT_GROUP, stop))
-            step = x[..., run].double().abs().amax(-1, keepdim=True) / 127
+            step = x[..., run].double().abs().amax(-1, keepdim=True) / act_largest(q.format)
             total = total + 0.5 * step * (weight[:, run].abs() + rounding[:, run]).sum(1)
     return 1.001 * total  # the fp32 arithmetic of the scales
+
+
+def act_largest(format: QuantFormat) -> int:
+    """Largest int8 activation: less where the sum of an activation and a code has to fit a byte (DotPairs in csrc/cpu/simd_avx512.h)."""
+    return 120 if isinstance(format.code, Int) and format.bits <= 4 else 127
 
 
 def _report(y: Tensor, exact: Tensor, error: Tensor, allowed: Tensor, bad: Tensor) -> str:

@@ -1,5 +1,6 @@
 """Every kernel × every format that it takes × every instruction set of the machine, against fp64."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -7,11 +8,10 @@ import torch
 from cases import plain, random_quant
 
 from qkernels import config, formats, kernels, reference
-from qkernels.formats import Codebook
+from qkernels.formats.packing import pack
 from qkernels.kernels import device as devices
 from qkernels.kernels.cpu import library
 from qkernels.kernels.registry import DTYPES, Problem, why_not
-from qkernels.reference import spread
 from qkernels.testing import assert_matmul_close
 
 ROWS = (0, 1, 3, 8, 16, 17, 33, 128)
@@ -67,17 +67,8 @@ def able(kernel, format, n, k, **fields):
     return why_not(kernel, Problem(format, n, k, device=devices.current("cpu"), **fields)) is None
 
 
-def code_step(q):
-    """Largest table value times scale, [N, K], of a codebook that int8 cannot hold exactly."""
-    if not isinstance(q.format.code, Codebook):
-        return None
-    return spread(q.scales.double().abs(), q.format, *q.shape) * max(abs(v) for v in q.format.code.values)
-
-
 def check(kernel, q, y, x, bias):
-    assert_matmul_close(
-        y, x, reference.decode(q, torch.float64), bias, compute=kernel.compute, group=q.format.group[1], perm=q.perm, code_step=code_step(q)
-    )
+    assert_matmul_close(y, x, reference.decode(q, torch.float64), bias, int8=q if kernel.compute == "int8" else None)
 
 
 def inputs(i, m, k, dtype):
@@ -112,6 +103,23 @@ def test_against_fp64(kernel, format, level, isa):
     if not ran:
         need(kernel, format)
         pytest.fail("the kernel takes 64 x 256, and none of the shapes here")
+
+
+@pytest.mark.parametrize(("kernel", "format", "level"), LEVELS)
+def test_the_largest_products_fit(kernel, format, level, isa):
+    """Ends of the range of codes against ends of the range of activations: exact, so that a sum that saturates or wraps shows."""
+    isa(level)
+    n, k = 48, 256
+    need(kernel, format, n, k)
+    values = torch.tensor(format.code.values, dtype=torch.float64)
+    ends = torch.stack([torch.where(values.isfinite(), values, 0).argmin(), torch.where(values.isfinite(), values, 0).argmax()])
+    signs = torch.stack([torch.arange(k) // run % 2 for run in (1, 2, 4, 8, 16, k)])  # 0 and 1, by turns of `run`
+    q = random_quant(format, n, k)
+    codes = torch.cat([ends[signs], ends[1 - signs]]).repeat(n // 12, 1).to(torch.uint8)
+    q = dataclasses.replace(q, codes=pack(codes, format.bits))
+    x = torch.cat([signs, 1 - signs]).repeat(3, 1).float() * 2 - 1
+    y, weight = kernel.run(x, kernel.prepare(q), None), reference.decode(q, torch.float64)
+    assert_matmul_close(y, x, weight)
 
 
 @pytest.mark.parametrize(("kernel", "format"), PAIRS)

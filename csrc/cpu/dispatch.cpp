@@ -61,6 +61,17 @@ bool has_level(const char* name) {
   return false;
 }
 
+bool pairs_pay() {
+#ifdef QKERNELS_EMULATE
+  return true;
+#elif defined(QKERNELS_X86)
+  static const bool amd = __builtin_cpu_is("amd");
+  return amd;
+#else
+  return false;
+#endif
+}
+
 const Level* best_level() {
   if (chosen.load(std::memory_order_relaxed) == nullptr) set_level("");
   return chosen.load(std::memory_order_relaxed);

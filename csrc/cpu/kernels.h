@@ -69,11 +69,14 @@ struct Weight {
   float alpha;  // multiplies everything
 };
 
+static inline bool has_few_codes(const Weight& w) { return w.kind == CodeKind::integer && w.bits <= 4; }  // below 16
+
 struct Activations {  // block by block: what a tile reads lies together, and rows are no power of two apart, which would share cache sets
   int64_t m;
   void* values;   // per block [m, length]: int8, float or bf16. bf16: the 8 of a tile in the order 0 2 1 3 4 6 5 7, see Bf16Nibbles
-  float* scales;  // [blocks, m]  int8 only
-  float* sums;    // [blocks, m]  sum of the values
+  float* sums;      // [blocks, m]  sum of the values
+  float* scales;    // [blocks, m]  int8 only
+  int32_t* starts;  // [blocks, m]  int8 only: what a block's sum of products starts from, as codes are unsigned
 };
 
 struct Output {
@@ -85,7 +88,7 @@ struct Output {
 struct Arithmetic {  // one way to multiply; a level that lacks it has nulls
   int value_bytes;   // of an activation
   // rows m0…m1 of x [m, k] (row stride in elements) to Activations
-  void (*prepare_rows)(const void* x, Dtype, int64_t stride, const Geometry&, int64_t m0, int64_t m1, const Activations&);
+  void (*prepare_rows)(const void* x, Dtype, int64_t stride, const Weight&, int64_t m0, int64_t m1, const Activations&);
   // rows m0…m1 times panels p0…p1; scratch: scratch_bytes of this thread, 64-byte aligned
   void (*multiply)(const Weight&, const Activations&, const Output&, int64_t m0, int64_t m1, int64_t p0, int64_t p1, char* scratch);
   // roofline probe: `rounds` register tiles of independent multiply-adds; returns how many multiply-adds that was
@@ -113,7 +116,7 @@ struct Grouped {  // a weight before it is quantised, with one scale and zero pe
 
 struct Level {
   const char* name;
-  Arithmetic s8, f32, bf16;
+  Arithmetic s8, pairs, f32, bf16;  // pairs: s8 with half the products (see DotPairs), for weights that has_few_codes
   int scratch_bytes;
   void (*dequantize)(const Weight&, int64_t p0, int64_t p1, float* out);  // panels p0…p1 to floats [n, k]
   void (*to_floats)(const void* x, Dtype, int64_t first, int64_t count, float* out);
@@ -126,5 +129,7 @@ struct Level {
 const Level* best_level();           // the highest that this machine has, or the one that was forced
 bool set_level(const char* name);    // "" takes the highest; false when this machine lacks it
 bool has_level(const char* name);
+bool pairs_pay();                    // this CPU adds bytes beside its products; where both share their ports, pairs are slower
+constexpr int64_t PAIRS_FROM = 24;   // rows of x from which they make up for a trip of the codes through scratch: measured on Zen4
 
 }  // namespace qk

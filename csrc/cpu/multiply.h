@@ -9,8 +9,9 @@
 
 constexpr int64_t ROW_CHUNK = 512;  // rows whose accumulators lie in scratch at a time
 constexpr int64_t SCRATCH_ACC = ROW_CHUNK * WIDE * PANEL * 4;
-constexpr int64_t SCRATCH_SCALES = MAX_CHUNK * WIDE * PANEL * 4;  // and as much for the shifts
+constexpr int64_t SCRATCH_SCALES = MAX_CHUNK * WIDE * PANEL * 4;  // and as much for the shifts, and the columns of pairs
 constexpr int64_t CHUNK_CODES = 16 << 10;  // bytes of packed codes: half of L1
+constexpr int64_t PAIR_CODES = 16 << 10;  // bytes of unpacked codes: likewise
 constexpr int64_t FIRST_CODES = 8 << 10;  // of the next panels, which a tile that has all rows fetches: what lies behind, the machine does
 constexpr int64_t SCRATCH_WEIGHTS = WIDE * MAX_BLOCK * PANEL * 4;  // bytes: a block of floats, or several of shorter numbers; near L1's size
 
@@ -23,7 +24,8 @@ struct Job {  // rows m0…m1 times PANELS panels from `panel` on, the last of t
   int64_t rows() const { return m1 - m0; }
   float* acc() const { return reinterpret_cast<float*>(scratch); }
   float* scales() const { return reinterpret_cast<float*>(scratch + SCRATCH_ACC); }
-  uint8_t* unpacked() const { return reinterpret_cast<uint8_t*>(scratch + SCRATCH_ACC + 2 * SCRATCH_SCALES); }
+  int32_t* columns() const { return reinterpret_cast<int32_t*>(scratch + SCRATCH_ACC + 2 * SCRATCH_SCALES); }
+  uint8_t* unpacked() const { return reinterpret_cast<uint8_t*>(scratch + SCRATCH_ACC + 3 * SCRATCH_SCALES); }
 };
 
 // Fill in the blocks from chunk.first on, as many as fit most_k columns but one at least, and decode their scales.
@@ -62,10 +64,10 @@ void fetch_scales(const Job& j) {
   if (j.w.zeros != nullptr) fetch(j.w.zeros, PANEL * bytes_of(j.w.zero_dtype));
 }
 
-template <int PANELS>
+template <class Source, int PANELS>
 inline Ahead codes_after(const Job& j, const Chunk& chunk) {  // those of the next chunk, or the first of the next panels
   const Geometry& g = j.w.geometry;
-  const bool last = chunk.first + chunk.count == g.blocks, once = j.rows() <= MAX_ROWS<PANELS>;
+  const bool last = chunk.first + chunk.count == g.blocks, once = j.rows() <= MAX_ROWS<Source, PANELS>;
   if (last ? j.panel + 2 * PANELS > j.p1 : once) return {};
   const int64_t bytes_per_k = 2 * j.w.bits, stride = g.k_padded * bytes_per_k, k = last ? 0 : chunk.k0 + chunk.k;
   const uint8_t* at = j.w.codes + (j.panel + (last ? PANELS : 0)) * stride + k * bytes_per_k;
@@ -84,7 +86,7 @@ void by_chunks(const Job& j, int64_t most_k, const Codes& codes_of) {
   for (chunk.first = 0; chunk.first < g.blocks; chunk.first += chunk.count) {
     next_chunk<!is_s8<Source>, PANELS>(j, block, most_k, chunk);
     codes_of(chunk);
-    chunk.ahead = codes_after<PANELS>(j, chunk);
+    chunk.ahead = codes_after<Source, PANELS>(j, chunk);
     if (chunk.first + chunk.count == g.blocks) fetch_scales<PANELS>(j);
     rows_of_tiles<Source, PANELS>(j.w, j.x, chunk, j.m0, j.m1, j.acc());
     block = block_after(g, chunk.blocks[chunk.count - 1]);
@@ -95,7 +97,7 @@ void by_chunks(const Job& j, int64_t most_k, const Codes& codes_of) {
 template <class Source, int PANELS>
 void direct(const Job& j) {  // weights straight from their packed form
   const int64_t bytes_per_k = 2 * j.w.bits, stride = j.w.geometry.k_padded * bytes_per_k;
-  const int64_t most_k = j.rows() <= MAX_ROWS<PANELS> ? j.w.geometry.k_padded : CHUNK_CODES / (bytes_per_k * PANELS);
+  const int64_t most_k = j.rows() <= MAX_ROWS<Source, PANELS> ? j.w.geometry.k_padded : CHUNK_CODES / (bytes_per_k * PANELS);
   by_chunks<Source, PANELS>(j, most_k, [&](Chunk& chunk) {
     chunk.codes = j.w.codes + j.panel * stride + chunk.k0 * bytes_per_k, chunk.panel_stride = stride;
   });
@@ -105,7 +107,7 @@ void direct(const Job& j) {  // weights straight from their packed form
 template <class Source, int PANELS>
 void direct_tall(const Job& j) {
   if constexpr (PANELS > 1)
-    if (j.rows() > MAX_ROWS<PANELS>) {
+    if (j.rows() > MAX_ROWS<Source, PANELS>) {
       Job half = j;
       direct<Source, PANELS / 2>(half);
       half.panel += PANELS / 2;
@@ -138,6 +140,25 @@ struct ByS8 {
   }
 };
 
+#ifdef QK_PAIRS
+struct ByPairs {  // through scratch
+  template <int PANELS>
+  static void panels(const Job& j) {
+    const int64_t bytes_per_k = 2 * j.w.bits, stride = j.w.geometry.k_padded * bytes_per_k;
+    by_chunks<S8Pairs, PANELS>(j, PAIR_CODES / (PANEL * PANELS), [&](Chunk& chunk) {
+      chunk.codes = j.unpacked(), chunk.panel_stride = chunk.k * PANEL, chunk.columns = j.columns();
+      int32_t* column = j.columns();
+      for (int64_t b = 0; b < chunk.count; b++)
+        for (int p = 0; p < PANELS; p++, column += PANEL) {
+          const auto& [group, k0, length, end] = chunk.blocks[b];
+          uint8_t* out = j.unpacked() + p * chunk.panel_stride + (k0 - chunk.k0) * PANEL;
+          unpack_pairs(j.w.bits, j.w.codes + (j.panel + p) * stride + k0 * bytes_per_k, length, out, column);
+        }
+    });
+  }
+};
+#endif
+
 struct ByF32 {
   template <int PANELS>
   static void panels(const Job& j) {
@@ -169,7 +190,12 @@ void multiply(const Weight& w, const Activations& x, const Output& out, int64_t 
   }
 }
 
-constexpr Arithmetic S8_ARITHMETIC = {1, rows_to_s8, multiply<ByS8>, probe<S8Unpacked>};
+constexpr Arithmetic S8_ARITHMETIC = {1, rows_to_s8<false>, multiply<ByS8>, probe<S8Unpacked>};
+#ifdef QK_PAIRS
+constexpr Arithmetic PAIRS_ARITHMETIC = {1, rows_to_s8<true>, multiply<ByPairs>, nullptr};
+#else
+constexpr Arithmetic PAIRS_ARITHMETIC = {};
+#endif
 constexpr Arithmetic F32_ARITHMETIC = {4, rows_to_f32, multiply<ByF32>, probe<F32Unpacked>};
 #ifdef QK_BF16_DOT
 constexpr Arithmetic BF16_ARITHMETIC = {2, rows_to_bf16, multiply<ByBf16>, probe<Bf16Unpacked>};
@@ -178,4 +204,4 @@ constexpr Arithmetic BF16_ARITHMETIC = {};
 #endif
 
 #define QK_LEVEL(NAME) \
-  {NAME, S8_ARITHMETIC, F32_ARITHMETIC, BF16_ARITHMETIC, int(SCRATCH_ACC + 2 * SCRATCH_SCALES + SCRATCH_WEIGHTS), dequantize, to_floats, best_scales, encode, read_bytes}
+  {NAME, S8_ARITHMETIC, PAIRS_ARITHMETIC, F32_ARITHMETIC, BF16_ARITHMETIC, int(SCRATCH_ACC + 3 * SCRATCH_SCALES + SCRATCH_WEIGHTS), dequantize, to_floats, best_scales, encode, read_bytes}

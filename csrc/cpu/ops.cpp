@@ -179,15 +179,16 @@ Tensor linear(Tensor x, Tensor qweight, Tensor scales, std::optional<Tensor> zer
   const Level& level = *best_level();
 
   // bf16 products are exact in fp32: for bf16 activations the levels that have them lose nothing, but for tables that bf16 rounds.
-  const Arithmetic& by = S8 ? level.s8 : dtype == Dtype::bf16 && level.bf16.multiply ? level.bf16 : level.f32;
+  const bool pairs = m >= PAIRS_FROM && has_few_codes(w) && level.pairs.multiply && pairs_pay();
+  const Arithmetic& by = S8 ? pairs ? level.pairs : level.s8 : dtype == Dtype::bf16 && level.bf16.multiply ? level.bf16 : level.f32;
 
   static thread_local Buffer activations, bias_buffer;
   const size_t values = (size_t(m) * g.k_padded * by.value_bytes + 63) / 64 * 64, blocks = size_t(m) * g.blocks;
-  char* memory = activations.at_least(values + 2 * blocks * sizeof(float));
-  auto* block_scales = reinterpret_cast<float*>(memory + values);
-  const Activations a{m, memory, block_scales, block_scales + blocks};
+  char* memory = activations.at_least(values + 3 * blocks * sizeof(float));
+  auto* of_blocks = reinterpret_cast<float*>(memory + values);
+  const Activations a{m, memory, of_blocks, of_blocks + blocks, reinterpret_cast<int32_t*>(of_blocks + 2 * blocks)};
   const void* px = x.const_data_ptr();
-  share_rows(m, m * k < 64 * 1024, [&](int64_t m0, int64_t m1) { by.prepare_rows(px, dtype, stride, g, m0, m1, a); });
+  share_rows(m, m * k < 64 * 1024, [&](int64_t m0, int64_t m1) { by.prepare_rows(px, dtype, stride, w, m0, m1, a); });
   const Output out{y.mutable_data_ptr(), dtype, bias_floats(bias, n, level, bias_buffer)};
   share(m, (n + PANEL - 1) / PANEL, m * n * k < 256 * 1024, [&](int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
     static thread_local Buffer scratch;

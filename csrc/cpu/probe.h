@@ -19,7 +19,7 @@ int64_t read_bytes(const char* p, int64_t bytes) {
 
 template <class Source>
 int64_t probe(int64_t rounds) {
-  constexpr int ROWS = MAX_ROWS<WIDE>;
+  constexpr int ROWS = MAX_ROWS<Source, WIDE>;
   constexpr int64_t K = 32;
   alignas(64) uint8_t codes[WIDE * (K / TILE_K) * Source::TILE_BYTES] = {};
   alignas(64) typename Source::X x[ROWS * K] = {};

@@ -23,7 +23,20 @@ inline void load_block(const void* x, Dtype dtype, int64_t row, const Geometry& 
   for (int64_t i = count; i < (block.length + 15) / 16 * 16; i++) out[i] = 0;
 }
 
-template <class Work>  // work(floats, length, position in values, position in scales and sums)
+inline int32_t round_to_s8(const float* v, int64_t count, float times, int8_t* out) {  // count: of 8; returns the sum
+  const F factor = set1_f(times);
+  I sum = zero_i();
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) sum = add_i(sum, round_to_s8(mul(load_f(v + i), factor), out + i));
+  if (i < count) {
+    int8_t last[16];
+    sum = add_i(sum, round_to_s8(mul(load_f(v + i), factor), last));
+    __builtin_memcpy(out + i, last, TILE_K);
+  }
+  return total(sum);
+}
+
+template <class Work>  // work(floats, length, position in values, position in what a block has one of)
 inline void for_blocks(const void* x, Dtype dtype, int64_t stride, const Geometry& g, int64_t m0, int64_t m1, int64_t m_all, const Work& work) {
   alignas(64) float v[MAX_BLOCK];
   for (int64_t m = m0; m < m1; m++) {
@@ -35,26 +48,27 @@ inline void for_blocks(const void* x, Dtype dtype, int64_t stride, const Geometr
   }
 }
 
-void rows_to_s8(const void* x, Dtype dtype, int64_t stride, const Geometry& g, int64_t m0, int64_t m1, const Activations& a) {
-  for_blocks(x, dtype, stride, g, m0, m1, a.m, [&](const float* v, int64_t length, int64_t at, int64_t block) {
+// PAIRS: stored as DotPairs wants them.
+template <bool PAIRS>
+void rows_to_s8(const void* x, Dtype dtype, int64_t stride, const Weight& w, int64_t m0, int64_t m1, const Activations& a) {
+  const bool few_codes = has_few_codes(w);
+  const float largest_code = few_codes ? 120 : 127;  // the same for every kernel and level, that all may give the same bits
+  const int32_t less = (few_codes ? DotS8<true>::BIAS : DotS8<false>::BIAS) - w.offset;
+  for_blocks(x, dtype, stride, w.geometry, m0, m1, a.m, [&](const float* v, int64_t length, int64_t at, int64_t block) {
     I most = magnitude_bits(load_f(v));  // as integers, where a NaN is larger than all: it reaches the scale and the whole row
     for (int64_t i = 16; i < length; i += 16) most = max_i(most, magnitude_bits(load_f(v + i)));
-    const int32_t largest = highest(most);
-    const bool finite = largest < 0x7f800000;
-    const float absmax = bits_to_float(uint32_t(largest));
-    const F inverse = set1_f(finite && absmax > 0x1p-120f ? 127.0f / absmax : 0.0f);
+    const float absmax = bits_to_float(uint32_t(highest(most)));
+    const bool finite = absmax < __builtin_inff();
     int8_t* out = static_cast<int8_t*>(a.values) + at;
     int32_t sum = 0;
-    int64_t i = 0;
-    for (; finite && i + 16 <= length; i += 16) sum += round_to_s8(mul(load_f(v + i), inverse), out + i);
-    if (finite && i < length) {
-      int8_t last[16];
-      sum += round_to_s8(mul(load_f(v + i), inverse), last);
-      __builtin_memcpy(out + i, last, TILE_K);
-    }
-    if (!finite) __builtin_memset(out, 1, size_t(length));  // any code: the scale makes the row NaN
-    a.scales[block] = finite ? absmax / 127.0f : bits_to_float(0x7fc00000u);
+    if (finite) sum = round_to_s8(v, length, absmax > 0x1p-120f ? largest_code / absmax : 0.0f, out);
+    else __builtin_memset(out, 1, size_t(length));  // any code: the scale makes the row NaN
     a.sums[block] = float(sum);
+    a.scales[block] = finite ? absmax / largest_code : bits_to_float(0x7fc00000u);
+    a.starts[block] = less * sum;
+#ifdef QK_PAIRS
+    if constexpr (PAIRS) a.starts[block] -= DotPairs::rows(out, length);
+#endif
   });
 }
 
@@ -67,16 +81,16 @@ inline float sum_of(const float* v, int64_t length) {
   return lanes[0];
 }
 
-void rows_to_f32(const void* x, Dtype dtype, int64_t stride, const Geometry& g, int64_t m0, int64_t m1, const Activations& a) {
-  for_blocks(x, dtype, stride, g, m0, m1, a.m, [&](const float* v, int64_t length, int64_t at, int64_t block) {
+void rows_to_f32(const void* x, Dtype dtype, int64_t stride, const Weight& w, int64_t m0, int64_t m1, const Activations& a) {
+  for_blocks(x, dtype, stride, w.geometry, m0, m1, a.m, [&](const float* v, int64_t length, int64_t at, int64_t block) {
     __builtin_memcpy(static_cast<float*>(a.values) + at, v, size_t(length) * 4);
     a.sums[block] = sum_of(v, length);
   });
 }
 
 #ifdef QK_BF16_DOT
-void rows_to_bf16(const void* x, Dtype dtype, int64_t stride, const Geometry& g, int64_t m0, int64_t m1, const Activations& a) {
-  for_blocks(x, dtype, stride, g, m0, m1, a.m, [&](const float* v, int64_t length, int64_t at, int64_t block) {
+void rows_to_bf16(const void* x, Dtype dtype, int64_t stride, const Weight& w, int64_t m0, int64_t m1, const Activations& a) {
+  for_blocks(x, dtype, stride, w.geometry, m0, m1, a.m, [&](const float* v, int64_t length, int64_t at, int64_t block) {
     uint16_t* out = static_cast<uint16_t*>(a.values) + at;
     int64_t i = 0;
     for (; i + 16 <= length; i += 16) store_bf16_tiles(out + i, load_f(v + i));

@@ -29,12 +29,15 @@ inline int32_t reduce(__m256i x, const Join& join) {
   return _mm_cvtsi128_si32(join(v, _mm_shuffle_epi32(v, 0xb1)));
 }
 inline int32_t highest(I x) { return reduce(_mm256_max_epi32(x.a, x.b), [](__m128i a, __m128i b) { return _mm_max_epi32(a, b); }); }
-inline int32_t round_to_s8(F x, int8_t* out) {  // half to even; returns the sum
+inline I zero_i() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+inline I add_i(I x, I y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
+inline int32_t total(I x) { return reduce(_mm256_add_epi32(x.a, x.b), [](__m128i a, __m128i b) { return _mm_add_epi32(a, b); }); }
+inline I round_to_s8(F x, int8_t* out) {  // half to even
   const __m256i a = _mm256_cvtps_epi32(x.a), b = _mm256_cvtps_epi32(x.b);
   const __m256i halves = _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8);  // packing works within 128-bit lanes
   const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(out), bytes);
-  return reduce(_mm256_add_epi32(a, b), [](__m128i v, __m128i w) { return _mm_add_epi32(v, w); });
+  return {a, b};
 }
 
 inline __m256i load_si(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
@@ -66,7 +69,7 @@ template <> struct DotS8<true> {  // codes of up to 4 bits: 8 pair sums of at mo
   static constexpr int FOLD_K = 32, BIAS = 0;
   I sum;
   __m256i a, b;
-  void start(float value) { sum = set1_i(int32_t(value)), a = b = _mm256_setzero_si256(); }
+  void start(int32_t value) { sum = set1_i(value), a = b = _mm256_setzero_si256(); }
   void add(B w, const int8_t* x) {
     const __m256i v = broadcast_4(x);
     a = _mm256_add_epi16(a, _mm256_maddubs_epi16(w.a, v)), b = _mm256_add_epi16(b, _mm256_maddubs_epi16(w.b, v));
@@ -81,7 +84,7 @@ template <> struct DotS8<true> {  // codes of up to 4 bits: 8 pair sums of at mo
 template <> struct DotS8<false> {  // codes minus 128, as |w| times x with the sign of w: 2 * 128 * 127 fits
   static constexpr int FOLD_K = MAX_BLOCK, BIAS = 128;
   I sum;
-  void start(float value) { sum = set1_i(int32_t(value)); }
+  void start(int32_t value) { sum = set1_i(value); }
   static __m256i dot(__m256i acc, __m256i w, __m256i x) {
     w = _mm256_xor_si256(w, _mm256_set1_epi8(-128));
     return _mm256_add_epi32(acc, pairs_to_i32(_mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w))));
@@ -96,7 +99,7 @@ template <> struct DotS8<false> {  // codes minus 128, as |w| times x with the s
 struct DotF32 {
   static constexpr int FOLD_K = MAX_BLOCK;
   F sum;
-  void start(float) { sum = zero_f(); }
+  void start(int32_t) { sum = zero_f(); }
   void add(F w, const float* x) { sum = ::qk::fma(w, set1_f(*x), sum); }
   void fold() {}
   F value() const { return sum; }

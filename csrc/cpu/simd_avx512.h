@@ -23,10 +23,13 @@ inline F to_float(I x) { return _mm512_cvtepi32_ps(x); }
 inline I magnitude_bits(F x) { return _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff)); }
 inline I max_i(I x, I y) { return _mm512_max_epi32(x, y); }
 inline int32_t highest(I x) { return _mm512_reduce_max_epi32(x); }
-inline int32_t round_to_s8(F x, int8_t* out) {  // half to even; returns the sum
+inline I zero_i() { return _mm512_setzero_si512(); }
+inline I add_i(I x, I y) { return _mm512_add_epi32(x, y); }
+inline int32_t total(I x) { return _mm512_reduce_add_epi32(x); }
+inline I round_to_s8(F x, int8_t* out) {  // half to even
   const I q = _mm512_cvtps_epi32(x);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(q));
-  return _mm512_reduce_add_epi32(q);
+  return q;
 }
 
 inline B load_b(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
@@ -52,7 +55,7 @@ inline __m512i broadcast_32_bits(const void* x) {
 template <bool NIBBLE> struct DotS8 {
   static constexpr int FOLD_K = MAX_BLOCK, BIAS = 0;
   I sum;
-  void start(float value) { sum = _mm512_cvtps_epi32(_mm512_set1_ps(value)); }
+  void start(int32_t value) { sum = _mm512_set1_epi32(value); }
   void add(B w, const int8_t* x) { sum = _mm512_dpbusd_epi32(sum, w.v, broadcast_32_bits(x)), hold(sum); }
   void fold() {}
   F value() const { return to_float(sum); }
@@ -60,7 +63,7 @@ template <bool NIBBLE> struct DotS8 {
 struct DotF32 {
   static constexpr int FOLD_K = MAX_BLOCK;
   F sum;
-  void start(float) { sum = zero_f(); }
+  void start(int32_t) { sum = zero_f(); }
   void add(F w, const float* x) { sum = _mm512_fmadd_ps(w, set1_f(*x), sum), hold(sum); }
   void fold() {}
   F value() const { return sum; }
@@ -91,11 +94,54 @@ inline F e5m2_values(const uint8_t* half, int i) {  // the upper byte of a half
 }
 
 #ifdef __AVX512BF16__
+// Half the products for codes c below 16: with activations x of -120…120, and k in pairs (i, j),
+//
+//     (x_i + 120 + c_j) · (x_j - 8 + c_i)  =  x_i c_i + x_j c_j  +  (x_i + 120) (x_j - 8)  +  (c_j + 120) c_i - 8 c_j
+//
+// where the first factor is an unsigned byte and the second a signed one, always. The two last terms belong to a row of x and to a row of
+// the weight, and are subtracted once a block. It takes two additions of bytes a product: it pays where those run beside the products,
+// as on Zen4 and Zen5, whose products have two of four ports (pairs_pay). Those have BF16 too: the unit without it keeps to plain products.
+// Source: S. Winograd, A New Algorithm for Inner Product, 1968.
+#define QK_PAIRS
+constexpr int PAIR_ACCUMULATORS = ACCUMULATORS < 16 ? ACCUMULATORS : 16;
+struct Pair { B i, j; };  // bytes 4n…4n+3: codes of row n at k0…k0+3, and at k0+4…k0+7
+struct DotPairs {
+  static constexpr int FOLD_K = MAX_BLOCK, BIAS = 0;
+  I sum;
+  void start(int32_t row, const int32_t* column) { sum = _mm512_sub_epi32(_mm512_set1_epi32(row), _mm512_loadu_si512(column)); }
+  void add(Pair c, const int8_t* x) {
+    const I first = _mm512_add_epi8(broadcast_32_bits(x), c.j.v), second = _mm512_add_epi8(broadcast_32_bits(x + 4), c.i.v);
+    sum = _mm512_dpbusd_epi32(sum, first, second), hold(sum);
+  }
+  void fold() {}
+  F value() const { return to_float(sum); }
+
+  struct Column {  // of 16 rows of the weight: the last two terms, without the second's sign
+    I products = _mm512_setzero_si512(), less = _mm512_setzero_si512();
+    void add(Pair c) {
+      products = _mm512_dpbusd_epi32(products, _mm512_add_epi8(c.j.v, _mm512_set1_epi8(120)), c.i.v);
+      less = _mm512_dpbusd_epi32(less, c.j.v, _mm512_set1_epi8(8));
+    }
+    void store(int32_t* out) const { _mm512_storeu_si512(out, _mm512_sub_epi32(products, less)); }
+  };
+  static int32_t rows(int8_t* x, int64_t k) {  // add 120 and -8, in place; returns the sum of their products
+    const I add = _mm512_set1_epi64(int64_t(0xf8f8f8f878787878));
+    I sum = _mm512_setzero_si512();
+    for (int64_t i = 0; i < k; i += 64) {
+      const __mmask64 some = k - i < 64 ? (uint64_t(1) << (k - i)) - 1 : ~uint64_t(0);
+      const I v = _mm512_maskz_add_epi8(some, _mm512_maskz_loadu_epi8(some, x + i), add);
+      _mm512_mask_storeu_epi8(x + i, some, v);
+      sum = _mm512_dpbusd_epi32(sum, v, _mm512_srli_epi64(v, 32));
+    }
+    return _mm512_reduce_add_epi32(sum);
+  }
+};
+
 #define QK_BF16_DOT
 struct DotBf16 {  // lane n: two k of row n
   static constexpr int FOLD_K = MAX_BLOCK;
   F sum;
-  void start(float) { sum = zero_f(); }
+  void start(int32_t) { sum = zero_f(); }
   void add(B w, const uint16_t* x) { sum = _mm512_dpbf16_ps(sum, (__m512bh)w.v, (__m512bh)broadcast_32_bits(x)), hold(sum); }
   void fold() {}
   F value() const { return sum; }

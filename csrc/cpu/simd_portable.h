@@ -17,10 +17,13 @@ inline F fma(F a, F b, F c) { for (int i = 0; i < 16; i++) c.v[i] = __builtin_fm
 inline I magnitude_bits(F a) { I r; for (int i = 0; i < 16; i++) r.v[i] = int32_t(float_to_bits(a.v[i]) & 0x7fffffffu); return r; }
 inline I max_i(I a, I b) { for (int i = 0; i < 16; i++) if (b.v[i] > a.v[i]) a.v[i] = b.v[i]; return a; }
 inline int32_t highest(I a) { int32_t r = a.v[0]; for (int32_t v : a.v) r = v > r ? v : r; return r; }
-inline int32_t round_to_s8(F a, int8_t* out) {  // half to even, in the adder; returns the sum
-  int32_t sum = 0;
-  for (int i = 0; i < 16; i++) out[i] = int8_t((a.v[i] + 0x1.8p23f) - 0x1.8p23f), sum += out[i];
-  return sum;
+inline I zero_i() { return I{}; }
+inline I add_i(I a, I b) { for (int i = 0; i < 16; i++) a.v[i] += b.v[i]; return a; }
+inline int32_t total(I a) { int32_t r = 0; for (int32_t v : a.v) r += v; return r; }
+inline I round_to_s8(F a, int8_t* out) {  // half to even, in the adder
+  I r;
+  for (int i = 0; i < 16; i++) r.v[i] = out[i] = int8_t((a.v[i] + 0x1.8p23f) - 0x1.8p23f);
+  return r;
 }
 
 inline B load_b(const uint8_t* p) { B r; __builtin_memcpy(r.v, p, 64); return r; }
@@ -31,7 +34,7 @@ inline B look_up(const uint8_t* table, B index) { for (auto& v : index.v) v = ta
 template <bool NIBBLE> struct DotS8 {  // sum[n] += sum of w[4n+i] * x[i]
   static constexpr int FOLD_K = MAX_BLOCK, BIAS = 0;
   I sum;
-  void start(float value) { for (auto& v : sum.v) v = int32_t(value); }
+  void start(int32_t value) { for (auto& v : sum.v) v = value; }
   void add(B w, const int8_t* x) {
     for (int n = 0; n < 16; n++) for (int i = 0; i < 4; i++) sum.v[n] += int(w.v[4 * n + i]) * x[i];
   }
@@ -41,7 +44,7 @@ template <bool NIBBLE> struct DotS8 {  // sum[n] += sum of w[4n+i] * x[i]
 struct DotF32 {
   static constexpr int FOLD_K = MAX_BLOCK;
   F sum;
-  void start(float) { sum = zero_f(); }
+  void start(int32_t) { sum = zero_f(); }
   void add(F w, const float* x) { for (int i = 0; i < 16; i++) sum.v[i] += w.v[i] * *x; }
   void fold() {}
   F value() const { return sum; }

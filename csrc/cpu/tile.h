@@ -35,6 +35,15 @@ struct S8Table : S8<false> {
   static B weight(const uint8_t* tile, int step, const Weight& w) { return look_up(w.table_u8, nibbles(load_b(tile), step)); }
 };
 
+#ifdef QK_PAIRS
+struct S8Pairs {  // codes below 16 in scratch
+  using Dot = DotPairs;
+  using X = int8_t;
+  static constexpr int STEPS = 1, TILE_BYTES = 128;
+  static Pair weight(const uint8_t* tile, int, const Weight&) { return {load_b(tile), load_b(tile + 64)}; }
+};
+#endif
+
 struct F32Unpacked : F32 {
   static constexpr int TILE_BYTES = 512;
   static F weight(const uint8_t* tile, int step, const Weight&) { return load_f(reinterpret_cast<const float*>(tile) + 16 * step); }
@@ -78,7 +87,9 @@ struct Bf16Bytes : Bf16 {  // 8-bit integers
 #endif
 
 template <class Source>
-constexpr bool is_s8 = Source::STEPS == 2;
+constexpr bool is_s8 = sizeof(typename Source::X) == 1;
+template <class Source>
+constexpr bool is_paired = is_s8<Source> && Source::STEPS == 1;
 
 // ---- the tile ---------------------------------------------------------------------------------------------------------------------
 
@@ -140,6 +151,7 @@ struct Chunk {  // of K, for PANELS panels
   int64_t panel_stride;     // bytes to the next panel's
   const float* scales;      // [count, PANELS, 16]
   const float* shifts;      // likewise: scale * (code - zero) is scale * code + shift; or null
+  const int32_t* columns;   // likewise, of paired codes: what they add among themselves
   Ahead ahead;
 };
 
@@ -156,12 +168,17 @@ void tile(const Weight& w, const Activations& x, Chunk& chunk, int64_t m, float*
   const uint8_t* codes = chunk.codes;
   const float *w_scales = chunk.scales, *shifts = chunk.shifts;
   Ahead ahead = chunk.ahead;
-  const float *scales = x.scales + chunk.first * x.m + m, *sums = x.sums + chunk.first * x.m + m;
-  float less = 0;  // int8 codes are unsigned: what their offset adds
-  if constexpr (is_s8<Source>) less = float(Source::Dot::BIAS - w.offset);
+  const int64_t first = chunk.first * x.m + m;
+  const float *sums = x.sums + first, *scales = x.scales + first;
+  const int32_t *starts = x.starts + first, *columns = chunk.columns;
   for (const Block *block = chunk.blocks, *end = block + chunk.count; block < end; block++) {
     Sums<Source, ROWS, PANELS> total;
-    each<ROWS>(QK_WITH(r) { each<PANELS>(QK_WITH(p) { total.dot[r][p].start(less * sums[r]); }); });
+    each<ROWS>(QK_WITH(r) {
+      each<PANELS>(QK_WITH(p) {
+        if constexpr (is_paired<Source>) total.dot[r][p].start(starts[r], columns + p * PANEL);
+        else total.dot[r][p].start(is_s8<Source> ? starts[r] : 0);
+      });
+    });
     const auto* rows = static_cast<const typename Source::X*>(x.values) + x.m * block->k0 + m * block->length;
     total.add_block(w, codes, chunk.panel_stride, rows, block->length, ahead);
     float* out = acc;
@@ -179,20 +196,26 @@ void tile(const Weight& w, const Activations& x, Chunk& chunk, int64_t m, float*
       shifts += PANELS * PANEL;
     }
     codes += block->length / TILE_K * Source::TILE_BYTES;
-    w_scales += PANELS * PANEL, scales += x.m, sums += x.m;
+    w_scales += PANELS * PANEL, columns += PANELS * PANEL, scales += x.m, sums += x.m, starts += x.m;
   }
   chunk.ahead = ahead;
 }
 
-template <int PANELS>
-constexpr int MAX_ROWS = ACCUMULATORS / PANELS < 12 ? ACCUMULATORS / PANELS : 12;
+template <class Source>
+constexpr int MOST_SUMS = ACCUMULATORS;
+#ifdef QK_PAIRS
+template <>
+constexpr int MOST_SUMS<S8Pairs> = PAIR_ACCUMULATORS;
+#endif
+template <class Source, int PANELS>
+constexpr int MAX_ROWS = MOST_SUMS<Source> / PANELS < 12 ? MOST_SUMS<Source> / PANELS : 12;
 
 // All rows m0…m1, in tiles of nearly equal height (so that no M is much dearer than the next).
 template <class Source, int PANELS>
 void rows_of_tiles(const Weight& w, const Activations& x, Chunk& chunk, int64_t m0, int64_t m1, float* acc) {
   constexpr auto tile_of = []<size_t... R>(std::index_sequence<R...>) { return std::array{tile<Source, int(R) + 1, PANELS>...}; };
-  constexpr auto TILES = tile_of(std::make_index_sequence<MAX_ROWS<PANELS>>{});  // by height, from 1
-  int64_t tiles = (m1 - m0 + MAX_ROWS<PANELS> - 1) / MAX_ROWS<PANELS>;
+  constexpr auto TILES = tile_of(std::make_index_sequence<MAX_ROWS<Source, PANELS>>{});  // by height, from 1
+  int64_t tiles = (m1 - m0 + MAX_ROWS<Source, PANELS> - 1) / MAX_ROWS<Source, PANELS>;
   chunk.ahead.step = (chunk.ahead.end - chunk.ahead.at) * TILE_K / (tiles * chunk.k) / 16 * 16 + 16;
   for (int64_t m = m0, rows; m < m1; m += rows, tiles--) {
     rows = (m1 - m + tiles - 1) / tiles;

@@ -52,6 +52,18 @@ inline void unpack(S8<false>, const Weight& w, const uint8_t* codes, int64_t k, 
     for (int64_t i = 0; i < k * PANEL; i += 64) store_b(out + i, look_up(w.table_u8, load_b(out + i)));
 }
 
+#ifdef QK_PAIRS
+// A block of a panel in the form of S8Pairs; and what its pairs add among themselves, [16].
+inline void unpack_pairs(int bits, const uint8_t* codes, int64_t k, uint8_t* out, int32_t* column) {
+  DotPairs::Column sums;
+  for (int64_t i = 0; i < k; i += TILE_K, codes += 16 * bits, out += 128) {
+    const Pair c = {load_b(half_codes(bits, codes, 0, out)), load_b(half_codes(bits, codes, 1, out + 64))};
+    sums.add(c);
+  }
+  sums.store(column);
+}
+#endif
+
 inline void unpack(F32, const Weight& w, const uint8_t* codes, int64_t k, uint8_t* out) {
   auto* values = reinterpret_cast<float*>(out);
   if (w.bits == 4) {
