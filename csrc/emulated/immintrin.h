@@ -90,6 +90,7 @@ inline void _mm512_storeu_si512(void* p, __m512i v) { std::memcpy(p, &v, sizeof(
 inline void _mm256_storeu_si256(__m256i* p, __m256i v) { std::memcpy(p, &v, sizeof(v)); }
 inline void _mm_storeu_si128(__m128i* p, __m128i v) { std::memcpy(p, &v, sizeof(v)); }
 inline __m512 _mm512_setzero_ps() { return __m512{}; }
+inline __m512i _mm512_setzero_si512() { return __m512i{}; }
 inline __m512 _mm512_set1_ps(float x) { return emulated::lanes<__m512>([=](size_t) { return x; }); }
 inline __m512i _mm512_set1_epi8(char x) { return (__m512i)emulated::lanes<emulated::u8x64>([=](size_t) { return uint8_t(x); }); }
 inline __m512i _mm512_set1_epi32(int x) { return (__m512i)emulated::lanes<emulated::i32x16>([=](size_t) { return x; }); }
@@ -102,6 +103,11 @@ inline __m512i _mm512_set_epi64(long long h, long long g, long long f, long long
 }
 inline __m512i _mm512_maskz_loadu_epi8(__mmask64 mask, const void* p) {  // what is masked out is not touched
   return (__m512i)emulated::lanes<emulated::u8x64>([=](size_t i) { return mask >> i & 1 ? static_cast<const uint8_t*>(p)[i] : uint8_t(0); });
+}
+inline void _mm512_mask_storeu_epi8(void* p, __mmask64 mask, __m512i v) {  // likewise
+  const auto bytes = (emulated::u8x64)v;
+  for (int i = 0; i < 64; i++)
+    if (mask >> i & 1) static_cast<uint8_t*>(p)[i] = bytes[i];
 }
 inline __m128i _mm_cvtsi32_si128(int x) { return __m128i{static_cast<long long>(uint32_t(x)), 0}; }
 inline __m512i _mm512_broadcast_i32x4(__m128i v) { return __m512i{v[0], v[1], v[0], v[1], v[0], v[1], v[0], v[1]}; }
@@ -127,9 +133,15 @@ inline __m512i _mm512_sll_epi32(__m512i v, __m128i count) {
   return n > 31 ? __m512i{} : (__m512i)((emulated::u32x16)v << uint32_t(n));
 }
 inline __m512i _mm512_srli_epi32(__m512i v, unsigned count) { return count > 31 ? __m512i{} : (__m512i)((emulated::u32x16)v >> uint32_t(count)); }
+inline __m512i _mm512_srli_epi64(__m512i v, unsigned count) { return count > 63 ? __m512i{} : (__m512i)((emulated::u64x8)v >> uint64_t(count)); }
 inline __m512i _mm512_srai_epi32(__m512i v, unsigned count) { return (__m512i)((emulated::i32x16)v >> int32_t(count > 31 ? 31 : count)); }
 inline __m512i _mm512_xor_si512(__m512i a, __m512i b) { return a ^ b; }
 inline __m512i _mm512_add_epi8(__m512i a, __m512i b) { return (__m512i)((emulated::u8x64)a + (emulated::u8x64)b); }
+inline __m512i _mm512_maskz_add_epi8(__mmask64 mask, __m512i a, __m512i b) {
+  const auto sum = (emulated::u8x64)_mm512_add_epi8(a, b);
+  return (__m512i)emulated::lanes<emulated::u8x64>([&](size_t i) { return mask >> i & 1 ? sum[i] : uint8_t(0); });
+}
+inline __m512i _mm512_sub_epi32(__m512i a, __m512i b) { return (__m512i)((emulated::u32x16)a - (emulated::u32x16)b); }
 inline __m512i _mm512_add_epi32(__m512i a, __m512i b) { return (__m512i)((emulated::u32x16)a + (emulated::u32x16)b); }
 inline __m512i _mm512_mullo_epi64(__m512i a, __m512i b) { return (__m512i)((emulated::u64x8)a * (emulated::u64x8)b); }
 inline __m512i _mm512_max_epi32(__m512i a, __m512i b) {
