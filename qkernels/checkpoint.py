@@ -12,6 +12,7 @@ from torch import nn
 from qkernels import formats
 from qkernels.convert import _set
 from qkernels.errors import CheckpointError, FormatError
+from qkernels.formats import QuantFormat
 from qkernels.io import native
 from qkernels.linear import QuantLinear
 
@@ -19,13 +20,30 @@ from qkernels.linear import QuantLinear
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Save a model with QuantLinears to a directory (safetensors + JSON); it appears whole or not at all.
 
-    Tied tensors are stored once. Raises CheckpointError when `path` exists and is something else.
+    Tied tensors are stored once. Raises CheckpointError, before anything is written, when `path` exists and is something else, and for a
+    model on the meta device or a format that `load` could not find by its name.
     """
     layers, state = layers_of(model), model.state_dict()
+    _check_saveable(model, state)
     names, tied = stored_names(state, layers)
     with native.Writer(path, layers, tied) as writer:
         for name in names:
             writer.add(name, state[name])
+
+
+def _check_saveable(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    if meta := next((name for name, t in state.items() if t.is_meta), None):
+        raise CheckpointError(f"{meta} is on the meta device, which holds no values; load or initialise the model, then save it")
+    for name, m in model.named_modules():
+        if isinstance(m, QuantLinear) and not _is_known(m.format):
+            raise CheckpointError(f"{name} has the format {m.format.name}, which no name finds again; register it (docs/add_a_format.md)")
+
+
+def _is_known(format: QuantFormat) -> bool:
+    try:
+        return formats.get(format.name) == format
+    except FormatError:
+        return False
 
 
 def layers_of(model: nn.Module) -> dict[str, dict[str, Any]]:

@@ -9,6 +9,7 @@ from torch import nn
 
 import qkernels
 from qkernels import CheckpointError, FormatError, QuantLinear, UnsupportedError, load, replace_linear, restore_linear, save
+from qkernels.formats import Codebook, QuantFormat
 
 
 class Net(nn.Module):
@@ -248,6 +249,23 @@ def test_a_meta_buffer_that_is_never_saved(tmp_path):
         fresh = Rope()
     fresh.initialize_weights = lambda: fresh.angles.copy_(torch.arange(4.0))
     assert torch.equal(load(fresh, tmp_path / "m").angles, torch.arange(4.0))
+
+
+@pytest.mark.parametrize("name", ["mine", "nf4"])
+def test_save_refuses_a_codebook_that_load_would_not_find(name, tmp_path):
+    code = Codebook(name, tuple(i / 15 for i in range(16)))  # "nf4" finds another one
+    model = nn.Sequential(QuantLinear.from_linear(nn.Linear(64, 16), QuantFormat(code, (1, 32), "f32")))
+    with pytest.raises(CheckpointError, match=f"0 has the format {name}_g32_sf32.*register"):
+        save(model, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_save_refuses_a_model_without_values(tmp_path):
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(64, 16))
+    with pytest.raises(CheckpointError, match=r"0\.weight is on the meta device"):
+        save(model, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_save_replaces_its_own_and_nothing_else(tmp_path):
