@@ -43,8 +43,17 @@ def find(record: dict, contestant: str, m: int, shape: str = SHAPE) -> dict | No
 
 
 def read_share(contestant: str) -> Value:
-    """Weight bytes per second at M = 1 as a share of what reading memory alone reached in the same rounds."""
-    return lambda record: (find(record, contestant, 1) or {}).get("read_share")
+    """Weight bytes per second at M = 1 as a share of what reading memory alone reached in the same rounds.
+
+    Not measured where anybody read faster than reading alone: then neighbours took memory during its turns.
+    """
+
+    def value(record: dict) -> float | None:
+        rows = (r for r in record["results"] if r["m"] == 1 and r["shape"] == SHAPE and r["ok"])
+        disturbed = any((r.get("read_share") or 0) > 1 for r in rows)
+        return None if disturbed else (find(record, contestant, 1) or {}).get("read_share")
+
+    return value
 
 
 def faster(contestant: str, other: str, m: int) -> Value:
