@@ -10,11 +10,11 @@ from dataclasses import asdict, dataclass, field, replace
 import torch
 from torch import Tensor
 
-from benchmarks.base import Arithmetic, Contestant, Deviation, Layer, Prepared
-from benchmarks.check import check
-from benchmarks.machine import Roofline, last_level_cache_bytes, reader
-from benchmarks.shapes import LayerShape
-from benchmarks.timing import Pace, Rotation, Timing, interleave
+from .base import Arithmetic, Contestant, Deviation, Layer, Prepared
+from .check import check
+from .machine import Roofline, last_level_cache_bytes, reader
+from .shapes import LayerShape
+from .timing import Pace, Rotation, Timing, interleave
 
 LEAST_ROTATION_BYTES = 128 << 20
 MOST_COPIES = 256  # of layers so small that more would take longer to make than to measure
