@@ -130,9 +130,10 @@ _CODES: dict[str, tuple[Tensor | None, int, str, int]] = {}  # a dict, as torch.
 
 def describe(format: QuantFormat, n: int, k: int) -> tuple[Tensor | None, int, int, str, int]:
     """(table, bits, group, code, offset) for the ops."""
-    if format.code.name not in _CODES:
-        _CODES[format.code.name] = _describe_code(format.code)
-    table, bits, code, offset = _CODES[format.code.name]
+    name = format.code.name
+    if name not in _CODES:
+        _CODES[name] = _describe_code(format.code)
+    table, bits, code, offset = _CODES[name]
     return table, bits, format.group_extent(n, k)[1], code, offset
 
 
@@ -141,9 +142,8 @@ def _describe_code(code: Code) -> tuple[Tensor | None, int, str, int]:
         return None, code.bits, "int", code.bias
     if isinstance(code, Float) and code.bits == 8:
         return None, 8, code.name, 0
-    table = torch.zeros(16)
-    table[: len(code.values)] = torch.tensor(code.values)
-    return table, code.bits, "table", 0
+    table = (*code.values, *[0.0] * (16 - len(code.values)))
+    return torch.tensor(table, dtype=torch.float32, device="cpu"), code.bits, "table", 0
 
 
 def why_not(p: Problem) -> str | None:
