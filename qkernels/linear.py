@@ -273,23 +273,11 @@ class QuantLinear(nn.Linear):
                 self._prepare(q if assign else q.to(self.weight.device))
             except FormatError as error:
                 error_msgs.append(f"{prefix.rstrip('.')}: {error}")
-        self._load_bias(state_dict.get(prefix + "bias"), prefix, assign, strict, missing_keys, unexpected_keys, error_msgs)
-
-    def _load_bias(
-        self, bias: Tensor | None, prefix: str, assign: bool, strict: bool, missing: list[str], unexpected: list[str], errors: list[str]
-    ) -> None:
-        if self.bias is None or bias is None:
-            if self.bias is not None:
-                missing.append(prefix + "bias")
-            elif bias is not None and strict:
-                unexpected.append(prefix + "bias")
-        elif bias.shape != self.bias.shape:
-            errors.append(f"{prefix}bias is {list(bias.shape)}, the layer's is {list(self.bias.shape)}")
-        elif assign:
-            self.bias = nn.Parameter(bias, requires_grad=self.bias.requires_grad)
-        else:
-            with torch.no_grad():
-                self.bias.copy_(bias)
+        holder = nn.Module()  # the bias alone is loaded as any parameter is
+        holder.register_parameter("bias", self.bias)
+        bias = {name: t for name, t in state_dict.items() if name == prefix + "bias"}
+        holder._load_from_state_dict(bias, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        self.bias = holder.bias  # type: ignore[assignment]
 
 
 _SAID: set[str] = set()

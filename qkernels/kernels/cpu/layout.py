@@ -130,10 +130,9 @@ _CODES: dict[str, tuple[Tensor | None, int, str, int]] = {}  # a dict, as torch.
 
 def describe(format: QuantFormat, n: int, k: int) -> tuple[Tensor | None, int, int, str, int]:
     """(table, bits, group, code, offset) for the ops."""
-    name = format.code.name
-    if name not in _CODES:
-        _CODES[name] = _describe_code(format.code)
-    table, bits, code, offset = _CODES[name]
+    if format.code.name not in _CODES:
+        _CODES[format.code.name] = _describe_code(format.code)
+    table, bits, code, offset = _CODES[format.code.name]
     return table, bits, format.group_extent(n, k)[1], code, offset
 
 
