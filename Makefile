@@ -2,7 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# pip shows progress only together with all that it says: in a terminal, not in a log.
+QUIET := $(if $(MAKE_TERMOUT),,--quiet)
+INSTALL := $(BIN)/python -m pip install $(QUIET) --disable-pip-version-check --constraint constraints.txt
 export HF_HUB_OFFLINE = 1
 
 .PHONY: help demo test lint bench venv build peers emulate sanitize clean

@@ -20,8 +20,9 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 X86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -56,6 +57,13 @@ def sources() -> list[str]:
     """Return the sources that this machine can compile, relative to the repository."""
     found = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
     return [str(p.relative_to(ROOT)) for p in found if X86 or p.stem in ("level_portable", *EMULATED) or p.stem not in LEVELS]
+
+
+class BuildPython(build_py):
+    """Leave out the tests that lie among the benchmark's modules: `qkernels bench` needs none."""
+
+    def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
+        return [found for found in super().find_package_modules(package, package_dir) if not found[1].startswith(("test_", "conftest"))]
 
 
 class BuildKernels(build_ext):
@@ -128,7 +136,10 @@ def run(command: list[str]) -> str:
 
 
 setup(
+    # The benchmark lies at the repository's top, where nothing of ours imports it; in site-packages its name would not be ours to take.
+    packages=[*find_packages(include=["qkernels*"]), *(f"qkernels.{name}" for name in find_packages(include=["benchmarks*"]))],
+    package_dir={"qkernels.benchmarks": "benchmarks"},
     ext_modules=[Extension("qkernels._C", sources(), py_limited_api=True)],
-    cmdclass={"build_ext": BuildKernels},
+    cmdclass={"build_py": BuildPython, "build_ext": BuildKernels},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},  # the library calls no Python at all
 )

@@ -1,10 +1,11 @@
-"""`python -m benchmarks`: measure the machine, our kernels, torch and the peers; see NOTES.md for how."""
+"""`python -m benchmarks` or `qkernels bench`: measure the machine, our kernels, torch and the peers; see NOTES.md for how."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -12,13 +13,13 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import machine, peers, plot, readme, report
-from benchmarks.cliff import measure_cliff
-from benchmarks.ours import DTYPES
-from benchmarks.overhead import measure_memory, measure_overhead
-from benchmarks.record import Options, measure
-from benchmarks.shapes import parse_shapes
-from benchmarks.timing import Pace
+from . import machine, peers, plot, readme, report
+from .cliff import measure_cliff
+from .ours import DTYPES
+from .overhead import measure_memory, measure_overhead
+from .record import Options, measure
+from .shapes import parse_shapes
+from .timing import Pace
 
 app = typer.Typer(help="Measure qkernels against torch, other libraries and the machine's limits.", add_completion=False)
 console = Console(width=None if Console().is_terminal else 130)  # a file gets whole lines
@@ -27,6 +28,8 @@ ShapesOption = Annotated[str, typer.Option(help="Models or NxK, comma-separated:
 ThreadsOption = Annotated[int, typer.Option(help="Threads for all; 0 = as many as torch takes by itself.")]
 FormatsOption = Annotated[str, typer.Option("--format", help="Weight formats, comma-separated; empty: only torch and the peers.")]
 ComputesOption = Annotated[str, typer.Option("--compute", help="int8, float, auto; comma-separated.")]
+OUT = "benchmarks/results of a checkout, else benchmarks-results in the current directory"
+OutOption = Annotated[Path, typer.Option(help="Folder of the results.", file_okay=False, writable=True, show_default=OUT)]
 DtypeOption = Annotated[str, typer.Option(help="Activations of our layers: " + ", ".join(DTYPES) + ".")]
 
 
@@ -69,7 +72,8 @@ def run(
     peer: Annotated[str, typer.Option("--peers", help="all, none, or beginnings of names: zentorch,openvino.")] = "all",
     rounds: Annotated[int, typer.Option(help="Turns that each contestant gets per case.")] = 10,
     extras: Annotated[bool, typer.Option(help="Also measure cliff, call overhead and memory.")] = True,
-    name: Annotated[str, typer.Option(help="Name of the JSON in benchmarks/results; default: from the CPU's model.")] = "",
+    name: Annotated[str, typer.Option(help="Name of the JSON; default: from the CPU's model.")] = "",
+    out: OutOption = report.RESULTS,
     save: Annotated[bool, typer.Option(help="Write the JSON and the pictures.")] = True,
 ) -> None:
     """Measure, print, and keep the results as JSON and pictures. Exit code 1 when a result of ours is wrong."""
@@ -79,6 +83,8 @@ def run(
         rows, layer_shapes, others = [int(part) for part in split(m)], parse_shapes(shapes), peers.select(peer)
         if dtype not in DTYPES:
             raise ValueError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
+        if save:
+            out.mkdir(parents=True, exist_ok=True)  # before measuring: what cannot be kept is not worth the wait
     options = Options(
         layer_shapes, rows, split(formats), split(computes), dtype, thread_count(threads), others, extras, Pace(rounds=rounds)
     )
@@ -86,7 +92,7 @@ def run(
         record = measure(options, say, total)
     report.show(record, console)
     if save:
-        keep(record, name or machine.slug())
+        keep(record, out, name or machine.slug())
     if red := report.reds(record):
         console.print(f"[red]{len(red)} of our results are wrong: no speed is given for them[/]")
         raise typer.Exit(1)
@@ -97,17 +103,18 @@ def usage_errors():
     """Show a wrong option as one line."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
 
 
-def keep(record: dict, name: str) -> None:
+def keep(record: dict, folder: Path, name: str) -> None:
     """Write JSON and, where matplotlib is installed, pictures."""
-    console.print(f"wrote {report.save(record, name).name}")
+    paths = [report.save(record, name, folder)]
     try:
-        console.print("wrote " + ", ".join(path.name for path in plot.plot(record, report.RESULTS, name)))
+        paths += plot.plot(record, folder, name)
     except ImportError:
-        console.print("no pictures: matplotlib is not installed")
+        console.print("no pictures: matplotlib is not installed (pip install 'qkernels[bench]')", markup=False, highlight=False)
+    console.print(f"wrote {', '.join(path.name for path in paths)} in {folder}", markup=False, highlight=False, soft_wrap=True)
 
 
 def each(formats: str, computes: str, threads: int, measure_one: Callable[[str, str, int], list[tuple[str, Any]]]) -> None:
@@ -151,9 +158,13 @@ def overhead(
 
 
 @app.command(name="readme")
-def print_readme(write: Annotated[bool, typer.Option(help="Rewrite README.md between the markers.")] = False) -> None:
-    """Print the README's benchmark section from benchmarks/results/*.json."""
-    section = readme.markdown(report.load_all())
+def print_readme(
+    write: Annotated[bool, typer.Option(help="Rewrite README.md between the markers.")] = False, out: OutOption = report.RESULTS
+) -> None:
+    """Print the README's benchmark section from all results."""
+    section = readme.markdown(report.load_all(out))
+    if write and not readme.README.exists():
+        raise typer.BadParameter(f"--write: there is no {readme.README}; only a checkout of qkernels has one")
     if write:
         readme.README.write_text(readme.replaced(readme.README.read_text(), section))
     else:

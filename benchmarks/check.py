@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from benchmarks.base import Arithmetic, CheckFailed, Deviation, Prepared
+from .base import Arithmetic, CheckFailed, Deviation, Prepared
 
 # Largest NMSE of libraries other than ours, on Gaussian data. int8 activations: one scale per row gives about 8e-5, a row with a
 # large outlier several times that. bf16: rounding of weights, activations' products and output. fp32: bf16-free arithmetic.

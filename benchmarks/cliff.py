@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.check import check
-from benchmarks.ours import contestant
-from benchmarks.run import copies_of, inputs
-from benchmarks.shapes import LayerShape
-from benchmarks.timing import Pace, Rotation, interleave
+from .check import check
+from .ours import contestant
+from .run import copies_of, inputs
+from .shapes import LayerShape
+from .timing import Pace, Rotation, interleave
 
 PACE = Pace(rounds=9, slot_s=0.01, pause_s=0)  # one thread pool only: nobody to wait for
 

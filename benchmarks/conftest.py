@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import goals
-from benchmarks.base import Contestant, Prepared
-from benchmarks.machine import Roofline
-from benchmarks.peers.aten import linear
-from benchmarks.run import measure_shape, with_limits
-from benchmarks.shapes import LayerShape
-from benchmarks.timing import Pace
+from . import goals
+from .base import Contestant, Prepared
+from .machine import Roofline
+from .peers.aten import linear
+from .run import measure_shape, with_limits
+from .shapes import LayerShape
+from .timing import Pace
 
 TINY = LayerShape(64, 128)
 FAST = Pace(rounds=2, slot_s=1e-4, pause_s=0)

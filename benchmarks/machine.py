@@ -14,12 +14,12 @@ from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
-from benchmarks.base import Arithmetic
-from benchmarks.neighbours import QUIET, Neighbours
+from .base import Arithmetic
+from .neighbours import QUIET, Neighbours
 
 FLAGS_OF_INTEREST = re.compile(r"avx2|f16c|avx_vnni\w*|avx512(f|bw|vl|_vnni|_bf16|_fp16|vbmi|_vbmi2)|gfni|amx_\w+|asimddp|i8mm|bf16|sve2?")
 PACKAGES = ("qkernels", "torch", "zentorch", "onnxruntime", "openvino", "bitsandbytes", "numpy")
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[1]  # of the checkout; in a wheel, the package
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,9 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The source tree's commit, with `+` when files differ from it; "unknown" outside a git checkout."""
+    """The source tree's commit, with `+` when files differ from it; "unknown" outside a git checkout of ours."""
+    if not (ROOT / ".git").exists():  # git would go up and find the repository that an environment lies in
+        return "unknown"
     try:
         head = _git("rev-parse", "HEAD").strip()
         return head + ("+" if _git("status", "--porcelain", "--untracked-files=no").strip() else "")

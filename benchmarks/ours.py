@@ -8,7 +8,7 @@ import itertools
 import torch
 from torch import Tensor, nn
 
-from benchmarks.base import Arithmetic, CheckFailed, Contestant, Prepared
+from .base import Arithmetic, CheckFailed, Contestant, Prepared
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -65,8 +65,9 @@ def assert_close(layer: nn.Module, arithmetic: Arithmetic, x: Tensor, y: Tensor)
 
     Raises: CheckFailed with the first line of what the library says.
     """
-    from benchmarks.check import rows_to_check
     from qkernels.testing import assert_matmul_close
+
+    from .check import rows_to_check
 
     rows, q = rows_to_check(len(x)), layer.quant_tensor()
     try:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.ours import DTYPES, float_linear, quant_linear
-from benchmarks.shapes import LayerShape
-from benchmarks.timing import Pace, Rotation, interleave
+from .ours import DTYPES, float_linear, quant_linear
+from .shapes import LayerShape
+from .timing import Pace, Rotation, interleave
 
 TINY = 64  # N = K: nothing to compute, so the time is the call's
 CALLS = 200  # per measurement; a single call is too short for the clock

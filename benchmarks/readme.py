@@ -1,14 +1,13 @@
-"""The README's benchmark section, printed from the JSON in `results/`, never typed."""
+"""The README's benchmark section, printed from the JSON of the results, never typed."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from benchmarks.goals import INT4, SHAPE, TORCH
-from benchmarks.report import limits_line, noise_line
+from .goals import INT4, SHAPE, TORCH
+from .machine import ROOT
+from .report import limits_line, noise_line
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
-README = Path(__file__).resolve().parents[1] / "README.md"
+README = ROOT / "README.md"
 
 
 def markdown(records: list[dict]) -> str:

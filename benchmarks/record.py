@@ -7,16 +7,16 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
-from benchmarks import machine, peers
-from benchmarks.base import Contestant
-from benchmarks.cliff import measure_cliff
-from benchmarks.goals import SHAPE, judge_all
-from benchmarks.neighbours import Neighbours
-from benchmarks.ours import contestants as our_contestants
-from benchmarks.overhead import measure_memory, measure_overhead
-from benchmarks.run import Say, measure_shape, rotation_bytes, with_limits
-from benchmarks.shapes import LayerShape, parse_shapes
-from benchmarks.timing import Pace
+from . import machine, peers
+from .base import Contestant
+from .cliff import measure_cliff
+from .goals import SHAPE, judge_all
+from .neighbours import Neighbours
+from .ours import contestants as our_contestants
+from .overhead import measure_memory, measure_overhead
+from .run import Say, measure_shape, rotation_bytes, with_limits
+from .shapes import LayerShape, parse_shapes
+from .timing import Pace
 
 CLIFF_CASES = (("int4", "int8"), ("int8", "int8"))
 

@@ -10,15 +10,15 @@ from dataclasses import asdict, dataclass, field, replace
 import torch
 from torch import Tensor
 
-from benchmarks.base import Arithmetic, Contestant, Deviation, Layer, Prepared
-from benchmarks.check import check
-from benchmarks.machine import Roofline, last_level_cache_bytes, reader
-from benchmarks.shapes import LayerShape
-from benchmarks.timing import Pace, Rotation, Timing, interleave
+from .base import Arithmetic, Contestant, Deviation, Layer, Prepared
+from .check import check
+from .machine import Roofline, last_level_cache_bytes, reader
+from .shapes import LayerShape
+from .timing import Pace, Rotation, Timing, interleave
 
 LEAST_ROTATION_BYTES = 128 << 20
 MOST_COPIES = 256  # of layers so small that more would take longer to make than to measure
-READER = "reading memory"  # takes its turn among the contestants, as the bandwidth of a shared machine changes from second to second
+READER = "reading memory beside "  # takes its turn beside every contestant: the bandwidth of a shared machine changes from second to second
 Say = Callable[[str], None]  # progress: called with what is being done
 
 
@@ -142,18 +142,25 @@ def measure_shape(
 def _measure_m(
     shape: LayerShape, m: int, x: Tensor, entrants: list[Entrant], pace: Pace, read: Callable[[], object] | None
 ) -> list[Result]:
-    rotations = {e.contestant.name: _rotation(e, x) for e in entrants if not e.unprepared and m not in e.faults}
-    timings = interleave(rotations | ({READER: Rotation([read])} if read else {}), pace)
-    reading = timings.pop(READER, None)
+    rotations: dict[str, Rotation] = {}
+    for entrant in entrants:
+        if not entrant.unprepared and m not in entrant.faults:
+            rotations[entrant.contestant.name] = _rotation(entrant, x)
+            rotations |= {READER + entrant.contestant.name: Rotation([read])} if read else {}
+    timings = interleave(rotations, pace)
+    reading = {name: timings.pop(name) for name in rotations if name.startswith(READER)}
     for entrant in entrants:
         if isinstance(error := timings.get(entrant.contestant.name), Exception):
             entrant.faults[m] = _first_line(error)
     good = {name: t for name, t in timings.items() if isinstance(t, Timing)}
     results = [_result(shape, m, entrant, good) for entrant in entrants]
-    return [_with_reading(result, reading) if isinstance(reading, Timing) else result for result in results]
+    return [_with_reading(result, reading.get(READER + result.contestant)) for result in results]
 
 
-def _with_reading(result: Result, reading: Timing) -> Result:
+def _with_reading(result: Result, reading: Timing | Exception | None) -> Result:
+    """Add what reading reached in the turns beside the contestant's, and the contestant's share of it, round by round."""
+    if not isinstance(reading, Timing):
+        return result
     gbs = [rotation_bytes() / us / 1e3 for us in reading.rounds_us]
     rounds_us = result.timing["rounds_us"] if result.timing else []
     shares = [result.nbytes / us / 1e3 / g for us, g in zip(rounds_us, gbs, strict=False)]

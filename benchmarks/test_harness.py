@@ -10,18 +10,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import goals, peers, report, timing
-from benchmarks.base import CheckFailed
-from benchmarks.check import check, rows_to_check
-from benchmarks.cliff import step_ratios
-from benchmarks.conftest import LIMITS, contestant
-from benchmarks.neighbours import Neighbours
-from benchmarks.overhead import held_bytes
-from benchmarks.peers.aten import linear
-from benchmarks.run import copies_of
-from benchmarks.shapes import parse_shapes
-from benchmarks.timing import Pace, Rotation, Timing, interleave
 from qkernels.kernels.cpu import library
+
+from . import goals, peers, report, timing
+from .base import CheckFailed
+from .check import check, rows_to_check
+from .cliff import step_ratios
+from .conftest import LIMITS, contestant
+from .neighbours import Neighbours
+from .overhead import held_bytes
+from .peers.aten import linear
+from .run import copies_of
+from .shapes import parse_shapes
+from .timing import Pace, Rotation, Timing, interleave
 
 
 def test_shapes():

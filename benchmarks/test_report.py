@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks import __main__ as cli
-from benchmarks import goals, machine, plot, readme, record, report
-from benchmarks.conftest import LIMITS, contestant
+from . import __main__ as cli
+from . import goals, machine, plot, readme, record, report
+from .conftest import LIMITS, contestant
 
 
 def test_report_prints_all(measured, capsys):
@@ -65,13 +67,30 @@ def test_goals():
     assert judged["int4 M=16: over bf16 F.linear"]["met"] is None
 
 
-def test_command_line(monkeypatch):
+def test_pictures_are_optional(measured, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    cli.keep(measured, tmp_path, "x")
+    text = capsys.readouterr().out
+    assert "no pictures" in text and "pip install 'qkernels[bench]'" in text and f"wrote x.json in {tmp_path}" in text
+
+
+def test_command_line(monkeypatch, tmp_path):
     monkeypatch.setattr(record, "our_contestants", lambda *_: [contestant("wrong", spoil=lambda y: y * 2)])
     monkeypatch.setattr(machine, "try_roofline", lambda *_, **__: (LIMITS, ""))
-    arguments = ["--shapes", "128x128", "--m", "1", "--format", "int4", "--rounds", "2", "--peers", "none", "--no-extras", "--no-save"]
-    done = CliRunner().invoke(cli.app, arguments)
+    arguments = ["--shapes", "128x128", "--m", "1", "--format", "int4", "--rounds", "2", "--peers", "none", "--no-extras", "--name", "x"]
+    out = tmp_path / "a" / "b"
+    done = CliRunner().invoke(cli.app, [*arguments, "--out", str(out)])
     assert done.exit_code == 1 and "1 of our results are wrong" in done.output
-    assert CliRunner().invoke(cli.app, ["--dtype", "int3"]).exit_code == 2
+    assert report.load("x", out)["results"][0]["ok"] is False
+    for wrong in (["--dtype", "int3"], ["--out", __file__], ["--out", f"{__file__}/x"]):  # said before anything is measured
+        assert CliRunner().invoke(cli.app, [*arguments, *wrong]).exit_code == 2
+    monkeypatch.setattr(readme, "README", out / "README.md")
+    assert CliRunner().invoke(cli.app, ["readme", "--write"]).exit_code == 2
+
+
+def test_a_commit_is_that_of_our_checkout(monkeypatch):
+    monkeypatch.setattr(machine, "ROOT", Path(__file__).parent)  # as an environment within somebody's repository
+    assert machine.commit() == "unknown"
 
 
 def test_command_has_no_path_of_this_machine():

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from benchmarks.neighbours import QUIET, Neighbours
+from .neighbours import QUIET, Neighbours
 
 Call = Callable[[], object]
 

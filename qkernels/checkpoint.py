@@ -12,7 +12,6 @@ from torch import nn
 from qkernels import formats
 from qkernels.convert import _set
 from qkernels.errors import CheckpointError, FormatError
-from qkernels.formats import QuantFormat
 from qkernels.io import native
 from qkernels.linear import QuantLinear
 from qkernels.progress import pulse, track
@@ -38,15 +37,8 @@ def _check_saveable(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None
     if meta := next((name for name, t in state.items() if t.is_meta), None):
         raise CheckpointError(f"{meta} is on the meta device, which holds no values; load or initialise the model, then save it")
     for name, m in model.named_modules():
-        if isinstance(m, QuantLinear) and not _is_known(m.format):
+        if isinstance(m, QuantLinear) and not formats.is_known(m.format):
             raise CheckpointError(f"{name} has the format {m.format.name}, which no name finds again; register it (docs/add_a_format.md)")
-
-
-def _is_known(format: QuantFormat) -> bool:
-    try:
-        return formats.get(format.name) == format
-    except FormatError:
-        return False
 
 
 def layers_of(model: nn.Module) -> dict[str, dict[str, Any]]:

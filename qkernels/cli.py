@@ -121,18 +121,14 @@ def inspect(path: Path) -> None:
     console.print(table)
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def bench(context: typer.Context) -> None:
-    """The benchmark: the arguments of `python -m benchmarks`, which lies in the source tree."""
-    root = Path(qkernels.__file__).parents[1]
-    if (root / "benchmarks" / "__main__.py").is_file():  # an editable install knows where its checkout is
-        sys.path.insert(0, str(root))
-    try:
-        runner = importlib.import_module("benchmarks.__main__")
-    except ImportError as error:
-        advice = "run `python -m benchmarks` at the top of a checkout of qkernels"
-        raise QKernelsError(f"the benchmark lies in the source tree: {advice} ({error})") from None
-    runner.app(context.args)
+    """Measure the kernels against torch, other libraries and the machine's limits; `bench --help` lists its options."""
+    home, name = Path(qkernels.__file__).parent, "qkernels.benchmarks"
+    if not (home / "benchmarks").is_dir():  # in a checkout, editably installed or not, it lies beside the package
+        sys.path.insert(0, str(home.parent))
+        name = "benchmarks"
+    importlib.import_module(f"{name}.__main__").app(context.args, prog_name="qkernels bench")
 
 
 def _numbers(text: str, option: str, separator: str = ",", count: int | None = None) -> list[int]:

@@ -3,7 +3,9 @@
 import gc
 import json
 import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -476,15 +478,48 @@ def test_inspect(saved, tmp_path):
     )
     assert "qkernels.json is missing" in failure("inspect", saved["bert, one file"])
     manifest = json.loads((tmp_path / "q" / "qkernels.json").read_text())
-    for damage in ({"shape": "96"}, {"shape": [96]}, {"shape": [96, 0]}, {"compute": "int9"}, {"shared_with": []}, {"dtype": 4}, {"dtype": "nn"}):
-        layers = {name: layer | damage for name, layer in manifest["layers"].items()}
+    for key, value in (
+        ("shape", "96"),
+        ("shape", [96]),
+        ("shape", [96, 0]),
+        ("compute", "int9"),
+        ("shared_with", []),
+        ("dtype", 4),
+        ("dtype", "nn"),
+    ):
+        layers = {name: layer | {key: value} for name, layer in manifest["layers"].items()}
         (tmp_path / "q" / "qkernels.json").write_text(json.dumps(manifest | {"layers": layers}))
         assert "damaged" in failure("inspect", tmp_path / "q")
 
 
-def test_bench_without_the_source_tree(monkeypatch):
-    monkeypatch.setitem(sys.modules, "benchmarks.__main__", None)
-    assert "run `python -m benchmarks` at the top of a checkout" in failure("bench", "--quick")
+def test_bench_in_a_checkout():
+    done = run("bench", "cliff", "--help")
+    assert done.exit_code == 0 and "Usage: qkernels bench cliff" in done.output
+    assert run("bench", "--shapes", "llama9").exit_code == 2
+
+
+def test_bench_in_a_wheel(tmp_path):
+    """A wheel holds the benchmark's modules, without tests and results; they run there with no checkout, peers' probe included."""
+    root, packed = Path(__file__).parents[1], tmp_path / "qkernels" / "benchmarks"
+    build = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", str(tmp_path)]
+    subprocess.run(build, cwd=root, check=True, capture_output=True)
+    modules = {p.relative_to(root / "benchmarks") for p in (root / "benchmarks").rglob("*.py")}
+    tests = {p for p in modules if p.name.startswith(("test_", "conftest"))}
+    assert tests and {p.relative_to(packed) for p in packed.rglob("*") if p.is_file()} == modules - tests
+    code = """if True:
+        import dataclasses, os, pathlib, pkgutil, sys
+        from qkernels import benchmarks, cli
+        for module in pkgutil.walk_packages(benchmarks.__path__, "qkernels.benchmarks."):
+            pkgutil.resolve_name(module.name)
+        from qkernels.benchmarks import machine, peers, report
+        os.chdir("elsewhere")
+        peer = dataclasses.replace(peers.TORCH[0], package="torch")
+        print(peers.why_not(peer, 1), report.RESULTS, "benchmarks" in sys.modules, flush=True)
+        cli.app(["bench", "cliff", "--help"])
+    """
+    (tmp_path / "elsewhere" / "qkernels").mkdir(parents=True)  # what lies where the user is must not come first
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.stdout.startswith("None benchmarks-results False\n") and "Usage: qkernels bench cliff" in done.stdout, done.stderr
 
 
 def test_help_and_usage():

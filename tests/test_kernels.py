@@ -9,6 +9,7 @@ import torch
 from cases import plain, random_quant
 
 from qkernels import FormatError, config, formats, kernels, reference
+from qkernels.formats import Codebook
 from qkernels.formats.packing import pack
 from qkernels.kernels import device as devices
 from qkernels.kernels.cpu import library
@@ -104,6 +105,16 @@ def test_against_fp64(kernel, format, level, isa):
     if not ran:
         need(kernel, format)
         pytest.fail("the kernel takes 64 x 256, and none of the shapes here")
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+def test_codebooks_of_one_name_are_kept_apart(kernel):
+    x = torch.randn(3, 64)
+    for values in (tuple(float(i) for i in range(16)), tuple(-float(i) for i in range(16))):
+        format = dataclasses.replace(formats.get("nf4"), code=Codebook("twice", values), name="")
+        need(kernel, format)
+        q = random_quant(format, 32, 64)
+        check(kernel, q, kernel.run(x, kernel.prepare(q), None), x, None)
 
 
 @pytest.mark.parametrize(("kernel", "format", "level"), LEVELS)

@@ -312,7 +312,7 @@ def fresh_tables():
 
     def forget():
         reference.ordered.cache_clear()
-        layout._CODES.clear()
+        layout._DESCRIBED.clear()
 
     forget()
     yield forget

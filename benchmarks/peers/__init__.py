@@ -12,8 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.base import Contestant
-from benchmarks.peers import aten, bnb, ort, ov, zen
+from ..base import Contestant
+from . import aten, bnb, ort, ov, zen
 
 TORCH: tuple[Contestant, ...] = aten.CONTESTANTS
 OTHERS: tuple[Contestant, ...] = (*zen.CONTESTANTS, *ort.CONTESTANTS, *ov.CONTESTANTS, *bnb.CONTESTANTS)
@@ -44,8 +44,8 @@ def why_not(peer: Contestant, threads: int) -> str | None:
     """Say why a peer cannot be measured on this machine, or None when it can."""
     if importlib.util.find_spec(peer.package) is None:
         return f"not installed (pip install {peer.distribution or peer.package})"
-    command = [sys.executable, "-m", "benchmarks.peers.probe", peer.name, str(threads)]
-    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, "-m", f"{__name__}.probe", peer.name, str(threads)]
+    root = Path(__file__).resolve().parents[__name__.count(".") + 1]  # there this package is found first, wherever the user is
     try:
         done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=PROBE_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired:

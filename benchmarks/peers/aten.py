@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.base import Contestant, Prepared, groupwise, nbytes_of
+from ..base import Contestant, Prepared, groupwise, nbytes_of
 
 GROUP = 128
 INNER_K_TILES = 2  # demanded by the packing function, without effect on CPU

@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor
 
-from benchmarks.base import Contestant, Prepared
+from ..base import Contestant, Prepared
 
 GROUP = 64
 

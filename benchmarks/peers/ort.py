@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from benchmarks.base import Contestant, Prepared, expand, groupwise, nbytes_of
+from ..base import Contestant, Prepared, expand, groupwise, nbytes_of
 
 GROUP = 128
 

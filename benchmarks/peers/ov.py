@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from benchmarks.base import Contestant, Prepared, expand, groupwise, nbytes_of
+from ..base import Contestant, Prepared, expand, groupwise, nbytes_of
 
 GROUP = 128
 

@@ -6,8 +6,8 @@ import sys
 
 import torch
 
-from benchmarks import peers
-from benchmarks.check import check
+from .. import peers
+from ..check import check
 
 N, K = 256, 512  # the least that every peer's packing takes
 ROWS = (1, 17)  # the two code paths that libraries usually have: GEMV and GEMM

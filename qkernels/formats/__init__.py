@@ -3,7 +3,7 @@
 import importlib
 import pkgutil
 
-from qkernels.formats.catalogue import alias_of, aliases, all_formats, get, register
+from qkernels.formats.catalogue import alias_of, aliases, all_formats, get, is_known, register
 from qkernels.formats.format import Block, Codebook, Float, Int, QuantFormat
 from qkernels.formats.tensor import QuantTensor
 
@@ -21,5 +21,6 @@ __all__ = [
     "aliases",
     "all_formats",
     "get",
+    "is_known",
     "register",
 ]

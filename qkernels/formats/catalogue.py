@@ -57,6 +57,14 @@ def get(name: str | QuantFormat) -> QuantFormat:
     return found
 
 
+def is_known(format: QuantFormat) -> bool:
+    """Whether its name finds this very format again, as saved files and ops by name need."""
+    try:
+        return get(format.name) == format
+    except FormatError:
+        return False
+
+
 def _regrouped(name: str) -> QuantFormat | None:
     m = _GROUPED_ALIAS.fullmatch(name)
     if m is None or m["alias"] not in _ALIASES:

@@ -172,6 +172,12 @@ class QuantFormat:
             raise FormatError(f"a format of these fields is called {grammar_name!r}, not {self.name!r}")
         object.__setattr__(self, "name", grammar_name)
 
+    def __hash__(self) -> int:
+        return hash(self.name)  # a string keeps its hash; the fields' would be worked out on every call of a layer
+
+    def __deepcopy__(self, memo: object) -> QuantFormat:
+        return self  # immutable: copies of a layer find what is kept by format without comparing fields
+
     @property
     def bits(self) -> int:
         return self.code.bits

@@ -1,4 +1,4 @@
-"""The reference kernel: decode the whole weight in plain torch, then `F.linear`. Runs every format everywhere; fast nowhere."""
+"""The reference kernel: decode the whole weight in plain torch, then `F.linear`. Runs every registered format everywhere; fast nowhere."""
 
 from __future__ import annotations
 
@@ -71,6 +71,12 @@ def run(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     return torch.nn.functional.linear(x, dequantize(packed).to(x.dtype), bias)
 
 
+def _why_not(p: Problem) -> str | None:
+    if formats.is_known(p.format):
+        return None
+    return f"the name {p.format.name}, by which its op takes a format, finds another one or none: register the format"
+
+
 def _cost(p: Problem) -> float:
     """A few passes of fp32 over the weight at some 2 GB/s, then a 16-bit matmul at some 100 GFLOP/s."""
     return p.n * p.k * (40 / 2e3 + 2 * p.rows / 1e5)
@@ -82,7 +88,7 @@ KERNEL = register(
         backend="reference",
         source="qkernels.reference",
         compute="float",
-        why_not=lambda p: None,
+        why_not=_why_not,
         cost=_cost,
         prepare=prepare,
         restore=restore,

@@ -125,15 +125,16 @@ _BYTES = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # indexing and paddin
 # -- what the ops want to know of a format -------------------------------------------------------------------------------------------
 
 
-_CODES: dict[str, tuple[Tensor | None, int, str, int]] = {}  # a dict, as torch.compile warns of functools caches
+_DESCRIBED: dict[tuple[QuantFormat, int, int], tuple[Tensor | None, int, int, str, int]] = {}  # torch.compile warns of functools caches
 
 
 def describe(format: QuantFormat, n: int, k: int) -> tuple[Tensor | None, int, int, str, int]:
     """(table, bits, group, code, offset) for the ops."""
-    if format.code.name not in _CODES:
-        _CODES[format.code.name] = _describe_code(format.code)
-    table, bits, code, offset = _CODES[format.code.name]
-    return table, bits, format.group_extent(n, k)[1], code, offset
+    found = _DESCRIBED.get((format, n, k))
+    if found is None:
+        table, bits, code, offset = _describe_code(format.code)
+        found = _DESCRIBED[format, n, k] = table, bits, format.group_extent(n, k)[1], code, offset
+    return found
 
 
 def _describe_code(code: Code) -> tuple[Tensor | None, int, str, int]:

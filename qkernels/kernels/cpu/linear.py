@@ -10,6 +10,8 @@ half the products for codes of up to 4 bits, as in S. Winograd, A New Algorithm 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -34,20 +36,18 @@ def _cost(p: Problem, int8: bool) -> float:
     return 2.0 + max(p.format.nbytes(p.n, p.k) / read_gbs, 2 * p.rows * p.n * p.k / gops) / 1e3
 
 
-def _run(x: Tensor, packed: Packed, bias: Tensor | None, op: torch._ops.OpOverload) -> Tensor:
-    if packed.perm is not None:
-        x = x.index_select(-1, packed.perm)
-    n, k = packed.shape
-    table, bits, group, code, offset = layout.describe(packed.format, n, k)
-    return op(x, packed.weight, packed.scales, packed.zeros, table, packed.tensor_scale, bias, n, bits, group, code, offset)
+def _runner(name: str) -> Callable[[Tensor, Packed, Tensor | None], Tensor]:
+    """The `run` of a kernel, over the op of that name, which may be missing until it is called."""
+    ops = torch.ops.qkernels
 
+    def run(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+        format, (n, k), weight, scales, zeros, tensor_scale, perm = packed
+        if perm is not None:
+            x = x.index_select(-1, perm)
+        table, bits, group, code, offset = layout.describe(format, n, k)
+        return getattr(ops, name).default(x, weight, scales, zeros, table, tensor_scale, bias, n, bits, group, code, offset)
 
-def _run_s8(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
-    return _run(x, packed, bias, torch.ops.qkernels.cpu_linear_s8.default)
-
-
-def _run_f32(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
-    return _run(x, packed, bias, torch.ops.qkernels.cpu_linear_f32.default)
+    return run
 
 
 def dequantize(packed: Packed) -> Tensor:
@@ -90,7 +90,7 @@ S8 = register(
         cost=lambda p: _cost(p, int8=True),
         prepare=prepare,
         restore=restore,
-        run=_run_s8,
+        run=_runner("cpu_linear_s8"),
         packed_type=Packed,
         dequantize=dequantize,
     )
@@ -106,7 +106,7 @@ F32 = register(
         cost=lambda p: _cost(p, int8=False) * 1.001,  # a tie goes to the fewer operations
         prepare=prepare,
         restore=restore,
-        run=_run_f32,
+        run=_runner("cpu_linear_f32"),
         packed_type=Packed,
         dequantize=dequantize,
     )
