@@ -121,7 +121,8 @@ class QuantLinear(nn.Linear):
     def quant_tensor(self) -> QuantTensor:
         """The weight in the canonical form; made anew when the layer holds a kernel's own form."""
         if self._kernel is not None:
-            return registry.get(self._kernel).restore(self._packed())
+            kernel = registry.get(self._kernel)
+            return kernel.restore(self._packed(kernel))
         held = {f: t.detach() for name, f in zip(_TENSORS, FIELDS, strict=True) if (t := getattr(self, name)) is not None}
         return QuantTensor.from_tensors(self.format, (self.out_features, self.in_features), held)
 
@@ -157,18 +158,18 @@ class QuantLinear(nn.Linear):
             raise FormatError(f"x {list(x.shape)} does not fit a layer with in_features = {self.in_features}")
         if x.dtype not in registry.DTYPES:
             raise FormatError(f"x is {x.dtype}; a QuantLinear takes float32, bfloat16 or float16")
+        if x.is_meta:
+            return x.new_empty((*x.shape[:-1], self.out_features))
         if self._kernel is None:
-            if x.is_meta:
-                return x.new_empty((*x.shape[:-1], self.out_features))
             raise FormatError("the layer is on the meta device: load or materialise its weight first")
-        device = "cpu" if x.is_cpu else x.device.type  # asking the device first takes 0.3 µs
+        device = "cpu" if x.is_cpu else x.device.type  # which would take 0.3 µs of every call
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
-        bias = self._parameters["bias"]
+        kernel, bias = registry.get(self._kernel), self._parameters["bias"]
         if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
             function = _TransformedMatmul if torch._C._are_functorch_transforms_active() else _Matmul
-            return function.apply(x, bias, self._kernel, self._packed())
-        return registry.get(self._kernel).run(x, self._packed(), bias)
+            return function.apply(x, bias, self._kernel, self._packed(kernel))
+        return kernel.run(x, self._packed(kernel), bias)
 
     # -- holding the weight: canonical or a kernel's own form, never both --------------------------------------------------------
 
@@ -176,10 +177,9 @@ class QuantLinear(nn.Linear):
     scales: nn.Parameter | None
     perm: nn.Parameter | None
 
-    def _packed(self) -> Packed:
+    def _packed(self, kernel: registry.Kernel) -> Packed:
         held = self._parameters  # a fifth of the call of a small layer would go to Module.__getattr__
-        packed_type = registry.get(self._kernel).packed_type  # type: ignore[arg-type]
-        return packed_type(self.format, (self.out_features, self.in_features), *[held[name] for name in _TENSORS])
+        return kernel.packed_type(self.format, (self.out_features, self.in_features), *[held[name] for name in _TENSORS])
 
     def _plan(self, device: devices.Device, m: int | None, dtype: torch.dtype | None, perm: bool) -> Plan:
         if dtype is None:

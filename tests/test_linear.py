@@ -276,8 +276,15 @@ def test_a_wrong_x_is_a_typed_error(x):
 def test_a_meta_linear_becomes_a_meta_layer():
     layer = QuantLinear.from_linear(nn.Linear(64, 32, device="meta"), "int4_g32")
     assert layer.weight.is_meta and layer.bias.is_meta
-    y = layer(torch.empty(2, 3, 64, device="meta", dtype=torch.bfloat16))
+    with torch.autocast("cpu", dtype=torch.float16):  # which leaves meta alone
+        y = layer(torch.empty(2, 3, 64, device="meta", dtype=torch.bfloat16))
     assert y.is_meta and y.shape == (2, 3, 32) and y.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kernel", [None, "reference"])
+def test_a_meta_x_says_the_shape(kernel):
+    layer = QuantLinear.from_linear(nn.Linear(64, 32), "int4_g32", kernel=kernel)
+    assert layer(torch.empty(2, 64, device="meta")).shape == (2, 32)
 
 
 def test_falling_back_to_the_reference_is_said_once(monkeypatch, caplog):
