@@ -63,7 +63,7 @@ emulate: build  ## the kernels' tests with AVX-512 emulated, for machines withou
 	cp -rp csrc qkernels tests setup.py pyproject.toml README.md LICENSE $(EMULATED)
 	cd $(EMULATED) && QKERNELS_CPU=1 QKERNELS_EMULATE=1 $(BIN)/python setup.py --quiet build_ext --inplace
 	cd $(EMULATED) && $(BIN)/python -c 'from qkernels.kernels.cpu import library; print("level:", library.level())' | grep avx512
-	cd $(EMULATED) && $(BIN)/python -m pytest -q tests/test_kernels.py tests/test_quantizers.py
+	cd $(EMULATED) && $(BIN)/python -m pytest -q tests/test_kernels.py tests/test_quantizers.py tests/test_golden.py
 
 # Python itself is not instrumented: libasan must be loaded before it (and libstdc++, whose throw libasan wraps), and leaks are
 # not looked for, as Python never frees all. A finding ends the process: pytest must not capture its report (--capture=sys), and
@@ -77,7 +77,7 @@ sanitize: build  ## the kernels' tests under address and undefined-behaviour san
 	QKERNELS_CXXFLAGS="-DQKERNELS_SMALL_TILES -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -fno-var-tracking -O1 -g -w" \
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	cd $(SANITIZED) && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(BIN)/python -m pytest -v --capture=sys tests/test_kernels.py tests/test_quantizers.py
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(BIN)/python -m pytest -v --capture=sys tests/test_kernels.py tests/test_quantizers.py tests/test_golden.py
 
 clean:  ## remove what was made, .venv included
 	rm -rf build dist *.egg-info qkernels/_C* qkernels/_build_info.json $(VENV)

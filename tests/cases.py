@@ -31,3 +31,8 @@ def plain(formats):
 
 def is_symmetric_int(format):
     return isinstance(format.code, Int) and format.zero == "none"
+
+
+def equal_values(a, b):
+    """Assert equality without tolerance; NaN equals NaN."""
+    torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)

@@ -7,33 +7,40 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
-torch.set_num_threads(2)
-_EMPTY, _EMPTY_LIKE = torch.empty, torch.empty_like
-with torch.device("meta"):  # torch lists the functions that this redirects at its first use: before they are replaced
-    assert torch.empty(1).is_meta
+from qkernels.kernels import device as devices
+from qkernels.kernels.cpu import library
 
-
-def _poison(t):
-    with torch.no_grad():
-        if t.is_floating_point() and t.element_size() > 1:
-            t.fill_(float("nan"))
-        elif t.element_size() == 1 and t.dtype != torch.bool:
-            t.detach().view(torch.uint8).fill_(0xFF if t.is_floating_point() else 0xAA)
-    return t
-
-
-def _poisoned(real):
-    def make(*args, **kwargs):
-        t = real(*args, **kwargs)
-        return t if torch.compiler.is_compiling() or t.is_meta else _poison(t)
-
-    return make
+torch.use_deterministic_algorithms(True)  # torch then fills what it allocates, for our ops too: NaN, and the largest integer
+assert torch.utils.deterministic.fill_uninitialized_memory
 
 
 @pytest.fixture(autouse=True)
-def _surroundings(monkeypatch):
-    torch.manual_seed(0)
-    monkeypatch.setattr(torch, "empty", _poisoned(_EMPTY))
-    monkeypatch.setattr(torch, "empty_like", _poisoned(_EMPTY_LIKE))
-    yield
+def _surroundings():
     torch.set_num_threads(2)
+    torch.manual_seed(0)
+
+
+def _forget_level():
+    library.level.cache_clear()
+    devices.current.cache_clear()
+
+
+@pytest.fixture
+def isa():
+    """A function that switches the compiled kernels to a level ("any": as they are), or skips; the level is put back afterwards."""
+    before = library.level()
+
+    def switch(level):
+        if level == "any":
+            return
+        if reason := library.why_missing():
+            pytest.skip(reason)
+        if not torch.ops.qkernels.cpu_has_level(level):
+            pytest.skip(f"this machine has {before}, not {level}")
+        torch.ops.qkernels.cpu_set_level(level)
+        _forget_level()
+
+    yield switch
+    if before != "none":
+        torch.ops.qkernels.cpu_set_level(before)
+        _forget_level()

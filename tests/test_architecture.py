@@ -1,6 +1,7 @@
 """The floor plan: who may import whom, and what `import qkernels` may not touch."""
 
 import ast
+import platform
 import re
 import shutil
 import subprocess
@@ -8,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from qkernels.kernels.cpu import library
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "qkernels").rglob("*.py"))
@@ -85,25 +88,72 @@ def test_environment_and_triton_have_their_places(path):
         assert not any(name.split(".")[0] == "triton" for name in imports(path))
 
 
-def test_import_is_light():
-    code = "import torch, sys; old = set(sys.modules); import qkernels; print(*{m.split('.')[0] for m in set(sys.modules) - old})"
-    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120).stdout.split()
-    assert not {"transformers", "triton", "matplotlib", "hypothesis", "pytest", "scipy", "pandas"} & set(loaded)
+LIGHT = """
+import sys, torch
+before = set(sys.modules)
+import qkernels
+print(qkernels.kernels.cpu.library.level(), qkernels.QuantLinear(8, 8)(torch.ones(1, 8)).shape == (1, 8))
+print(*{name.split(".")[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names))
+"""
 
 
-def objects(pattern):
-    return [p for p in (ROOT / "build").rglob("*.o") if re.search(pattern, p.name)] if (ROOT / "build").exists() else []
+@pytest.mark.parametrize("compiled", [True, False])
+def test_import_is_light(compiled, tmp_path):
+    """Beyond torch (and what that imports) safetensors alone; also where the library is missing, and then it works as well."""
+    if compiled and library.why_missing():
+        pytest.skip(library.why_missing())
+    shutil.copytree(ROOT / "qkernels", tmp_path / "qkernels", ignore=shutil.ignore_patterns("__pycache__", "" if compiled else "_C*"))
+    run = subprocess.run([sys.executable, "-c", LIGHT], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=120)
+    works, loaded = run.stdout.splitlines()
+    assert works == f"{library.level() if compiled else 'none'} True"
+    assert set(loaded.split()) == {"qkernels", "safetensors"}
 
 
-def disassembled(path):
-    return subprocess.run(["objdump", "-d", "--no-show-raw-insn", str(path)], capture_output=True, text=True, check=True).stdout
+# -- instructions: a level's may be met nowhere else, as all other code runs before the CPU has been asked what it has -------------
+
+# In 64-bit code every EVEX instruction (AVX-512, also on xmm and ymm) starts with the byte 62, every AVX one's name with v.
+EVEX = r"62 .*|k.*|\{.*"  # and operations on masks, and the VEX forms that came later still (AVX-VNNI)
+BF16_OR_VBMI = r"62 (vcvtne2?ps2bf16|vdpbf16ps|vperm(|i2|t2)b|vpmultishiftqb).*"
+NEWER = r"62 (vp(compress|expand)[bw]|vpsh[lr]d|vpmadd52|vpopcnt|vpshufbit|vpconflict|vplzcnt|vpbroadcastm|vgf2|vaes|vpclmul|vp2inter).*"
+MAY_NOT_HAVE = {
+    "level_avx2.cpp": EVEX,
+    "level_avx512vnni.cpp": f"{BF16_OR_VBMI}|{NEWER}",
+    "level_avx512bf16.cpp": NEWER,
+    None: rf"{EVEX}|v.*|pdep|pext|mulx|rorx|sarx|shlx|shrx|bzhi",  # every other source, and inline functions that sources share
+}
+HAS = {"level_avx2.cpp": "vfmadd231ps", "level_avx512vnni.cpp": "62 vpdpbusd", "level_avx512bf16.cpp": "62 vdpbf16ps"}
 
 
-def test_avx512_stays_in_its_objects():
-    others = [p for p in objects(r"\.o$") if "avx512" not in p.name]
-    if not others or not shutil.which("objdump"):
-        pytest.skip("no object files under build/, or no objdump")
-    evex = re.compile(r"%zmm|%[xy]mm(1[6-9]|2\d|3[01])\b|%k[0-7]\b")
-    for path in others:
-        bad = next((line for line in disassembled(path).splitlines() if evex.search(line)), None)
-        assert bad is None, f"{path.name}: {bad}"
+def objdump(*options):
+    path = ROOT / "qkernels" / "_C.abi3.so"
+    return subprocess.run(["objdump", *options, str(path)], capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+@pytest.fixture(scope="module")
+def instructions():
+    """Source -> names of its instructions, after "62 " where they are EVEX-coded; only the levels are told apart."""
+    if reason := library.why_missing():
+        pytest.skip(reason)
+    if platform.machine() not in ("x86_64", "AMD64") or not shutil.which("objdump"):
+        pytest.skip("needs objdump, on x86")
+    sources, source = {}, None
+    for line in objdump("--syms"):  # a file's own functions follow its name; what several files may define follows no name
+        if " df *ABS*" in line:
+            source = name if (name := line.split()[-1]) in MAY_NOT_HAVE else None
+        elif " F " in line:
+            sources.setdefault(line[:16], source)
+    if not set(HAS) <= set(sources.values()):
+        pytest.skip("the library was stripped of its symbols, or built without these levels")
+    found = {source: set() for source in MAY_NOT_HAVE}
+    for line in objdump("--disassemble"):
+        if m := re.fullmatch(r" +[0-9a-f]+:\t(?:(?:2e|36|3e|26|6[4-7]) )*(62 )?[0-9a-f ]+\t(\S+).*", line):
+            found[source].add((m[1] or "") + m[2])
+        elif line.endswith(">:"):
+            source = sources.get(line[:16])
+    return found
+
+
+@pytest.mark.parametrize("source", MAY_NOT_HAVE)
+def test_instructions_stay_in_their_levels(instructions, source):
+    assert source is None or HAS[source] in instructions[source]
+    assert not [name for name in instructions[source] if re.fullmatch(MAY_NOT_HAVE[source], name)]

@@ -113,7 +113,7 @@ def test_errors_of_load_state_dict(edit, message):
 
 
 @some_formats
-@pytest.mark.parametrize("shape", [(300,), (5, 300), (2, 3, 300)])
+@pytest.mark.parametrize("shape", [(300,), (0, 300), (5, 300), (2, 3, 300)])
 def test_gradients_are_those_of_the_dense_layer(name, shape):
     _, layer = make(name)
     dense = layer.to_linear()
@@ -128,17 +128,26 @@ def test_gradients_are_those_of_the_dense_layer(name, shape):
     assert layer.weight.grad is None
 
 
-@pytest.mark.parametrize("name", ["int4", "nf4"])
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("grad", [False, True])
-def test_compile_fullgraph(name, dynamic, grad):
-    _, layer = make(name)
+@pytest.mark.parametrize(("compute", "dynamic"), [("float", None), ("int8", True)])
+def test_compile_fullgraph(compute, dynamic):
+    """A model of several formats, one with a permutation, one on the reference kernel: the same outputs for any M, and gradients."""
+    layers = [
+        make("int8", 64, 64, compute=compute)[1],
+        QuantLinear.from_quant_tensor(random_quant(formats.get("int4_g32"), 64, 64, perm=True), torch.randn(64), compute=compute),
+        make("nf4", 64, 64, kernel="reference")[1],
+        make("nvfp4", 64, 64, bias=False, compute=compute)[1],
+    ]
+    model = nn.Sequential(*[m for layer in layers for m in (layer, nn.ReLU())])
     torch.compiler.reset()
-    compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic)
-    for m in (2, 5, 9) if dynamic else (4,):
-        x = torch.randn(m, 300)
-        with torch.set_grad_enabled(grad):
-            torch.testing.assert_close(compiled(x), layer(x), rtol=1e-4, atol=1e-4)
+    compiled = torch.compile(model, fullgraph=True, dynamic=dynamic)
+    for m in (1, 4, 9, 0):
+        with torch.no_grad():
+            x = torch.randn(m, 64)
+            assert torch.equal(compiled(x), model(x))
+    x, gradients = torch.randn(5, 64, requires_grad=True), []
+    for module in (compiled, model):
+        gradients.append(torch.autograd.grad(module(x).square().sum(), (x, *(layer.bias for layer in layers[:3]))))
+    torch.testing.assert_close(*gradients)
 
 
 @some_formats
@@ -206,6 +215,15 @@ def test_no_rows(name):
     with torch.no_grad():
         assert layer(torch.randn(0, 300)).shape == (0, 48)
         assert layer(torch.randn(2, 0, 300)).shape == (2, 0, 48)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("shape", [(0, 8), (8, 0)])
+def test_no_weights(shape):
+    with pytest.raises(FormatError, match="at least 1 x 1"):
+        QuantLinear(*shape)
+    with pytest.raises(FormatError, match="empty"):
+        QuantLinear.from_linear(nn.Linear(*shape))
 
 
 def test_wrong_k():

@@ -6,9 +6,10 @@ from cases import plain, random_quant
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qkernels import formats, reference, rtn
+from qkernels import FormatError, formats, reference, rtn
 from qkernels.formats import Float
 from qkernels.formats.packing import unpack
+from qkernels.testing import assert_matmul_close
 
 ALL = plain(formats.all_formats())
 
@@ -67,11 +68,15 @@ def test_encoding_what_was_decoded_changes_nothing(format, n, k, seed):
     torch.testing.assert_close(reference.decode(again), reference.decode(q), **tolerance)
 
 
-@settings(deadline=None, max_examples=100)
-@given(st.sampled_from(ALL), st.integers(1, 5), st.integers(1, 150), st.integers(0, 10**6))
-def test_rtn_picks_the_nearest_value(format, n, k, seed):
-    weight = torch.randn(n, k, generator=torch.Generator().manual_seed(seed))
-    q = rtn(weight, format)
+@settings(deadline=None, max_examples=200)
+@given(st.sampled_from(ALL), st.integers(1, 5), st.integers(1, 150), st.integers(0, 10**6), st.integers(-30, 30))
+def test_rtn_picks_the_nearest_value(format, n, k, seed, exponent):
+    weight = torch.randn(n, k, generator=torch.Generator().manual_seed(seed)) * 10.0**exponent
+    try:
+        q = rtn(weight, format)
+    except FormatError as error:
+        assert format.scale in ("f16", "e4m3") and "use a format with sf32 scales" in str(error)
+        return
     scale = reference.spread(q.scales.double(), format, n, k) * (1.0 if q.tensor_scale is None else q.tensor_scale.double())
     zero = 0.0 if q.zeros is None else reference.spread(q.zeros.double(), format, n, k)
     values = reference.code_values(format.code, torch.float64)
@@ -99,3 +104,23 @@ def test_decode_matches_a_loop():
         for k in range(40):
             expected = (codes[n][k] - int(q.zeros[n, k // 32])) * float(q.scales[n, k // 32])
             assert float(weight[n, k]) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_bound_of_a_product_finds_small_errors(dtype):
+    x, weight, bias = torch.randn(3, 300).to(dtype), torch.randn(40, 300, dtype=torch.float64), torch.randn(40).to(dtype)
+    y = torch.nn.functional.linear(x.double(), weight, bias.double()).to(dtype)
+    assert_matmul_close(y, x, weight, bias)
+    missing = x.clone()
+    missing[1, 200] = 0.0  # one product of 300 is forgotten
+    for wrong in (torch.nn.functional.linear(missing.double(), weight, bias.double()).to(dtype), y * 1.01, y - bias):
+        with pytest.raises(AssertionError, match=r"max error .* first at \[\d, \d+\]: got"):
+            assert_matmul_close(wrong, x, weight, bias)
+    for place, bad in ((0, 0), torch.nan), ((2, 39), torch.inf):
+        wrong = y.clone()
+        wrong[place] = bad
+        with pytest.raises(AssertionError, match=rf"1 of 120 .* first at \[{place[0]}, {place[1]}\]"):
+            assert_matmul_close(wrong, x, weight, bias)
+    for wrong in (y.double(), y[:2]):
+        with pytest.raises(AssertionError, match="want"):
+            assert_matmul_close(wrong, x, weight, bias)
