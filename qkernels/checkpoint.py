@@ -14,20 +14,23 @@ from qkernels.convert import _set
 from qkernels.errors import CheckpointError, FormatError
 from qkernels.io import native
 from qkernels.linear import QuantLinear
+from qkernels.progress import pulse, track
 
 
-def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
+def save(model: nn.Module, path: str | os.PathLike[str], *, progress: bool = True) -> None:
     """Save a model with QuantLinears to a directory (safetensors + JSON); it appears whole or not at all.
 
-    Tied tensors are stored once. Raises CheckpointError, before anything is written, when `path` exists and is something else, and for a
-    model on the meta device or a format that `load` could not find by its name.
+    A directory that `save` wrote before is replaced; other files in it (a tokenizer, a README) stay. Tied tensors are stored once.
+    Raises CheckpointError when `path` is something else or cannot be written, for a model on the meta device, and for a format that
+    `load` could not find by its name; what lies at `path` is then as it was.
     """
-    layers, state = layers_of(model), model.state_dict()
-    _check_saveable(model, state)
-    names, tied = stored_names(state, layers)
-    with native.Writer(path, layers, tied) as writer:
-        for name in names:
-            writer.add(name, state[name])
+    with pulse(progress, f"saving to {path}"):
+        layers, state = layers_of(model), model.state_dict()
+        _check_saveable(model, state)
+        names, tied = stored_names(state, layers)
+        with native.Writer(path, layers, tied) as writer:
+            for name in names:
+                writer.add(name, state[name])
 
 
 def _check_saveable(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
@@ -47,6 +50,8 @@ def layers_of(model: nn.Module) -> dict[str, dict[str, Any]]:
             layers[name] = {"format": m.format.name, "shape": [m.out_features, m.in_features], "compute": m.compute}
             if (shared_with := first.setdefault(id(m), name)) != name:
                 layers[name]["shared_with"] = shared_with
+            elif m.dense_dtype is not None:
+                layers[name]["dtype"] = str(m.dense_dtype).removeprefix("torch.")
     return layers
 
 
@@ -68,31 +73,39 @@ def stored_names(state: Mapping[str, torch.Tensor], layers: Mapping[str, Mapping
     return names, tied
 
 
-def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+def load(model: nn.Module, path: str | os.PathLike[str], *, progress: bool = True) -> nn.Module:
     """Load a directory that `save` wrote into a skeleton of the same architecture (also one on the meta device); return it.
 
-    The linears that were quantised are replaced. Raises CheckpointError, and leaves the model as it was, when the directory is
-    truncated or edited, or does not fit the model.
+    The linears that were quantised are replaced. What was saved is what the model gets, bit for bit, on the skeleton's device (the CPU
+    for meta): as with `load_state_dict(assign=True)`, parameters become new ones of the saved dtype, whatever the skeleton's. So a
+    skeleton in float32 becomes a bfloat16 model if that was saved; `.float()` afterwards makes it a float32 one.
+    Raises CheckpointError, and leaves the model as it was, when the directory is truncated or edited, or does not fit the model.
     """
-    tensors, layers, tied = native.read(path)
+    tensors, layers, tied = native.read(path, progress)
     leaves: dict[str, list[str]] = {}
     for name in tensors:
         leaves.setdefault(name.rpartition(".")[0], []).append(name.rpartition(".")[2])
     made: dict[str, QuantLinear] = {}
-    for name, entry in layers.items():
+    for name, entry in track(layers.items(), progress, f"loading {path}"):
         if (shared_with := entry.get("shared_with")) in made:
             made[name] = made[shared_with]
         else:
             made[name] = _layer(model, name, entry, {leaf: tensors[f"{name}.{leaf}"] for leaf in leaves.get(name, ())})
+    own = {name: t for name, t in model.state_dict().items() if name.rpartition(".")[0] not in made}
     rest = {name: tensors[name] for name in tensors if name.rpartition(".")[0] not in made}
-    _check_rest(model, rest, tied, made)
+    _check_rest(own, rest, tied)
     _fill_buffers(model)
     for name, layer in made.items():
         _set(model, name, layer)
-    model.load_state_dict(rest, strict=False, assign=any(t.is_meta for t in (*model.parameters(), *model.buffers())))
+    model.load_state_dict({name: _beside(own[name], t) for name, t in rest.items()}, strict=False, assign=True)
     for name, source in tied.items():
         _tie(model, name, source)
     return model
+
+
+def _beside(own: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """t where the skeleton's own tensor is; the meta device holds no place."""
+    return t if own.is_meta else t.to(own.device)
 
 
 def _fill_buffers(model: nn.Module) -> None:
@@ -149,9 +162,9 @@ def _layer(model: nn.Module, name: str, entry: dict[str, Any], mine: dict[str, t
             formats.get(entry["format"]),
             compute=entry["compute"],
             device="meta",
-            dtype=linear.weight.dtype,
+            dtype=getattr(torch, entry["dtype"]) if "dtype" in entry else None,
         )
-        layer.load_state_dict(mine, strict=True, assign=True)
+        layer.load_state_dict({leaf: _beside(linear.weight, t) for leaf, t in mine.items()}, strict=True, assign=True)
     except (FormatError, RuntimeError) as error:
         raise CheckpointError(f"layer {name!r}: {error}") from error
     if layer.bias is not None and linear.bias is not None:
@@ -159,13 +172,14 @@ def _layer(model: nn.Module, name: str, entry: dict[str, Any], mine: dict[str, t
     return layer.train(linear.training)
 
 
-def _check_rest(model: nn.Module, rest: dict[str, torch.Tensor], tied: dict[str, str], made: dict[str, QuantLinear]) -> None:
-    own = {k: t for k, t in model.state_dict().items() if k.rpartition(".")[0] not in made}
+def _check_rest(own: dict[str, torch.Tensor], rest: dict[str, torch.Tensor], tied: dict[str, str]) -> None:
     for name, t in rest.items():
         if name not in own:
             raise CheckpointError(f"the model has no tensor {name!r}")
         if own[name].shape != t.shape:
             raise CheckpointError(f"{name!r} was saved as {list(t.shape)}, the model's is {list(own[name].shape)}")
+        if own[name].dtype != t.dtype and not (own[name].is_floating_point() and t.is_floating_point()):
+            raise CheckpointError(f"{name!r} was saved as {t.dtype}, the model's is {own[name].dtype}: only floats may differ in dtype")
     for name in own:
         if name not in rest and tied.get(name) not in rest:
             raise CheckpointError(f"{name!r} of the model is not in the saved directory")

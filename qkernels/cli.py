@@ -85,8 +85,8 @@ def explain(
     compute: str = "auto",
 ) -> None:
     """Which kernel would run, what each would cost, and why the others cannot. Needs no such device."""
-    n, k = _numbers(nk.lower().replace("x", ","), "--nk", 2)
-    kind = next((known for known in registry.DTYPES if str(known) == f"torch.{dtype}"), dtype)
+    n, k = _numbers(nk, "--nk", "x", 2)
+    kind = next((known for known in registry.DTYPES if str(known) == f"torch.{dtype.removeprefix('torch.')}"), dtype)
     for rows in _numbers(m, "--m"):
         plan = qkernels.explain(name or format, (n, k), rows, device=device, dtype=kind, compute=compute)  # type: ignore[arg-type]
         console.print(str(plan), highlight=False, markup=False, soft_wrap=True)
@@ -131,8 +131,8 @@ def bench(context: typer.Context) -> None:
     importlib.import_module(f"{name}.__main__").app(context.args, prog_name="qkernels bench")
 
 
-def _numbers(text: str, option: str, count: int | None = None) -> list[int]:
-    parts = text.split(",")
+def _numbers(text: str, option: str, separator: str = ",", count: int | None = None) -> list[int]:
+    parts = text.lower().split(separator)
     if not all(part.strip().isdecimal() for part in parts) or (count is not None and len(parts) != count):
         raise FormatError(f"{option}={text!r} is not {count or 'a list of'} whole numbers; write 4096x4096 for --nk, 1,16,256 for --m")
     return [int(part) for part in parts]

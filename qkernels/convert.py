@@ -10,7 +10,7 @@ import re
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -22,6 +22,7 @@ from qkernels.errors import FormatError, UnsupportedError
 from qkernels.formats import QuantFormat
 from qkernels.kernels.registry import Compute, Problem
 from qkernels.linear import QuantLinear
+from qkernels.progress import track
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,8 @@ def replace_linear(
     compute           "auto", "float" or "int8"; the report names the kernel that this led to
     include, exclude  fnmatch globs on a module's full name, or on its last part where the glob has no dot; include=None takes all
     filter_fn         (module, name) -> bool, asked last
+    Plain `nn.Linear`s alone are taken: a subclass may compute something else (a parametrised weight, a router's softmax) even where it
+    inherits `forward`. One that does not can be replaced by hand, `QuantLinear.from_linear(module)`.
     Raises            FormatError (unknown format, NaN or inf weights: the layer is named), UnsupportedError (no Linear to replace)
     """
     fmt, quantize, start = formats.get(format), quantizers.get(quantizer), time.perf_counter()
@@ -93,14 +96,12 @@ def replace_linear(
     linears, report.skipped = _choose(model, include, exclude, filter_fn)
     made: dict[int, QuantLinear] = {}
     first: dict[int, str] = {}
-    for name, linear in _progress(linears, progress, f"quantizing to {fmt.name}"):
+    for name, linear in track(linears, progress, f"quantizing to {fmt.name}"):
         if id(linear) not in made:
             try:
                 made[id(linear)] = QuantLinear.from_linear(linear, fmt, quantizer=quantize, compute=compute)
-            except FormatError as error:
-                raise FormatError(f"layer {name}: {error}; the model is unchanged") from None
-            except UnsupportedError as error:
-                raise UnsupportedError(f"layer {name}: {error}; the model is unchanged") from None
+            except (FormatError, UnsupportedError) as error:
+                raise type(error)(f"layer {name}: {error}; the model is unchanged") from None
             layer = made[id(linear)]
             report.replaced.append(Row(name, fmt.name, layer.kernel or "none", linear.weight.nbytes, layer.nbytes))
             first[id(linear)] = name
@@ -121,7 +122,7 @@ def _give_back() -> None:
 
 
 def restore_linear(model: nn.Module, *, dtype: torch.dtype | None = None) -> int:
-    """Put `nn.Linear`s with the dequantised weights back, in place; return how many."""
+    """Put `nn.Linear`s with the dequantised weights back, in place; return how many. They are trainable, as every new Linear is."""
     layers = [(name, m) for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, QuantLinear)]
     made = {id(m): m.to_linear(dtype) for _, m in layers}
     for name, m in layers:
@@ -196,14 +197,16 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backw
 def _weights_read(parent: type[nn.Module]) -> frozenset[str]:
     """Children whose `weight` the methods of a module's class read, as T5's `self.wo.weight.dtype`: packed codes would mislead them.
 
-    Methods that set weights up are passed over; so are classes without source.
+    Inherited methods count; those that set weights up are passed over, and so are classes without source.
     """
+    bases = [base for base in parent.__bases__ if issubclass(base, nn.Module) and base is not nn.Module]
+    inherited = frozenset[str]().union(*(_weights_read(base) for base in bases))  # type: ignore[arg-type]  # as at the other call
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(parent)))
     except (OSError, TypeError, SyntaxError):
-        return frozenset()
+        return inherited
     methods = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and not _SETS_UP.search(node.name))
-    return frozenset(
+    return inherited | frozenset(
         node.value.attr
         for method in methods
         for node in ast.walk(method)
@@ -226,12 +229,3 @@ def _matches(name: str, patterns: Sequence[str] | None) -> bool:
 def _set(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, attribute = name.rpartition(".")
     setattr(model.get_submodule(parent), attribute, module)
-
-
-def _progress(items: list[tuple[str, nn.Linear]], show: bool, text: str) -> Iterator[tuple[str, nn.Linear]]:
-    if not show:
-        yield from items
-        return
-    from rich.progress import track
-
-    yield from track(items, text, transient=True)

@@ -83,10 +83,11 @@ def nearest_code(x: Tensor, code: Code) -> Tensor:
     """
     if isinstance(code, Int):
         return (x.round() + code.bias).clamp_(0, 2**code.bits - 1).to(torch.uint8)
+    _, thresholds, codes = (t.to(x.device) for t in ordered(code))
     if isinstance(code, Float):
-        index = torch.bucketize(x.abs(), ordered(code).thresholds, out_int32=True)
+        index = torch.bucketize(x.abs(), thresholds, out_int32=True)
         return (index + torch.signbit(x) * 2 ** (code.bits - 1)).to(torch.uint8)
-    return ordered(code).codes[torch.bucketize(x, ordered(code).thresholds, out_int32=True)]
+    return codes[torch.bucketize(x, thresholds, out_int32=True)]
 
 
 class Ordered(NamedTuple):
@@ -103,13 +104,13 @@ class Ordered(NamedTuple):
 @lru_cache(maxsize=64)
 def ordered(code: Float | Codebook) -> Ordered:
     """Values, thresholds and codes for rounding to a code that is no integer."""
-    values = torch.tensor(code.values, dtype=torch.float64)
+    values = torch.tensor(code.values, dtype=torch.float64, device="cpu")
     if isinstance(code, Float):
         values = values[: 2 ** (code.bits - 1)]
     values, order = values[torch.isfinite(values)].sort(stable=True)
     thresholds = ((values[1:] + values[:-1]) / 2).float()
     if isinstance(code, Float):  # ties go to the even mantissa: between an odd code and the next, up
-        thresholds[1::2] = torch.nextafter(thresholds[1::2], torch.tensor(0.0))
+        thresholds[1::2] = torch.nextafter(thresholds[1::2], thresholds.new_zeros(()))
     return Ordered(values.float(), thresholds, order.to(torch.uint8))
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import qkernels
-from qkernels import CheckpointError, FormatError, UnsupportedError, cli
+from qkernels import CheckpointError, FormatError, UnsupportedError, cli, formats
 from qkernels.integrations.transformers import quantize_directory
 from qkernels.io import native, shards
 
@@ -150,6 +150,17 @@ def test_options(saved, tmp_path, flags, options):
     reference(path, tmp_path / "r", "int8", **options)
     for file in ("model.safetensors", "qkernels.json"):
         assert (tmp_path / "q" / file).read_bytes() == (tmp_path / "r" / file).read_bytes()
+
+
+def test_quantizing_again_keeps_what_the_user_put_there(saved, tmp_path):
+    path = saved["llama untied, one file"]
+    quantize_directory(path, tmp_path / "q", "int4_g32", progress=False)
+    (tmp_path / "q" / "notes.md").write_text("dear")
+    (tmp_path / "q" / "config.json").write_text("{}")  # the source's comes again
+    quantize_directory(path, tmp_path / "q", "int8", progress=False)
+    assert (tmp_path / "q" / "notes.md").read_text() == "dear"
+    assert (tmp_path / "q" / "config.json").read_bytes() == (path / "config.json").read_bytes()
+    assert native.read_manifest(tmp_path / "q")["layers"]["model.layers.0.mlp.up_proj"]["format"] == formats.get("int8").name
 
 
 def test_several_output_files(saved, tmp_path):
@@ -423,16 +434,17 @@ def test_refusals(saved, tmp_path, monkeypatch):
 
 
 def test_info_and_formats():
-    info, formats = run("info"), run("formats")
-    assert info.exit_code == formats.exit_code == 0
+    info, listed = run("info"), run("formats")
+    assert info.exit_code == listed.exit_code == 0
     assert torch.__version__ in info.output and qkernels.__version__ in info.output
     for f in qkernels.formats.all_formats():
-        assert f.name in formats.output
+        assert f.name in listed.output
 
 
 def test_explain():
     done = run("explain", "--format", "int8", "--device", "cpu:avx2", "--nk", "64x128", "--m", "1,16", "--dtype", "float32")
     assert done.exit_code == 0 and "1 x 64 x 128, float32" in done.output and "16 x 64 x 128" in done.output
+    assert "4 x 8, float16" in run("explain", "--nk", "4X8", "--dtype", "torch.float16").output
 
 
 @pytest.mark.parametrize(
@@ -446,8 +458,12 @@ def test_explain():
         (["--m", "1;2"], "--m='1;2'"),
         (["--format", "int44"], "nearest: int4"),
         (["--compute", "int9"], "nearest: int8"),
-        (["--device", "cpu:avx3"], "avx3"),
-        (["--dtype", "nn"], "activations of nn"),
+        (["--nk", "64X"], "--nk='64X'"),
+        (["zzz"], "unknown format 'zzz'. Short names: nf4, "),
+        (["--compute", "zzz"], "compute='zzz' is not one of auto, float, int8"),
+        (["--device", "cpu:avx9"], "'cpu:avx9'; write cpu, cpu:<portable|avx2|avx512vnni|avx512bf16|none>, cuda:sm<NN>"),
+        (["--device", "cuda:smXX"], "'cuda:smXX'; write cpu, cpu:<portable|avx2|avx512vnni|avx512bf16|none>, cuda:sm<NN>"),
+        (["--dtype", "bf16"], "dtype='bf16' of the activations is not one of torch.float32, torch.bfloat16, torch.float16"),
     ],
 )
 def test_explain_refuses(flags, text):
@@ -462,8 +478,16 @@ def test_inspect(saved, tmp_path):
     )
     assert "qkernels.json is missing" in failure("inspect", saved["bert, one file"])
     manifest = json.loads((tmp_path / "q" / "qkernels.json").read_text())
-    for damage in ({"shape": "96"}, {"shape": [96]}, {"shape": [96, 0]}, {"compute": "int9"}, {"shared_with": []}):
-        layers = {name: layer | damage for name, layer in manifest["layers"].items()}
+    for key, value in (
+        ("shape", "96"),
+        ("shape", [96]),
+        ("shape", [96, 0]),
+        ("compute", "int9"),
+        ("shared_with", []),
+        ("dtype", 4),
+        ("dtype", "nn"),
+    ):
+        layers = {name: layer | {key: value} for name, layer in manifest["layers"].items()}
         (tmp_path / "q" / "qkernels.json").write_text(json.dumps(manifest | {"layers": layers}))
         assert "damaged" in failure("inspect", tmp_path / "q")
 

@@ -1,15 +1,19 @@
 """replace_linear, restore_linear, save and load: all or nothing."""
 
+import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 import qkernels
 from qkernels import CheckpointError, FormatError, QuantLinear, UnsupportedError, load, replace_linear, restore_linear, save
 from qkernels.formats import Codebook, QuantFormat
+from qkernels.io import native
 
 
 class Net(nn.Module):
@@ -127,7 +131,8 @@ def test_restore():
     expected = model(IDS)
     assert restore_linear(model) == len(EVERY)
     assert model.shared is model.again and not any(isinstance(m, QuantLinear) for m in model.modules())
-    relative = float((model(IDS) - expected).norm() / expected.norm())
+    assert all(p.requires_grad for p in model.parameters())  # trainable, as every new nn.Linear is
+    relative = float(((model(IDS) - expected).norm() / expected.norm()).detach())
     assert relative < 0.02
     assert restore_linear(model) == 0
 
@@ -312,13 +317,28 @@ class Reads(nn.Module):
 
 
 def test_a_weight_that_its_parent_reads_stays():
-    model = nn.Sequential(Reads(), nn.TransformerEncoderLayer(32, 2, 64, batch_first=True)).eval()
+    class Inherits(Reads):
+        pass
+
+    model = nn.Sequential(Reads(), nn.TransformerEncoderLayer(32, 2, 64, batch_first=True), Inherits()).eval()
     report = replace_linear(model, "int4_g32", progress=False)
-    assert [row.name for row in report.replaced] == ["0.wi"]
+    assert [row.name for row in report.replaced] == ["0.wi", "2.wi"]
     assert report.skipped["0.wo"] == "Reads reads its weight itself"
+    assert report.skipped["2.wo"] == "Inherits reads its weight itself"
     assert report.skipped["1.linear1"] == "TransformerEncoderLayer reads its weight itself"
     with torch.no_grad():
         assert model(torch.randn(1, 3, 32)).isfinite().all()
+
+
+def test_subclasses_stay_unless_taken_by_hand():
+    """A parametrised Linear inherits nn.Linear's forward, and yet is not its weight."""
+    model, x = nn.Sequential(nn.Linear(32, 32), nn.MultiheadAttention(32, 2)), torch.randn(3, 32)
+    nn.utils.parametrizations.weight_norm(model[0])
+    with pytest.raises(UnsupportedError, match=r"0: a ParametrizedLinear, not a plain nn\.Linear\n  1\.out_proj: a NonDynamically"):
+        replace_linear(model, "int8", filter_fn=lambda *_: True, progress=False)
+    expected = model[0](x)
+    model[0] = QuantLinear.from_linear(model[0], "int8")
+    assert float((model[0](x) - expected).norm().detach() / expected.norm().detach()) < 0.02
 
 
 def test_hooks_are_not_lost():
@@ -342,9 +362,205 @@ def test_a_save_that_fails_at_the_end_keeps_the_old_directory(tmp_path, monkeypa
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", fails)
-    with pytest.raises(OSError, match="disk"):
+    with pytest.raises(CheckpointError, match=r"cannot write .*m, which is as it was: disk") as caught:
         save(model, tmp_path / "m")
+    assert isinstance(caught.value.__cause__, OSError)
     assert [p.name for p in tmp_path.iterdir()] == ["m"] and (tmp_path / "m" / "qkernels.json").read_bytes() == before
+
+
+def others(path):
+    """Put into a directory what qkernels does not write; return what must then be there."""
+    (path / "tokenizer.json").write_text("{}")
+    (path / "README.md").write_text("dear")
+    (path / "runs" / "1").mkdir(parents=True)
+    (path / "runs" / "1" / "log").write_text("loss")
+    (path / "latest").symlink_to("runs/1")
+    return tree(path)
+
+
+def tree(path):
+    return {str(f.relative_to(path)): f.readlink() if f.is_symlink() else f.is_dir() or f.read_bytes() for f in path.rglob("*")}
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["hard links", "copies"])
+def test_save_keeps_what_others_put_there(tmp_path, monkeypatch, links):
+    save(quantized()[0], tmp_path / "m")
+    before = others(tmp_path / "m")
+    if not links:
+        monkeypatch.setattr("os.link", lambda *_: (_ for _ in ()).throw(PermissionError("links")))
+    save(quantized("int8")[0], tmp_path / "m")
+    after = tree(tmp_path / "m")
+    changed = {"model.safetensors", "qkernels.json"}
+    assert after.keys() == before.keys() and {name for name in after if after[name] != before[name]} == changed
+    assert isinstance(load(Net(), tmp_path / "m").shared, QuantLinear)
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+def sharded(path):
+    with native.Writer(path, {}, {}, shard_bytes=1) as writer:
+        for name in "ab":
+            writer.add(name, torch.ones(1))
+
+
+def test_save_replaces_no_weights_of_others(tmp_path):
+    sharded(tmp_path / "m")
+    (tmp_path / "m" / "model.safetensors").write_text("dear")
+    before = others(tmp_path / "m")
+    with pytest.raises(CheckpointError, match=r"refusing to replace model\.safetensors in .*m, which"):
+        save(quantized()[0], tmp_path / "m")
+    assert tree(tmp_path / "m") == before and [p.name for p in tmp_path.iterdir()] == ["m"]
+    (tmp_path / "m" / "model.safetensors").unlink()
+    save(quantized()[0], tmp_path / "m")
+    assert not list((tmp_path / "m").glob("model-*"))
+
+
+def test_save_does_not_guess_what_a_damaged_directory_holds(tmp_path):
+    save(quantized()[0], tmp_path / "m")
+    others(tmp_path / "m")
+    _edit(tmp_path / "m" / "qkernels.json", lambda d: d[:40])
+    before = tree(tmp_path / "m")
+    with pytest.raises(CheckpointError, match=r"refusing to replace .*no JSON"):
+        save(quantized()[0], tmp_path / "m")
+    assert tree(tmp_path / "m") == before
+
+
+def test_save_through_a_symbolic_link(tmp_path):
+    model, _ = quantized()
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "m").symlink_to("disk")
+    for _ in range(2):  # an empty directory, then one of ours
+        save(model, tmp_path / "m")
+        assert (tmp_path / "m").readlink() == Path("disk") and (tmp_path / "disk" / "qkernels.json").is_file()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["disk", "m"]
+    (tmp_path / "lost").symlink_to("nowhere")
+    with pytest.raises(CheckpointError, match=r"lost is a symbolic link to .*nowhere, which is not there"):
+        save(model, tmp_path / "lost")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["disk", "lost", "m"]
+
+
+def test_save_does_not_replace_the_current_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in (".", "", "..", tmp_path):
+        with pytest.raises(CheckpointError, match="current directory"):
+            save(quantized()[0], path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_save_below_a_file(tmp_path):
+    (tmp_path / "file").write_text("dear")
+    for path in ("file/m", "file/below/m"):
+        with pytest.raises(CheckpointError, match=rf"cannot write .*{path}") as caught:
+            save(quantized()[0], tmp_path / path)
+        assert isinstance(caught.value.__cause__, OSError)
+    assert tree(tmp_path) == {"file": b"dear"}
+
+
+def denied(*_, **__):
+    raise PermissionError("permission denied")
+
+
+@pytest.mark.parametrize("refuses", ["tempfile.mkdtemp", "shutil.copytree", "pathlib.Path.write_text"])
+def test_save_without_permission(tmp_path, monkeypatch, refuses):
+    model, _ = quantized()
+    save(model, tmp_path / "m")
+    before = others(tmp_path / "m")
+    monkeypatch.setattr(refuses, denied)
+    with pytest.raises(CheckpointError, match=r"cannot write .*m.*: permission denied"):
+        save(model, tmp_path / "m")
+    assert tree(tmp_path / "m") == before and [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files as Linux does")
+@pytest.mark.parametrize("limit", [1000, 20_000], ids=["weights", "manifest"])
+def test_save_on_a_full_disk(tmp_path, limit):
+    """A limit on the size of a file stands for the disk's end: it meets safetensors' own writes too."""
+    import resource
+
+    model, _ = quantized()
+    layers = {f"{name}{i}": {"format": "x" * 99} for i in range(200) for name in "ab"}
+    save(model, tmp_path / "m")
+    before = tree(tmp_path / "m")
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"cannot write .*m, which is as it was: .*[Ff]ile too large") as caught:
+            if limit == 1000:
+                save(model, tmp_path / "m")
+            else:
+                with native.Writer(tmp_path / "m", layers, {}) as writer:
+                    writer.add("x", torch.ones(1))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert caught.value.__cause__ is not None
+    assert tree(tmp_path / "m") == before and [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+@pytest.mark.parametrize("name", ["qkernels.json", "model.safetensors"])
+def test_an_unreadable_file_is_a_typed_error(tmp_path, monkeypatch, name):
+    save(quantized()[0], tmp_path / "m")
+    real = Path.open
+    monkeypatch.setattr(Path, "open", lambda path, *args, **options: (denied if path.name == name else real)(path, *args, **options))
+    with pytest.raises(CheckpointError, match=f"{name}.*permission denied"):
+        load(Net(), tmp_path / "m")
+
+
+@pytest.mark.parametrize("show", [True, False])
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress(tmp_path, monkeypatch, show, terminal):
+    screen, path, model = io.StringIO(), tmp_path / "[m]", Net()
+    monkeypatch.setattr("rich._console", Console(file=screen, force_terminal=terminal, width=300))
+    replace_linear(model, progress=show)
+    save(model, path, progress=show)
+    load(Net(), path, progress=show)
+    for text in ("quantizing to u4b8_g128_sf16", f"saving to {path}", f"checking {path}", f"loading {path}"):
+        assert (text in screen.getvalue()) == (show and terminal)
+    assert bool(screen.getvalue()) == (show and terminal)  # not so much as an empty line
+
+
+# -- what was saved is what the model gets -------------------------------------------------------------------------------------
+
+
+class Mixed(nn.Module):
+    """A norm that stays in float32, a frozen linear that is not quantised, and no bias that would tell a layer's dtype."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 64, bias=False, dtype=dtype), nn.Linear(64, 32, dtype=dtype)
+        self.norm, self.lm_head = nn.LayerNorm(32), nn.Linear(32, 8, dtype=dtype)
+        self.lm_head.requires_grad_(False)
+        self.register_buffer("steps", torch.arange(3))
+
+    def forward(self, x):
+        x = self.down(self.up(x))
+        return self.lm_head(self.norm(x.float()).to(x.dtype))
+
+
+@pytest.mark.parametrize("skeleton", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("saved", [torch.bfloat16, torch.float32, torch.float16], ids=str)
+def test_the_saved_dtype_whatever_the_skeleton_s(tmp_path, saved, skeleton):
+    model, x = Mixed(saved), torch.randn(2, 32, dtype=saved)
+    replace_linear(model, "int4_g32", progress=False)
+    save(model, tmp_path / "m")
+    fresh = load(Mixed(skeleton), tmp_path / "m")
+    mine, theirs = model.state_dict(), fresh.state_dict()
+    assert all(t.dtype == theirs[k].dtype and torch.equal(t.view(torch.uint8), theirs[k].view(torch.uint8)) for k, t in mine.items())
+    assert [p.requires_grad for p in fresh.parameters()] == [p.requires_grad for p in model.parameters()]
+    assert torch.equal(fresh(x), model(x))
+    for m in (model, fresh):
+        restore_linear(m)
+    assert fresh.up.weight.dtype == fresh.down.weight.dtype == saved and torch.equal(fresh(x), model(x))
+    assert fresh.float()(x.float()).dtype == torch.float32
+
+
+def test_integers_for_floats_are_another_architecture(tmp_path):
+    model, _ = quantized()
+    save(model, tmp_path / "m")
+    fresh = Net()
+    fresh.steps = fresh.steps.float()
+    before = fingerprint(fresh)
+    with pytest.raises(CheckpointError, match=r"'steps' was saved as torch\.int64, the model's is torch\.float32"):
+        load(fresh, tmp_path / "m")
+    assert unchanged(fresh, before)
 
 
 def test_an_edited_manifest_is_an_error(tmp_path):

@@ -73,6 +73,7 @@ def test_names_that_spell_nonsense(name):
         lambda: QuantFormat(Int(4, 8), (1, 0)),
         lambda: QuantFormat(Int(4, 8), (1, 32), "f8"),
         lambda: QuantFormat(Int(4, 8), (1, 32), name="mine"),
+        lambda: QuantFormat(Int(4), (1, 32), zero="integer"),
         lambda: QuantFormat(Int(4, 8), block=Block(32, 18, decode=lambda raw: raw)),
         lambda: formats.register(formats.get("int4")),
     ],

@@ -2,12 +2,13 @@
 
 import dataclasses
 import itertools
+import re
 
 import pytest
 import torch
 from cases import plain, random_quant
 
-from qkernels import config, formats, kernels, reference, rtn
+from qkernels import FormatError, config, formats, kernels, reference, rtn
 from qkernels.formats import Codebook
 from qkernels.formats.packing import pack
 from qkernels.kernels import device as devices
@@ -227,3 +228,26 @@ def test_opcheck():
         if not any(isinstance(a, torch.Tensor) and a.dtype == torch.float8_e4m3fn for a in args):
             checks.append("test_schema")  # compares arguments before and after by a product, which torch 2.13 lacks for float8
         torch.library.opcheck(op, args, test_utils=checks)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"format": "zzz"}, "unknown format 'zzz'. Short names: nf4, "),
+        ({"format": "int4_g"}, "'int4_g'; nearest: int4, "),
+        ({"compute": "zzz"}, "compute='zzz' is not one of auto, float, int8; nearest: "),
+        ({"device": "cuda:smXX"}, "'cuda:smXX'; write cpu, cpu:<portable|avx2|avx512vnni|avx512bf16|none>, cuda:sm<NN> or meta"),
+        ({"device": torch.device("cuda")}, "'cuda'; write cpu, "),
+        ({"device": None}, "'None'; write cpu, "),
+        ({"dtype": torch.float64}, "dtype=torch.float64 of the activations is not one of torch.float32, torch.bfloat16, torch.float16"),
+        ({"dtype": "float32"}, "dtype='float32' of the activations is not one of torch.float32, "),
+    ],
+)
+def test_explain_says_what_would_have_worked(options, text):
+    with pytest.raises(FormatError, match=re.escape(text)):
+        kernels.registry.explain(**options)
+
+
+def test_explain_takes_any_spelling_of_a_device():
+    here = kernels.registry.explain(device="cpu").problem
+    assert here == kernels.registry.explain(device=torch.device("cpu")).problem == kernels.registry.explain(device=here.device).problem

@@ -3,15 +3,20 @@
 import copy
 import io
 import pickle
+from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
 from cases import plain, random_quant
 from torch import nn
+from torch.func import functional_call, grad, jacrev, vmap
 
-from qkernels import FormatError, QuantLinear, QuantTensor, UnsupportedError, formats, kernels
+from qkernels import FormatError, QuantLinear, QuantTensor, UnsupportedError, formats, kernels, reference
 from qkernels.kernels import device as devices
+from qkernels.kernels.cpu import layout
 from qkernels.kernels.registry import Problem, why_not
+from qkernels.quantizers import nearest
 from qkernels.testing import assert_matmul_close
 
 SOME = ("int4", "int8", "int3_asym", "hqq4", "nf4", "fp8_block", "mxfp4", "nvfp4")
@@ -96,7 +101,7 @@ def test_strict_round_trip(name, bias):
         (lambda s: s.update(other=s["scales"]), r"Unexpected key.*other"),
         (lambda s: s.update(weight=s["weight"][:, 1:]), r"needs codes \[48, 150\]"),
         (lambda s: s.update(scales=s["scales"].float()), "float16"),
-        (lambda s: s.update(bias=s["bias"][1:]), r"bias is \[47\]"),
+        (lambda s: s.update(bias=s["bias"][1:]), r"size mismatch for bias.*\[47\]"),
     ],
 )
 def test_errors_of_load_state_dict(edit, message):
@@ -146,6 +151,65 @@ def test_compile_fullgraph(compute, dynamic):
 
 
 @some_formats
+@pytest.mark.parametrize("kernel", [None, "reference"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_is_an_explicit_cast(name, kernel, dtype):
+    linear, layer = make(name, kernel=kernel)
+    xs = [torch.randn(3, 300).requires_grad_() for _ in range(2)]
+    xs[1].data.copy_(xs[0].data)
+    with torch.autocast("cpu", dtype=dtype):
+        y, plain = layer(xs[0]), linear(xs[0])
+        assert layer(torch.randn(1, 300, dtype=torch.bfloat16)).dtype == y.dtype == plain.dtype == dtype
+        with torch.no_grad():
+            assert torch.equal(layer(xs[0]), y)
+        with torch.autocast("cpu", enabled=False):
+            assert layer(xs[0]).dtype == torch.float32
+        with pytest.raises(FormatError, match="float64"):
+            layer(xs[0].double())
+    expected = layer(xs[1].to(dtype))
+    grad, grads = torch.randn(3, 48).to(dtype), []
+    for out, x in ((y, xs[0]), (expected, xs[1])):
+        layer.bias.grad = None
+        out.backward(grad)
+        grads.append((x.grad, layer.bias.grad))
+    assert torch.equal(y, expected) and y.dtype == expected.dtype
+    assert all(torch.equal(a, b) and a.dtype == b.dtype == torch.float32 for a, b in zip(*grads))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_autocast_compiled(grad):
+    _, layer = make()
+    torch.compiler.reset()
+    compiled, x = torch.compile(layer, fullgraph=True), torch.randn(3, 300)
+    with torch.set_grad_enabled(grad):
+        for enabled in (True, False, True):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+                y, expected = compiled(x), layer(x)
+            assert y.dtype == (torch.bfloat16 if enabled else torch.float32)
+            torch.testing.assert_close(y, expected)
+
+
+@some_formats
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # vmap runs the op in a loop
+def test_transforms_of_torch_func(name):
+    _, layer = make(name)
+    dense, x, bias = layer.to_linear(), torch.randn(4, 300), torch.randn(4, 48)
+
+    def loss(module, row):
+        return (module(row) ** 2).sum()
+
+    for transform in (
+        lambda m: vmap(m)(x),
+        lambda m: vmap(m, in_dims=1)(x.T),
+        lambda m: jacrev(m)(x[0]),
+        lambda m: vmap(grad(partial(loss, m)))(x),
+        lambda m: vmap(lambda b, row: functional_call(m, {"bias": b}, (row,)))(bias, x),
+        lambda m: vmap(grad(lambda b, row: functional_call(m, {"bias": b}, (row,)).pow(2).sum()))(bias, x),
+    ):
+        torch.testing.assert_close(transform(layer), transform(dense), rtol=1e-4, atol=1e-4)
+
+
+@some_formats
 def test_no_rows(name):
     _, layer = make(name)
     with torch.no_grad():
@@ -186,6 +250,7 @@ def test_to_linear(name, dtype):
     layer, x = layer.to(dtype).eval(), torch.randn(4, 300).to(dtype)
     dense = layer.to_linear()
     assert type(dense) is nn.Linear and dense.weight.dtype == dtype and not dense.training
+    assert dense.weight.requires_grad and dense.bias is layer.bias
     with torch.no_grad():
         assert_matmul_close(layer(x), x, layer.dequantize(torch.float32).double(), layer.bias)
     assert torch.equal(dense.weight, layer.dequantize(dtype))
@@ -197,8 +262,9 @@ def test_compute_values():
     with pytest.raises(FormatError, match="nearest: int8"):
         make(compute="int9")
     assert kernels.get(make(compute="float")[1].kernel).compute == "float"
-    with pytest.raises(FormatError, match="unknown kernel"):
-        make(kernel="refrence")
+    for device in ("cpu", "meta"):
+        with pytest.raises(FormatError, match="unknown kernel 'refrence'; nearest: reference"):
+            QuantLinear(300, 48, kernel="refrence", device=device)
     assert make(kernel="reference")[1].kernel == "reference"
 
 
@@ -228,8 +294,15 @@ def test_a_wrong_x_is_a_typed_error(x):
 def test_a_meta_linear_becomes_a_meta_layer():
     layer = QuantLinear.from_linear(nn.Linear(64, 32, device="meta"), "int4_g32")
     assert layer.weight.is_meta and layer.bias.is_meta
-    y = layer(torch.empty(2, 3, 64, device="meta", dtype=torch.bfloat16))
+    with torch.autocast("cpu", dtype=torch.float16):  # which leaves meta alone
+        y = layer(torch.empty(2, 3, 64, device="meta", dtype=torch.bfloat16))
     assert y.is_meta and y.shape == (2, 3, 32) and y.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kernel", [None, "reference"])
+def test_a_meta_x_says_the_shape(kernel):
+    layer = QuantLinear.from_linear(nn.Linear(64, 32), "int4_g32", kernel=kernel)
+    assert layer(torch.empty(2, 64, device="meta")).shape == (2, 32)
 
 
 def test_falling_back_to_the_reference_is_said_once(monkeypatch, caplog):
@@ -240,3 +313,64 @@ def test_falling_back_to_the_reference_is_said_once(monkeypatch, caplog):
     QuantLinear.from_linear(nn.Linear(64, 32), "int4_g32", kernel="reference")  # as asked: nothing to say
     (said,) = [record.getMessage() for record in caplog.records if record.name == "qkernels"]
     assert "slow reference kernel serves u4b8_g32_sf16 on cpu:none" in said and "cpu_s8_wN_dot" in said
+
+
+def test_the_cheapest_kernel_needs_no_warning(monkeypatch, caplog):
+    monkeypatch.setattr(devices, "current", lambda _: devices.Device("cpu", isa="avx2"))
+    monkeypatch.setattr("qkernels.linear._SAID", set())
+    layer = QuantLinear(1, 1)
+    assert layer.kernel == "reference" and len(layer.plan().costs) > 1 and not caplog.records
+
+
+@contextmanager
+def default_dtype(dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def fresh_tables():
+    """Tables that are made once, at their first use, which may be anywhere."""
+
+    def forget():
+        reference.ordered.cache_clear()
+        layout._DESCRIBED.clear()
+
+    forget()
+    yield forget
+    forget()
+
+
+@pytest.mark.parametrize("format", plain(formats.all_formats()), ids=lambda f: f.name)
+@pytest.mark.parametrize(
+    "context",
+    [lambda: torch.device("meta"), *(partial(default_dtype, t) for t in (torch.bfloat16, torch.float16, torch.float64))],
+    ids=["meta", "bf16", "f16", "f64"],
+)
+def test_the_surroundings_change_no_bit(format, context, fresh_tables):
+    """A layer lives where the linear's weight does; neither a device context nor another default dtype gets into it or the tables."""
+    linear, x = nn.Linear(300, 48), torch.randn(2, 300)
+    with context(), torch.no_grad():
+        layer = QuantLinear.from_linear(linear, format)
+        y, weight = layer(x), layer.to_linear().weight
+        state = layer.state_dict()
+    fresh_tables()
+    with torch.no_grad():
+        expected = QuantLinear.from_linear(linear, format)
+        assert torch.equal(y, expected(x)) and torch.equal(weight, expected.to_linear().weight)
+    assert same_state(layer, expected) and not any(t.is_meta for t in state.values())
+
+
+@pytest.mark.parametrize("format", plain(formats.all_formats()), ids=lambda f: f.name)
+def test_quantising_stays_on_the_weight_s_device(format):
+    """Meta stands for any device but the CPU."""
+    group_n, group_k = format.group_shape(48, 300)
+    weight, scales = torch.empty(48, 300, device="meta"), torch.empty(group_n, group_k, 2, device="meta")
+    zeros = None if format.zero == "none" else scales
+    tensor_scale = torch.empty(1, device="meta") if format.tensor_scale else None
+    index, _ = nearest.best_scales(weight, format, scales, zeros, tensor_scale)
+    codes = nearest.codes(weight, format, scales[..., 0], None if zeros is None else zeros[..., 0], tensor_scale)
+    assert index.is_meta and codes.is_meta

@@ -159,6 +159,8 @@ class QuantFormat:
                 raise FormatError(f"the group along {axis} is -1 or at least 1, not {extent}")
         if self.scale not in SCALE_DTYPES:
             raise FormatError(f"unknown scale type {self.scale!r}; known: {', '.join(SCALE_DTYPES)}")
+        if self.zero not in _ZEROS.values():
+            raise FormatError(f"unknown zero {self.zero!r}; known: {', '.join(_ZEROS.values())}")
         if self.zero != "none" and not isinstance(self.code, Int):
             raise FormatError(f"zero points go with integer codes, not with {self.code.name}")
         if self.zero != "none" and self.scale not in ("f32", "f16", "bf16"):

@@ -79,6 +79,7 @@ def quantize_directory(
                 q = quantize(t, fmt)
             except FormatError as error:
                 raise FormatError(f"layer {layer}: {error}; nothing was written") from None
+            layers[layer]["dtype"] = str(t.dtype).removeprefix("torch.")
             rows[layer] = Row(layer, fmt.name, _kernel(model.get_submodule(layer), q, t.dtype), t.nbytes, q.nbytes)
             for field, part in q.tensors().items():
                 writer.add(f"{layer}.{_TENSORS[FIELDS.index(field)]}", part)

@@ -1,7 +1,7 @@
 """qkernels' own directory: canonical tensors in safetensors, and what they mean in JSON.
 
-DIR/qkernels.json          {"version": 1, "layers": {name: {"format", "shape", "compute"}}, "tied": {name: name of its tensor},
-                               "sha256": {file: digest}, "digest": of all that}
+DIR/qkernels.json          {"version": 1, "layers": {name: {"format", "shape", "compute", "dtype" of the dense weight where known}},
+                               "tied": {name: name of its tensor}, "sha256": {file: digest}, "digest": of all that}
 DIR/model.safetensors      every tensor of the model's state_dict, canonical layout; above 4 GB model-00001-of-0000N.safetensors, …
 """
 
@@ -12,15 +12,19 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from qkernels.errors import CheckpointError
 from qkernels.io.shards import WEIGHTS, Tensors
+from qkernels.progress import track
 
 VERSION = 1
 MANIFEST = "qkernels.json"
@@ -31,8 +35,9 @@ class Writer:
     """Write a directory tensor by tensor: `with Writer(path, layers, tied) as writer: writer.add(name, tensor)`, each name once.
 
     Tensors are held until `shard_bytes` of them make a file. All happens in a temporary directory beside `path` (`directory`, for
-    files that shall lie there too), renamed at the end: `path` is there whole or, after an exception, as it was.
-    Raises CheckpointError when `path` exists and is no directory of ours.
+    files that shall lie there too), renamed at the end: `path` is there whole or, after an exception, as it was. Where `path` is a
+    directory of ours already, what others put there stays; where it is a symbolic link to one, that one is replaced.
+    Raises CheckpointError when `path` exists and is no directory of ours, or cannot be written.
     """
 
     def __init__(
@@ -42,15 +47,17 @@ class Writer:
         tied: Mapping[str, str],
         shard_bytes: int = SHARD_BYTES,
     ) -> None:
-        self.target, self.layers, self.tied, self.shard_bytes = Path(path), layers, tied, shard_bytes
+        self.path, self.target = Path(path), Path(os.path.realpath(path))
+        self.layers, self.tied, self.shard_bytes = layers, tied, shard_bytes
         self._shard: dict[str, Tensor] = {}
         self._nbytes = 0
         self._files: list[Path] = []
 
     def __enter__(self) -> Writer:
-        self._check_target()
-        self.target.parent.mkdir(parents=True, exist_ok=True)
-        self.directory = Path(tempfile.mkdtemp(prefix=f".{self.target.name}-", dir=self.target.parent))
+        with _typed(f"cannot write {self.path}"):
+            self._ours()
+            self.target.parent.mkdir(parents=True, exist_ok=True)
+            self.directory = Path(tempfile.mkdtemp(prefix=f".{self.target.name}-", dir=self.target.parent))
         return self
 
     def add(self, name: str, tensor: Tensor) -> None:
@@ -59,9 +66,11 @@ class Writer:
         self._shard[name] = tensor.contiguous()
         self._nbytes += tensor.nbytes
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         try:
-            if kind is None:
+            with _typed(f"cannot write {self.path}, which is as it was"):
+                if error is not None:
+                    raise error
                 self._finish()
         finally:
             shutil.rmtree(self.directory, ignore_errors=True)
@@ -81,7 +90,8 @@ class Writer:
         manifest["digest"] = _manifest_digest(manifest)
         (self.directory / MANIFEST).write_text(json.dumps(manifest, indent=1))
         self.directory.chmod(0o755)
-        self._check_target()  # it may have been made meanwhile
+        if self.target.exists():
+            self._keep_others({*names, MANIFEST})
         self._replace_target()
 
     def _replace_target(self) -> None:
@@ -90,19 +100,64 @@ class Writer:
             self.directory.rename(self.target)
             return
         aside = Path(tempfile.mkdtemp(prefix=f".{self.target.name}-old-", dir=self.target.parent))
-        self.target.rename(aside / "old")
+        old = aside / "old"
         try:
+            self.target.rename(old)
             self.directory.rename(self.target)
         except BaseException:
-            (aside / "old").rename(self.target)
+            if old.exists():
+                old.rename(self.target)
             aside.rmdir()
             raise
         shutil.rmtree(aside, ignore_errors=True)
 
-    def _check_target(self) -> None:
-        target = self.target
-        if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / MANIFEST).exists())):
-            raise CheckpointError(f"{target} exists and is no qkernels directory: refusing to replace it")
+    def _keep_others(self, new: set[str]) -> None:
+        """Put into the new directory what others put into the old one: links to the files, so that the old one stays whole."""
+        ours = self._ours()  # again: it may have been made meanwhile
+        if lost := sorted(new & ({entry.name for entry in self.target.iterdir()} - ours)):
+            raise CheckpointError(f"refusing to replace {', '.join(lost)} in {self.path}, which qkernels did not write: move it away")
+        skipped = ours | {entry.name for entry in self.directory.iterdir()}
+        shutil.copytree(
+            self.target,
+            self.directory,
+            symlinks=True,
+            ignore=lambda directory, names: skipped if Path(directory) == self.target else (),
+            copy_function=_link,
+            dirs_exist_ok=True,
+        )
+
+    def _ours(self) -> set[str]:
+        """Names of the files that may be replaced at the target; CheckpointError where it is no directory of ours, nor an empty one."""
+        if not self.target.exists():
+            if self.path.is_symlink():
+                raise CheckpointError(f"{self.path} is a symbolic link to {self.target}, which is not there: make it, or remove the link")
+            return set()
+        if Path.cwd().is_relative_to(self.target):
+            raise CheckpointError(f"{self.path} is or holds the current directory, which cannot be replaced; name another one")
+        if self.target.is_dir() and not any(self.target.iterdir()):
+            return set()
+        if not (self.target / MANIFEST).is_file():
+            raise CheckpointError(f"{self.path} exists and is no qkernels directory: refusing to replace it; name a new one")
+        try:
+            return {MANIFEST, *read_manifest(self.target)["sha256"]}
+        except CheckpointError as error:
+            raise CheckpointError(f"refusing to replace {self.path}: {error}") from error
+
+
+def _link(source: str, target: str) -> None:
+    """Give a file a second name; copy it where the file system or its owner does not let us."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+@contextmanager
+def _typed(message: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{message}: {error}") from error
 
 
 def weight_files(count: int) -> list[str]:
@@ -110,14 +165,16 @@ def weight_files(count: int) -> list[str]:
     return [WEIGHTS] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
 
 
-def read(path: str | os.PathLike[str]) -> tuple[Tensors, dict[str, dict[str, Any]], dict[str, str]]:
+def read(path: str | os.PathLike[str], progress: bool = False) -> tuple[Tensors, dict[str, dict[str, Any]], dict[str, str]]:
     """Check a directory and return (tensors, each read when asked for; layers; tied). Raises CheckpointError naming what is wrong."""
     source = Path(path)
     manifest = read_manifest(source)
-    for name, digest in manifest["sha256"].items():
+    for name, digest in track(manifest["sha256"].items(), progress, f"checking {path}"):
         if not (source / name).is_file():
             raise CheckpointError(f"{source / name} is missing")
-        if _digest(source / name) != digest:
+        with _typed(f"cannot read {source / name}"):
+            found = _digest(source / name)
+        if found != digest:
             raise CheckpointError(f"{source / name} is truncated or was edited: its SHA-256 is not the one in {MANIFEST}")
     return Tensors(source / name for name in manifest["sha256"]), manifest["layers"], manifest["tied"]
 
@@ -129,8 +186,8 @@ def read_manifest(source: Path) -> dict[str, Any]:
         raise CheckpointError(f"{source} is no directory that qkernels.save wrote: {MANIFEST} is missing")
     try:
         manifest = json.loads(path.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{path} is no JSON: {error}") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is unreadable or no JSON: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("version") != VERSION:
         version = manifest.get("version") if isinstance(manifest, dict) else None
         raise CheckpointError(f"{path} has version {version!r}; this qkernels reads version {VERSION}")
@@ -160,9 +217,11 @@ def _manifest_digest(manifest: Mapping[str, Any]) -> str:
 def _is_layer(entry: Any) -> bool:
     if not isinstance(entry, dict) or not isinstance(entry.get("format"), str) or entry.get("compute") not in ("auto", "float", "int8"):
         return False
-    shape = entry.get("shape")
+    shape, dtype = entry.get("shape"), entry.get("dtype", "float32")
     return (
         isinstance(entry.get("shared_with", ""), str)
+        and isinstance(dtype, str)
+        and isinstance(getattr(torch, dtype, None), torch.dtype)
         and isinstance(shape, list)
         and len(shape) == 2
         and all(isinstance(extent, int) and extent > 0 for extent in shape)

@@ -45,7 +45,7 @@ class Problem:
             near = difflib.get_close_matches(str(self.compute), COMPUTES, n=1, cutoff=0.0)[0]
             raise FormatError(f"compute={self.compute!r} is not one of {', '.join(COMPUTES)}; nearest: {near}")
         if self.dtype not in DTYPES:
-            raise FormatError(f"activations of {self.dtype} are not supported; use float32, bfloat16 or float16")
+            raise FormatError(f"dtype={self.dtype!r} of the activations is not one of {', '.join(map(str, DTYPES))}")
 
     @property
     def rows(self) -> int:
@@ -147,7 +147,7 @@ def explain(
     nk: tuple[int, int] = (4096, 4096),
     m: int | None = None,
     *,
-    device: str | Device = "cpu",
+    device: str | torch.device | Device = "cpu",
     dtype: torch.dtype = torch.bfloat16,
     compute: Compute = "auto",
 ) -> Plan:
@@ -158,5 +158,5 @@ def explain(
     from qkernels import formats
     from qkernels.kernels import device as devices
 
-    where = device if isinstance(device, Device) else devices.parse(device)
+    where = device if isinstance(device, Device) else devices.parse(str(device))
     return plan(Problem(formats.get(format), *nk, m=m, dtype=dtype, compute=compute, device=where))

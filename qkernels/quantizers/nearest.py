@@ -73,7 +73,7 @@ def _errors(weight: Tensor, format: QuantFormat, scales: Tensor, zeros: Tensor |
     full = spread(scales, format, n, k)
     x = weight * torch.where(full == 0, 0.0, 1.0 / full)
     shift = 0.0 if zeros is None else spread(zeros, format, n, k)
-    value = code_values(format.code)[nearest_code(x + shift, format.code).int()] - shift
+    value = code_values(format.code, device=weight.device)[nearest_code(x + shift, format.code).int()] - shift
     error = (value * full - weight).square_()
     error = F.pad(error, (0, -k % group_k, 0, -n % group_n))
     return error.unflatten(1, (-1, group_k)).unflatten(0, (-1, group_n)).sum((1, 3))

@@ -7,6 +7,8 @@ Symmetric integers may get negative scales: the longer side of the range (-8 of 
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -76,7 +78,7 @@ def _candidates(weight: Tensor, format: QuantFormat, search: bool, tensor_scale:
     values = code_values(format.code)
     largest = float(values[torch.isfinite(values)].abs().max())
     if format.scale == "e8m0":  # OCP: the exponent of the largest value, so that it may saturate; or one more, so that it does not
-        top_exponent = int(torch.frexp(torch.tensor(largest)).exponent)
+        top_exponent = math.frexp(largest)[1]
         up = torch.tensor((0, 1) if search else (0,), device=weight.device)
         return _stored(torch.exp2((torch.frexp(absmax).exponent - top_exponent + up).float()), format), None
     unit = largest if tensor_scale is None else largest * float(tensor_scale)

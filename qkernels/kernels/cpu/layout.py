@@ -142,9 +142,8 @@ def _describe_code(code: Code) -> tuple[Tensor | None, int, str, int]:
         return None, code.bits, "int", code.bias
     if isinstance(code, Float) and code.bits == 8:
         return None, 8, code.name, 0
-    table = torch.zeros(16)
-    table[: len(code.values)] = torch.tensor(code.values)
-    return table, code.bits, "table", 0
+    table = (*code.values, *[0.0] * (16 - len(code.values)))
+    return torch.tensor(table, dtype=torch.float32, device="cpu"), code.bits, "table", 0
 
 
 def why_not(p: Problem) -> str | None:
