@@ -179,7 +179,8 @@ class QuantLinear(nn.Linear):
 
     def _packed(self, kernel: registry.Kernel) -> Packed:
         held = self._parameters  # a fifth of the call of a small layer would go to Module.__getattr__
-        return kernel.packed_type(self.format, (self.out_features, self.in_features), *[held[name] for name in _TENSORS])
+        tensors = held["weight"], held["scales"], held["zeros"], held["tensor_scale"], held["perm"]
+        return kernel.packed_type(self.format, (self.out_features, self.in_features), *tensors)
 
     def _plan(self, device: devices.Device, m: int | None, dtype: torch.dtype | None, perm: bool) -> Plan:
         if dtype is None:
