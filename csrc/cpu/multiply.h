@@ -28,64 +28,19 @@ struct Job {  // rows m0…m1 times PANELS panels from `panel` on, the last of t
   uint8_t* unpacked() const { return reinterpret_cast<uint8_t*>(scratch + SCRATCH_ACC + 3 * SCRATCH_SCALES); }
 };
 
-// work(16 numbers, one a row; where they belong in [count, PANELS, 16]) for every block and panel. The dtype is a constant of the loops: as a
-// switch within them, decoding the scales of a row of x took a tenth of the time.
-template <int PANELS, class Work>
-inline void for_numbers(const Job& j, const Chunk& chunk, const void* numbers, Dtype dtype, int lanes, const Work& work) {
-  const auto all = [&](auto kind) {
-    for (int p = 0; p < PANELS; p++)
-      for (int64_t b = 0; b < chunk.count; b++) {
-        const int64_t at = ((j.panel + p) * j.w.geometry.groups + chunk.blocks[b].group) * lanes;
-        work(lanes == 1 ? set1_f(load_number(numbers, kind, at)) : load_numbers(numbers, kind, at), (b * PANELS + p) * PANEL);
-      }
-  };
-  switch (dtype) {
-    case Dtype::f32: return all(std::integral_constant<Dtype, Dtype::f32>{});
-    case Dtype::bf16: return all(std::integral_constant<Dtype, Dtype::bf16>{});
-    case Dtype::f16: return all(std::integral_constant<Dtype, Dtype::f16>{});
-    case Dtype::e4m3: return all(std::integral_constant<Dtype, Dtype::e4m3>{});
-    case Dtype::e8m0: return all(std::integral_constant<Dtype, Dtype::e8m0>{});
-    case Dtype::u8: return all(std::integral_constant<Dtype, Dtype::u8>{});
-  }
-}
-
+// Fill in the blocks from chunk.first on, as many as fit most_k columns but one at least; decode their scales where they serve many tiles.
 template <bool CENTRED, int PANELS>
-void decode_scales(const Job& j, Chunk& chunk) {
-  float *scales = j.scales(), *shifts = scales + SCRATCH_SCALES / 4;
-  const F alpha = set1_f(j.w.alpha), centre = set1_f(CENTRED ? j.w.centre : 0.0f);
+void next_chunk(const Job& j, Block block, int64_t most_k, bool once, Chunk& chunk) {
   const bool shifted = j.w.zeros != nullptr || (CENTRED && j.w.centre != 0);
-  chunk.scales = scales, chunk.shifts = shifted ? shifts : nullptr;
-  for_numbers<PANELS>(j, chunk, j.w.scales, j.w.scale_dtype, j.w.scale_lanes, [&](F s, int64_t at) { store_f(scales + at, mul(s, alpha)); });
-  const auto shift = [&](F zero, int64_t at) { store_f(shifts + at, mul(load_f(scales + at), sub_f(centre, zero))); };
-  if (j.w.zeros != nullptr) for_numbers<PANELS>(j, chunk, j.w.zeros, j.w.zero_dtype, PANEL, shift);
-  else if (shifted) for (int64_t at = 0; at < chunk.count * PANELS * PANEL; at += PANEL) shift(zero_f(), at);
-}
-
-// Fill in the blocks from chunk.first on, as many as fit most_k columns but one at least, and decode their scales.
-template <bool CENTRED, int PANELS>
-void next_chunk(const Job& j, Block block, int64_t most_k, Chunk& chunk) {
+  chunk.panel = j.panel, chunk.scales = j.scales(), chunk.shifts = shifted ? chunk.scales + SCRATCH_SCALES / 4 : nullptr;
   chunk.k0 = block.k0, chunk.k = chunk.count = 0;
   do {
     chunk.blocks[chunk.count++] = block;
     chunk.k += block.length;
     block = block_after(j.w.geometry, block);
   } while (chunk.first + chunk.count < j.w.geometry.blocks && chunk.count < MAX_CHUNK && chunk.k + block.length <= most_k);
-  decode_scales<CENTRED, PANELS>(j, chunk);
-}
-
-inline int64_t bytes_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : dtype == Dtype::bf16 || dtype == Dtype::f16 ? 2 : 1; }
-
-// The scales and zeros that the next panels begin with: decoding them would wait for memory, with nothing else to do.
-template <int PANELS>
-void fetch_scales(const Job& j) {
-  const int64_t groups = j.w.geometry.groups, first = groups < MAX_CHUNK ? groups : MAX_CHUNK;
-  const auto fetch = [&](const void* from, int64_t bytes) {
-    for (int p = PANELS; p < 2 * PANELS && j.panel + p < j.p1; p++)
-      for (int64_t i = 0; i < first * bytes; i += 64)
-        __builtin_prefetch(static_cast<const char*>(from) + (j.panel + p) * groups * bytes + i, 0, 2);
-  };
-  fetch(j.w.scales, j.w.scale_lanes * bytes_of(j.w.scale_dtype));
-  if (j.w.zeros != nullptr) fetch(j.w.zeros, PANEL * bytes_of(j.w.zero_dtype));
+  chunk.decoded = !once;
+  if (chunk.decoded) decode_scales<CENTRED, PANELS>(j.w, chunk, 0, chunk.count);
 }
 
 template <class Source, int PANELS>
@@ -108,10 +63,9 @@ void by_chunks(const Job& j, int64_t most_k, const Codes& codes_of) {
   Chunk chunk;
   Block block = first_block(g);
   for (chunk.first = 0; chunk.first < g.blocks; chunk.first += chunk.count) {
-    next_chunk<!is_s8<Source>, PANELS>(j, block, most_k, chunk);
+    next_chunk<!is_s8<Source>, PANELS>(j, block, most_k, j.rows() <= MAX_ROWS<Source, PANELS>, chunk);
     codes_of(chunk);
     chunk.ahead = codes_after<Source, PANELS>(j, chunk);
-    if (chunk.first + chunk.count == g.blocks) fetch_scales<PANELS>(j);
     rows_of_tiles<Source, PANELS>(j.w, j.x, chunk, j.m0, j.m1, j.acc());
     block = block_after(g, chunk.blocks[chunk.count - 1]);
   }
