@@ -45,13 +45,13 @@ def find(record: dict, contestant: str, m: int, shape: str = SHAPE) -> dict | No
 def read_share(contestant: str) -> Value:
     """Weight bytes per second at M = 1 as a share of what reading memory alone reached in the turns beside.
 
-    Not measured where anybody read faster than that by over 5 %, which is more than a better order of reading can give: neighbours took
-    memory during the turns of reading.
+    Not measured where anybody read faster than that by over 10 %, which is more than a better order of reading gives (7 %, NOTES.md):
+    neighbours took memory during the turns of reading.
     """
 
     def value(record: dict) -> float | None:
         rows = (r for r in record["results"] if r["m"] == 1 and r["shape"] == SHAPE and r["ok"])
-        disturbed = any((r.get("read_share") or 0) > 1.05 for r in rows)
+        disturbed = any((r.get("read_share") or 0) > 1.1 for r in rows)
         return None if disturbed else (find(record, contestant, 1) or {}).get("read_share")
 
     return value

@@ -1,14 +1,17 @@
 """Pages that could rot: what they print is compared with what the registry says."""
 
+import re
 from pathlib import Path
 
+import pytest
 import torch
 from cases import random_quant
 
 from benchmarks import readme, report
-from qkernels import kernels, reference
+from qkernels import formats, kernels, reference
 from qkernels.kernels import registry, table
 from qkernels.kernels.registry import Problem
+from qkernels.quantizers.rtn import rtn
 from qkernels.testing import assert_matmul_close
 
 ROOT = Path(__file__).parents[1]
@@ -24,6 +27,16 @@ def test_readme_prints_the_registry():
 def test_readme_prints_the_results():
     """`python -m benchmarks readme --write` after a change of benchmarks/results."""
     assert readme.current(README.read_text()) == readme.markdown(report.load_all())
+
+
+def test_readme_says_what_the_clip_search_gains():
+    said = re.findall(r"(int\d) g\d+ from ([\d.]+) to ([\d.]+)", README.read_text().replace("\n", " "))
+    assert [name for name, *_ in said] == ["int4", "int3", "int2"]
+    weight = torch.randn(512, 2048)
+    for name, *figures in said:
+        for figure, clip_search in zip(figures, (False, True)):
+            error = reference.decode(rtn(weight, formats.get(name), clip_search=clip_search)) - weight
+            assert float(error.norm() / weight.norm()) == pytest.approx(float(figure), rel=0.01)
 
 
 def test_the_skeleton_kernel_runs(monkeypatch):
