@@ -14,6 +14,7 @@ import qkernels
 from qkernels import CheckpointError, FormatError, QuantLinear, UnsupportedError, load, replace_linear, restore_linear, save
 from qkernels.formats import Codebook, QuantFormat
 from qkernels.io import native
+from qkernels.kernels.cpu import library
 
 
 class Net(nn.Module):
@@ -258,6 +259,8 @@ def test_a_meta_buffer_that_is_never_saved(tmp_path):
 
 @pytest.mark.parametrize("name", ["mine", "nf4"])
 def test_save_refuses_a_codebook_that_load_would_not_find(name, tmp_path):
+    if reason := library.why_missing():
+        pytest.skip(f"no kernel here runs a format that is not registered: {reason}")
     code = Codebook(name, tuple(i / 15 for i in range(16)))  # "nf4" finds another one
     model = nn.Sequential(QuantLinear.from_linear(nn.Linear(64, 16), QuantFormat(code, (1, 32), "f32")))
     with pytest.raises(CheckpointError, match=f"0 has the format {name}_g32_sf32.*register"):
