@@ -63,10 +63,10 @@ def faster(contestant: str, other: str, m: int) -> Value:
 
 
 def worst(contestant: str, other: str, least_m: int = 1) -> Value:
-    """The lowest `faster` over all shapes and all M from `least_m` on."""
+    """The lowest `faster` over all M from `least_m` on."""
 
     def value(record: dict) -> float | None:
-        rows = [r for r in record["results"] if r["contestant"] == contestant and r["ok"] and r["m"] >= least_m]
+        rows = [r for r in record["results"] if (r["contestant"], r["shape"]) == (contestant, SHAPE) and r["ok"] and r["m"] >= least_m]
         return min((r["times_over"][other] for r in rows if other in r["times_over"]), default=None)
 
     return value

@@ -66,6 +66,9 @@ def test_goals():
     assert goals.judge_all(made)[0]["met"] is True
     made["results"].append(another)  # faster than reading alone: reading was disturbed
     assert goals.judge_all(made)[0]["met"] is None
+    small = row | {"contestant": goals.INT4_FLOAT, "shape": "64x64", "times_over": {goals.ATEN_INT4: 0.5}}
+    assert goals.worst(goals.INT4_FLOAT, goals.ATEN_INT4)({"results": [small]}) is None  # the goals are stated for one shape
+    assert goals.worst(goals.INT4_FLOAT, goals.ATEN_INT4)({"results": [small | {"shape": goals.SHAPE}]}) == 0.5
     assert judged["largest t(M+1)/t(M), M = 1…64"]["met"] is False
     assert judged["int4 M=16: over bf16 F.linear"]["met"] is None
 
