@@ -20,7 +20,8 @@ bool always() { return true; }
 // __builtin_cpu_supports asks CPUID and, through XGETBV, whether the operating system saves the registers.
 #ifdef QKERNELS_X86
 bool has_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
+         __builtin_cpu_supports("f16c");
 }
 #endif
 #ifdef QKERNELS_EMULATE  // csrc/emulated: every machine has these

@@ -53,18 +53,18 @@ struct Weight {
   int64_t n;
   int bits;
   CodeKind kind;
-  int offset;            // integer: value = code - offset;  int8 tables: value = entry - offset
+  int offset;  // integer: value = code - offset;  int8 tables: value = entry - offset
   const uint8_t* codes;  // [panels, k_padded * 2 * bits]
-  const void* scales;    // [panels, groups, scale_lanes]
+  const void* scales;  // [panels, groups, scale_lanes]
   Dtype scale_dtype;
-  int scale_lanes;    // 16: one a row; 1: one for the panel
+  int scale_lanes;  // 16: one a row; 1: one for the panel
   const void* zeros;  // like scales, or null
   Dtype zero_dtype;
   // Codes of up to 4 bits. Float kernels: the value of each code; integers are centred, that is code - 2^(bits - 1), and `centre` is
   // what a zero point has to be lessened by: the products cancel less, and the shortest conversion gives it.
   alignas(64) float table[16];
   alignas(64) uint16_t table_bf16[32];  // the same, twice over
-  alignas(64) uint8_t table_u8[16];     // as int8 + 128, for the int8 kernels, in units of 1/127 of the largest or exact
+  alignas(64) uint8_t table_u8[16];  // as int8 + 128, for the int8 kernels, in units of 1/127 of the largest or exact
   float centre;
   float alpha;  // multiplies everything
 };
@@ -73,9 +73,9 @@ static inline bool has_few_codes(const Weight& w) { return w.kind == CodeKind::i
 
 struct Activations {  // block by block: what a tile reads lies together, and rows are no power of two apart, which would share cache sets
   int64_t m;
-  void* values;     // per block [m, length]: int8, float or bf16. bf16: the 8 of a tile in the order 0 2 1 3 4 6 5 7, see Bf16Nibbles
-  float* sums;      // [blocks, m]  sum of the values
-  float* scales;    // [blocks, m]  int8 only
+  void* values;  // per block [m, length]: int8, float or bf16. bf16: the 8 of a tile in the order 0 2 1 3 4 6 5 7, see Bf16Nibbles
+  float* sums;  // [blocks, m]  sum of the values
+  float* scales;  // [blocks, m]  int8 only
   int32_t* starts;  // [blocks, m]  int8 only: what a block's sum of products starts from, as codes are unsigned
 };
 
@@ -86,7 +86,7 @@ struct Output {
 };
 
 struct Arithmetic {  // one way to multiply; a level that lacks it has nulls
-  int value_bytes;   // of an activation
+  int value_bytes;  // of an activation
   // rows m0…m1 of x [m, k] (row stride in elements) to Activations
   void (*prepare_rows)(const void* x, Dtype, int64_t stride, const Weight&, int64_t m0, int64_t m1, const Activations&);
   // rows m0…m1 times panels p0…p1; scratch: scratch_bytes of this thread, 64-byte aligned
@@ -98,15 +98,15 @@ struct Arithmetic {  // one way to multiply; a level that lacks it has nulls
 constexpr int MAX_CANDIDATES = 64;
 
 struct Grid {  // the values of a code, to round to
-  float low, high;           // integers: the ends
-  int count;                 // tables: values in ascending order; a number beyond thresholds[i] belongs to values[i + 1] or a later one
+  float low, high;  // integers: the ends
+  int count;  // tables: values in ascending order; a number beyond thresholds[i] belongs to values[i + 1] or a later one
   const float *values, *thresholds;  // null for integers
-  const uint8_t* codes;      // of each value
-  int sign;                  // tables of magnitudes: the bit of the code that negates; else 0
+  const uint8_t* codes;  // of each value
+  int sign;  // tables of magnitudes: the bit of the code that negates; else 0
 };
 
 struct Grouped {  // a weight before it is quantised, with one scale and zero per group, or several to choose from
-  const void* weight;        // [n, k]
+  const void* weight;  // [n, k]
   Dtype dtype;
   int64_t n, k, group_n, group_k, groups_k, groups;  // groups_k of the `groups` lie side by side
   const float *scales, *zeros;  // [groups, candidates]; zeros may be null
@@ -126,10 +126,10 @@ struct Level {
   int64_t (*read_bytes)(const char* p, int64_t bytes);  // roofline probe: read, and return a checksum
 };
 
-const Level* best_level();           // the highest that this machine has, or the one that was forced
-bool set_level(const char* name);    // "" takes the highest; false when this machine lacks it
+const Level* best_level();  // the highest that this machine has, or the one that was forced
+bool set_level(const char* name);  // "" takes the highest; false when this machine lacks it
 bool has_level(const char* name);
-bool pairs_pay();                    // this CPU adds bytes beside its products; where both share their ports, pairs are slower
-constexpr int64_t PAIRS_FROM = 24;   // rows of x from which they make up for a trip of the codes through scratch: measured on Zen4
+bool pairs_pay();  // this CPU adds bytes beside its products; where both share their ports, pairs are slower
+constexpr int64_t PAIRS_FROM = 24;  // rows of x from which they make up for a trip of the codes through scratch: measured on Zen4
 
 }  // namespace qk

@@ -13,7 +13,8 @@ constexpr int64_t SCRATCH_SCALES = MAX_CHUNK * WIDE * PANEL * 4;  // and as much
 constexpr int64_t CHUNK_CODES = 16 << 10;  // bytes of packed codes: half of L1
 constexpr int64_t PAIR_CODES = 16 << 10;  // bytes of unpacked codes: likewise
 constexpr int64_t FIRST_CODES = 8 << 10;  // of the next panels, which a tile that has all rows fetches: what lies behind, the machine does
-constexpr int64_t SCRATCH_WEIGHTS = WIDE * MAX_BLOCK * PANEL * 4;  // bytes: a block of floats, or several of shorter numbers; near L1's size
+constexpr int64_t SCRATCH_WEIGHTS =
+    WIDE * MAX_BLOCK * PANEL * 4;  // bytes: a block of floats, or several of shorter numbers; near L1's size
 
 struct Job {  // rows m0…m1 times PANELS panels from `panel` on, the last of them before p1
   const Weight& w;
@@ -76,9 +77,8 @@ template <class Source, int PANELS>
 void direct(const Job& j) {  // weights straight from their packed form
   const int64_t bytes_per_k = 2 * j.w.bits, stride = j.w.geometry.k_padded * bytes_per_k;
   const int64_t most_k = j.rows() <= MAX_ROWS<Source, PANELS> ? j.w.geometry.k_padded : CHUNK_CODES / (bytes_per_k * PANELS);
-  by_chunks<Source, PANELS>(j, most_k, [&](Chunk& chunk) {
-    chunk.codes = j.w.codes + j.panel * stride + chunk.k0 * bytes_per_k, chunk.panel_stride = stride;
-  });
+  by_chunks<Source, PANELS>(
+      j, most_k, [&](Chunk& chunk) { chunk.codes = j.w.codes + j.panel * stride + chunk.k0 * bytes_per_k, chunk.panel_stride = stride; });
 }
 
 // Of codes that are dear to decode: tiles of half the width and twice the height decode half as often.
@@ -181,5 +181,6 @@ constexpr Arithmetic BF16_ARITHMETIC = {2, rows_to_bf16, multiply<ByBf16>, probe
 constexpr Arithmetic BF16_ARITHMETIC = {};
 #endif
 
-#define QK_LEVEL(NAME) \
-  {NAME, S8_ARITHMETIC, PAIRS_ARITHMETIC, F32_ARITHMETIC, BF16_ARITHMETIC, int(SCRATCH_ACC + 3 * SCRATCH_SCALES + SCRATCH_WEIGHTS), dequantize, to_floats, best_scales, encode, read_bytes}
+#define QK_LEVEL(NAME)                                                                                                                    \
+  {NAME,       S8_ARITHMETIC, PAIRS_ARITHMETIC, F32_ARITHMETIC, BF16_ARITHMETIC, int(SCRATCH_ACC + 3 * SCRATCH_SCALES + SCRATCH_WEIGHTS), \
+   dequantize, to_floats,     best_scales,      encode,         read_bytes}

@@ -71,23 +71,28 @@ uint16_t nearest_bf16(float f) {  // of a finite number
   return uint16_t((u + 0x7fff + (u >> 16 & 1)) >> 16);
 }
 
-void check_dense(const Tensor& t, const char* what) { STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous(), what, " must be contiguous on the CPU"); }
+void check_dense(const Tensor& t, const char* what) {
+  STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous(), what, " must be contiguous on the CPU");
+}
 
 // Check everything that the kernels will rely on: a packed weight may come from anywhere.
 Weight weight_of(const Tensor& qweight, const Tensor& scales, const std::optional<Tensor>& zeros, const std::optional<Tensor>& table,
-                 const std::optional<Tensor>& tensor_scale, int64_t n, int64_t k, int64_t bits, int64_t group, const std::string& code, int64_t offset,
-                 double alpha, bool int8) {
-  STD_TORCH_CHECK(n >= 1 && k >= 1 && group >= 1 && bits >= 1 && bits <= 8, "n, k and group are at least 1, bits 1 to 8; got ", n, ", ", k, ", ", group, ", ", bits);
+                 const std::optional<Tensor>& tensor_scale, int64_t n, int64_t k, int64_t bits, int64_t group, const std::string& code,
+                 int64_t offset, double alpha, bool int8) {
+  STD_TORCH_CHECK(n >= 1 && k >= 1 && group >= 1 && bits >= 1 && bits <= 8, "n, k and group are at least 1, bits 1 to 8; got ", n, ", ", k,
+                  ", ", group, ", ", bits);
   Weight w{};
   w.geometry = make_geometry(k, group);
   const int64_t panels = (n + PANEL - 1) / PANEL;
   w.n = n, w.bits = int(bits), w.kind = kind_of(code), w.offset = int(offset), w.alpha = float(alpha);
   check_dense(qweight, "qweight");
-  STD_TORCH_CHECK(qweight.scalar_type() == ScalarType::Byte && qweight.numel() == panels * w.geometry.k_padded * 2 * bits, "qweight must hold ",
-                  panels * w.geometry.k_padded * 2 * bits, " bytes for this n, k, bits and group; it has ", qweight.numel());
+  STD_TORCH_CHECK(qweight.scalar_type() == ScalarType::Byte && qweight.numel() == panels * w.geometry.k_padded * 2 * bits,
+                  "qweight must hold ", panels * w.geometry.k_padded * 2 * bits, " bytes for this n, k, bits and group; it has ",
+                  qweight.numel());
   w.codes = static_cast<const uint8_t*>(qweight.const_data_ptr());
   check_dense(scales, "scales");
-  STD_TORCH_CHECK(scales.dim() == 3 && scales.size(0) == panels && scales.size(1) == w.geometry.groups && (scales.size(2) == 1 || scales.size(2) == PANEL),
+  STD_TORCH_CHECK(scales.dim() == 3 && scales.size(0) == panels && scales.size(1) == w.geometry.groups &&
+                      (scales.size(2) == 1 || scales.size(2) == PANEL),
                   "scales must be [", panels, ", ", w.geometry.groups, ", 1 or 16]");
   w.scales = scales.const_data_ptr(), w.scale_dtype = dtype_of(scales, "scales");
   if (w.scale_dtype == Dtype::u8) w.scale_dtype = Dtype::e8m0;  // the stable ABI has no such dtype yet: its bytes come instead
@@ -98,7 +103,8 @@ Weight weight_of(const Tensor& qweight, const Tensor& scales, const std::optiona
     w.zeros = zeros->const_data_ptr(), w.zero_dtype = dtype_of(*zeros, "zeros");
   }
   STD_TORCH_CHECK(table.has_value() == (w.kind == CodeKind::table), "code = table goes with a table, others without");
-  STD_TORCH_CHECK(!int8 || w.kind == CodeKind::integer || w.kind == CodeKind::table, "int8 activations go with integer codes and tables, not ", code);
+  STD_TORCH_CHECK(!int8 || w.kind == CodeKind::integer || w.kind == CodeKind::table,
+                  "int8 activations go with integer codes and tables, not ", code);
   if (w.kind == CodeKind::integer) {
     const int middle = 1 << (bits - 1);
     w.centre = float(middle - w.offset);
@@ -106,7 +112,8 @@ Weight weight_of(const Tensor& qweight, const Tensor& scales, const std::optiona
   }
   if (table) {
     check_dense(*table, "table");
-    STD_TORCH_CHECK(bits <= 4 && table->numel() == 16 && table->scalar_type() == ScalarType::Float, "a table is 16 floats, for codes of up to 4 bits");
+    STD_TORCH_CHECK(bits <= 4 && table->numel() == 16 && table->scalar_type() == ScalarType::Float,
+                    "a table is 16 floats, for codes of up to 4 bits");
     const auto* t = static_cast<const float*>(table->const_data_ptr());
     float largest = 0;
     for (int i = 0; i < 16; i++) w.table[i] = t[i], largest = std::max(largest, std::fabs(t[i]));
@@ -169,13 +176,15 @@ Tensor empty_rows(const Tensor& x, int64_t n) {
   AtenTensorHandle y = nullptr;
   int32_t dtype = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(x.dim(), sizes.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &y));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(x.dim(), sizes.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &y));
   return Tensor(y);
 }
 
 template <bool S8>
-Tensor linear(Tensor x, Tensor qweight, Tensor scales, std::optional<Tensor> zeros, std::optional<Tensor> table, std::optional<Tensor> tensor_scale,
-              std::optional<Tensor> bias, int64_t n, int64_t bits, int64_t group, std::string code, int64_t offset) {
+Tensor linear(Tensor x, Tensor qweight, Tensor scales, std::optional<Tensor> zeros, std::optional<Tensor> table,
+              std::optional<Tensor> tensor_scale, std::optional<Tensor> bias, int64_t n, int64_t bits, int64_t group, std::string code,
+              int64_t offset) {
   STD_TORCH_CHECK(x.is_cpu() && x.dim() >= 1, "x must be a CPU tensor of at least one dimension");
   const Dtype dtype = dtype_of(x, "x");
   STD_TORCH_CHECK(is_activation(dtype), "x must be float32, bfloat16 or float16");
@@ -208,12 +217,13 @@ Tensor linear(Tensor x, Tensor qweight, Tensor scales, std::optional<Tensor> zer
   return y;
 }
 
-Tensor dequantize(Tensor qweight, Tensor scales, std::optional<Tensor> zeros, std::optional<Tensor> table, std::optional<Tensor> tensor_scale, int64_t n,
-                  int64_t k, int64_t bits, int64_t group, std::string code, int64_t offset) {
+Tensor dequantize(Tensor qweight, Tensor scales, std::optional<Tensor> zeros, std::optional<Tensor> table,
+                  std::optional<Tensor> tensor_scale, int64_t n, int64_t k, int64_t bits, int64_t group, std::string code, int64_t offset) {
   const Weight w = weight_of(qweight, scales, zeros, table, tensor_scale, n, k, bits, group, code, offset, 1.0, false);
   Tensor out = torch::stable::new_empty(qweight, {n, k}, ScalarType::Float);
   auto* p = static_cast<float*>(out.mutable_data_ptr());
-  share(1, (n + PANEL - 1) / PANEL, n * k < 64 * 1024, [&](int64_t, int64_t, int64_t p0, int64_t p1) { best_level()->dequantize(w, p0, p1, p); });
+  share(1, (n + PANEL - 1) / PANEL, n * k < 64 * 1024,
+        [&](int64_t, int64_t, int64_t p0, int64_t p1) { best_level()->dequantize(w, p0, p1, p); });
   return out;
 }
 

@@ -37,12 +37,14 @@ Dtype weight_dtype(const Tensor& weight) {
 Grid grid_of(const Optional& values, const Optional& thresholds, const Optional& codes, int64_t low, int64_t high, int64_t sign) {
   Grid g{float(low), float(high), 0, nullptr, nullptr, nullptr, int(sign)};
   if (!values) {
-    STD_TORCH_CHECK(low < high && high - low <= 255 && low >= -255 && high <= 255, "low and high are the ends of at most 8 bits, not ", low, " and ", high);
+    STD_TORCH_CHECK(low < high && high - low <= 255 && low >= -255 && high <= 255, "low and high are the ends of at most 8 bits, not ", low,
+                    " and ", high);
     return g;
   }
   STD_TORCH_CHECK(thresholds && codes, "values come with thresholds and codes");
   const int64_t count = values->numel();
-  STD_TORCH_CHECK(count >= 2 && count <= 256 && sign >= 0 && sign <= 128, "a table has 2 to 256 values and a sign of up to 128, not ", count, " and ", sign);
+  STD_TORCH_CHECK(count >= 2 && count <= 256 && sign >= 0 && sign <= 128, "a table has 2 to 256 values and a sign of up to 128, not ",
+                  count, " and ", sign);
   g.count = int(count);
   g.values = checked<float>(*values, ScalarType::Float, count, "values");
   g.thresholds = checked<float>(*thresholds, ScalarType::Float, count - 1, "thresholds");
@@ -51,13 +53,15 @@ Grid grid_of(const Optional& values, const Optional& thresholds, const Optional&
 }
 
 Grouped grouped(const Tensor& weight, const Tensor& scales, const Optional& zeros, int64_t group_n, int64_t group_k, const Grid& grid) {
-  STD_TORCH_CHECK(weight.is_cpu() && weight.dim() == 2 && weight.is_contiguous() && weight.numel() > 0, "weight must be a contiguous matrix on the CPU");
+  STD_TORCH_CHECK(weight.is_cpu() && weight.dim() == 2 && weight.is_contiguous() && weight.numel() > 0,
+                  "weight must be a contiguous matrix on the CPU");
   STD_TORCH_CHECK(group_n >= 1 && group_k >= 1, "a group is at least 1 x 1, not ", group_n, " x ", group_k);
   Grouped w{};
   w.weight = weight.const_data_ptr(), w.dtype = weight_dtype(weight), w.n = weight.size(0), w.k = weight.size(1);
   w.group_n = std::min(group_n, w.n), w.group_k = std::min(group_k, w.k);
   w.groups_k = (w.k + w.group_k - 1) / w.group_k, w.groups = (w.n + w.group_n - 1) / w.group_n * w.groups_k;
-  STD_TORCH_CHECK(scales.dim() == 3 && scales.size(2) >= 1 && scales.size(2) <= MAX_CANDIDATES, "scales must be [N groups, K groups, 1 to ", MAX_CANDIDATES, "]");
+  STD_TORCH_CHECK(scales.dim() == 3 && scales.size(2) >= 1 && scales.size(2) <= MAX_CANDIDATES, "scales must be [N groups, K groups, 1 to ",
+                  MAX_CANDIDATES, "]");
   w.candidates = scales.size(2), w.grid = grid;
   w.scales = checked<float>(scales, ScalarType::Float, w.candidates * w.groups, "scales");
   STD_TORCH_CHECK(!zeros || grid.values == nullptr, "zeros go with integers only");
@@ -65,8 +69,8 @@ Grouped grouped(const Tensor& weight, const Tensor& scales, const Optional& zero
   return w;
 }
 
-std::tuple<Tensor, Tensor> best_scales(Tensor weight, Tensor scales, Optional zeros, Optional values, Optional thresholds, Optional codes, int64_t group_n,
-                                       int64_t group_k, int64_t low, int64_t high, int64_t sign) {
+std::tuple<Tensor, Tensor> best_scales(Tensor weight, Tensor scales, Optional zeros, Optional values, Optional thresholds, Optional codes,
+                                       int64_t group_n, int64_t group_k, int64_t low, int64_t high, int64_t sign) {
   const Grouped w = grouped(weight, scales, zeros, group_n, group_k, grid_of(values, thresholds, codes, low, high, sign));
   Tensor best = torch::stable::new_empty(scales, {scales.size(0), scales.size(1)}, ScalarType::Long);
   Tensor errors = torch::stable::new_empty(scales, {scales.size(0), scales.size(1)});
@@ -77,19 +81,22 @@ std::tuple<Tensor, Tensor> best_scales(Tensor weight, Tensor scales, Optional ze
   return {best, errors};
 }
 
-Tensor encode(Tensor weight, Tensor scales, Optional zeros, Optional values, Optional thresholds, Optional codes, int64_t group_n, int64_t group_k,
-              int64_t low, int64_t high, int64_t sign) {
+Tensor encode(Tensor weight, Tensor scales, Optional zeros, Optional values, Optional thresholds, Optional codes, int64_t group_n,
+              int64_t group_k, int64_t low, int64_t high, int64_t sign) {
   const Grouped w = grouped(weight, scales, zeros, group_n, group_k, grid_of(values, thresholds, codes, low, high, sign));
   Tensor out = torch::stable::new_empty(weight, {w.n, w.k}, ScalarType::Byte);
   auto* p = static_cast<uint8_t*>(out.mutable_data_ptr());
-  torch::stable::parallel_for(0, w.n, std::max<int64_t>(1, 64 * 1024 / w.k), [&](int64_t r0, int64_t r1) { best_level()->encode(w, r0, r1, p); });
+  torch::stable::parallel_for(0, w.n, std::max<int64_t>(1, 64 * 1024 / w.k),
+                              [&](int64_t r0, int64_t r1) { best_level()->encode(w, r0, r1, p); });
   return out;
 }
 
 }  // namespace
 }  // namespace qk
 
-#define QK_GROUPED "(Tensor weight, Tensor scales, Tensor? zeros, Tensor? values, Tensor? thresholds, Tensor? codes, int group_n, int group_k, int low, int high, int sign)"
+#define QK_GROUPED                                                                                                                       \
+  "(Tensor weight, Tensor scales, Tensor? zeros, Tensor? values, Tensor? thresholds, Tensor? codes, int group_n, int group_k, int low, " \
+  "int high, int sign)"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(qkernels, m) {
   m.def("cpu_best_scales" QK_GROUPED " -> (Tensor, Tensor)");

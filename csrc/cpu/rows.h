@@ -13,7 +13,8 @@ void to_floats(const void* x, Dtype dtype, int64_t first, int64_t count, float* 
   else floats_of<Dtype::f16>(x, first, count, out);
 }
 
-inline void load_block(const void* x, Dtype dtype, int64_t row, const Geometry& g, const Block& block, float* out) {  // zeros up to a multiple of 16
+inline void load_block(const void* x, Dtype dtype, int64_t row, const Geometry& g, const Block& block,
+                       float* out) {  // zeros up to a multiple of 16
   const int64_t in_group = block.k0 - block.group * g.group_padded, start = block.group * g.group + in_group;
   int64_t count = g.group - in_group;
   if (count > block.length) count = block.length;
@@ -37,7 +38,8 @@ inline int32_t round_to_s8(const float* v, int64_t count, float times, int8_t* o
 }
 
 template <class Work>  // work(floats, length, position in values, position in what a block has one of)
-inline void for_blocks(const void* x, Dtype dtype, int64_t stride, const Geometry& g, int64_t m0, int64_t m1, int64_t m_all, const Work& work) {
+inline void for_blocks(const void* x, Dtype dtype, int64_t stride, const Geometry& g, int64_t m0, int64_t m1, int64_t m_all,
+                       const Work& work) {
   alignas(64) float v[MAX_BLOCK];
   for (int64_t m = m0; m < m1; m++) {
     Block block = first_block(g);
@@ -77,7 +79,8 @@ inline float sum_of(const float* v, int64_t length) {
   for (int64_t i = 16; i < length; i += 16) sum = add_f(sum, load_f(v + i));
   alignas(64) float lanes[16];
   store_f(lanes, sum);
-  for (int n = 8; n > 0; n /= 2) for (int i = 0; i < n; i++) lanes[i] += lanes[i + n];
+  for (int n = 8; n > 0; n /= 2)
+    for (int i = 0; i < n; i++) lanes[i] += lanes[i + n];
   return lanes[0];
 }
 
@@ -108,7 +111,10 @@ inline void write_rows(const Weight& w, const Output& out, int64_t m0, int64_t m
   for (int64_t m = m0; m < m1; m++)
     for (int p = 0; p < panels; p++, acc += PANEL) {
       const int64_t n0 = (panel + p) * PANEL, columns = w.n - n0 < PANEL ? w.n - n0 : PANEL;
-      if (columns == PANEL) store_numbers(out.y, out.dtype, m * w.n + n0, out.bias ? add_f(load_f(acc), load_f(out.bias + n0)) : load_f(acc));
-      else for (int64_t j = 0; j < columns; j++) store_number(out.y, out.dtype, m * w.n + n0 + j, acc[j] + (out.bias ? out.bias[n0 + j] : 0.0f));
+      if (columns == PANEL)
+        store_numbers(out.y, out.dtype, m * w.n + n0, out.bias ? add_f(load_f(acc), load_f(out.bias + n0)) : load_f(acc));
+      else
+        for (int64_t j = 0; j < columns; j++)
+          store_number(out.y, out.dtype, m * w.n + n0 + j, acc[j] + (out.bias ? out.bias[n0 + j] : 0.0f));
     }
 }

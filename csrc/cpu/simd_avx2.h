@@ -1,7 +1,13 @@
 // 16 rows as two 256-bit vectors. Without VNNI: bytes are multiplied in pairs into 16 bits (vpmaddubsw), which saturates beyond 32767.
-struct F { __m256 a, b; };
-struct I { __m256i a, b; };
-struct B { __m256i a, b; };
+struct F {
+  __m256 a, b;
+};
+struct I {
+  __m256i a, b;
+};
+struct B {
+  __m256i a, b;
+};
 constexpr int ACCUMULATORS = 6, WIDE = 1;  // register tile: rows of x times panels; panels at most
 constexpr bool FETCH_AHEAD = false;  // measured: the tile is too small to hide it
 constexpr int64_t FEW_S8 = 36, FEW_INTEGERS = 36, FEW_TABLE = 6, FEW_BYTES = 36;  // see multiply.h
@@ -9,7 +15,10 @@ constexpr int64_t FEW_S8 = 36, FEW_INTEGERS = 36, FEW_TABLE = 6, FEW_BYTES = 36;
 inline F zero_f() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
 inline F set1_f(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 inline F load_f(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
-inline void store_f(float* p, F v) { _mm256_storeu_ps(p, v.a); _mm256_storeu_ps(p + 8, v.b); }
+inline void store_f(float* p, F v) {
+  _mm256_storeu_ps(p, v.a);
+  _mm256_storeu_ps(p + 8, v.b);
+}
 inline F add_f(F x, F y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
 inline F sub_f(F x, F y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
 inline F mul(F x, F y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
@@ -28,10 +37,14 @@ inline int32_t reduce(__m256i x, const Join& join) {
   v = join(v, _mm_shuffle_epi32(v, 0x4e));
   return _mm_cvtsi128_si32(join(v, _mm_shuffle_epi32(v, 0xb1)));
 }
-inline int32_t highest(I x) { return reduce(_mm256_max_epi32(x.a, x.b), [](__m128i a, __m128i b) { return _mm_max_epi32(a, b); }); }
+inline int32_t highest(I x) {
+  return reduce(_mm256_max_epi32(x.a, x.b), [](__m128i a, __m128i b) { return _mm_max_epi32(a, b); });
+}
 inline I zero_i() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 inline I add_i(I x, I y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
-inline int32_t total(I x) { return reduce(_mm256_add_epi32(x.a, x.b), [](__m128i a, __m128i b) { return _mm_add_epi32(a, b); }); }
+inline int32_t total(I x) {
+  return reduce(_mm256_add_epi32(x.a, x.b), [](__m128i a, __m128i b) { return _mm_add_epi32(a, b); });
+}
 inline I round_to_s8(F x, int8_t* out) {  // half to even
   const __m256i a = _mm256_cvtps_epi32(x.a), b = _mm256_cvtps_epi32(x.b);
   const __m256i halves = _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8);  // packing works within 128-bit lanes
@@ -64,8 +77,10 @@ inline __m256i broadcast_4(const int8_t* x) {
   return _mm256_set1_epi32(four);
 }
 
-template <bool NIBBLE> struct DotS8;
-template <> struct DotS8<true> {  // codes of up to 4 bits: 8 pair sums of at most 2 * 15 * 127 fit 16 bits
+template <bool NIBBLE>
+struct DotS8;
+template <>
+struct DotS8<true> {  // codes of up to 4 bits: 8 pair sums of at most 2 * 15 * 127 fit 16 bits
   static constexpr int FOLD_K = 32, BIAS = 0;
   I sum;
   __m256i a, b;
@@ -81,7 +96,8 @@ template <> struct DotS8<true> {  // codes of up to 4 bits: 8 pair sums of at mo
   }
   F value() const { return to_float(sum); }
 };
-template <> struct DotS8<false> {  // codes minus 128, as |w| times x with the sign of w: 2 * 128 * 127 fits
+template <>
+struct DotS8<false> {  // codes minus 128, as |w| times x with the sign of w: 2 * 128 * 127 fits
   static constexpr int FOLD_K = MAX_BLOCK, BIAS = 128;
   I sum;
   void start(int32_t value) { sum = set1_i(value); }
@@ -115,7 +131,8 @@ inline F centred(B v, int shift) {
 }
 inline __m256 look_up_16(__m256i v, int shift, const float* table) {
   const __m256i index = _mm256_srl_epi32(v, _mm_cvtsi32_si128(shift));
-  const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), index), high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), index);
+  const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), index),
+               high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), index);
   return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
 }
 inline F nibble_integers(const uint8_t* tile, int shift, const float*) { return centred<4>(load_b(tile), shift); }
@@ -131,7 +148,8 @@ inline I byte_lanes(const uint8_t* half, int i) {
   return {_mm256_and_si256(_mm256_srl_epi32(v.a, shift), mask), _mm256_and_si256(_mm256_srl_epi32(v.b, shift), mask)};
 }
 inline __m256 from_e4m3_8(__m256i c) {
-  const __m256i magnitude = _mm256_and_si256(c, _mm256_set1_epi32(0x7f)), sign = _mm256_slli_epi32(_mm256_and_si256(c, _mm256_set1_epi32(0x80)), 24);
+  const __m256i magnitude = _mm256_and_si256(c, _mm256_set1_epi32(0x7f)),
+                sign = _mm256_slli_epi32(_mm256_and_si256(c, _mm256_set1_epi32(0x80)), 24);
   const __m256 f = _mm256_mul_ps(_mm256_castsi256_ps(_mm256_slli_epi32(magnitude, 20)), _mm256_set1_ps(0x1p120f));
   const __m256i nan = _mm256_cmpeq_epi32(magnitude, _mm256_set1_epi32(0x7f));
   return _mm256_or_ps(_mm256_or_ps(f, _mm256_castsi256_ps(nan)), _mm256_castsi256_ps(sign));
@@ -140,7 +158,10 @@ inline __m256 from_e8m0_8(__m256i c) {  // code 0 is 2^-127, 255 is NaN
   const __m256i f = _mm256_max_epi32(_mm256_slli_epi32(c, 23), _mm256_set1_epi32(0x00400000));
   return _mm256_castsi256_ps(_mm256_or_si256(f, _mm256_cmpeq_epi32(c, _mm256_set1_epi32(255))));
 }
-inline F e4m3_values(const uint8_t* half, int i) { I c = byte_lanes(half, i); return {from_e4m3_8(c.a), from_e4m3_8(c.b)}; }
+inline F e4m3_values(const uint8_t* half, int i) {
+  I c = byte_lanes(half, i);
+  return {from_e4m3_8(c.a), from_e4m3_8(c.b)};
+}
 inline __m256 from_f16_8(const uint16_t* h) { return _mm256_cvtph_ps(load_half(h)); }
 inline F e5m2_values(const uint8_t* half, int i) {  // the upper byte of a half
   uint16_t h[16];

@@ -1,7 +1,9 @@
 // 16 rows as one 512-bit vector, with VNNI; bf16 dots and byte permutations where the unit is compiled for them.
 using F = __m512;
 using I = __m512i;
-struct B { __m512i v; };
+struct B {
+  __m512i v;
+};
 #ifdef QKERNELS_SMALL_TILES  // for the sanitizers: a quarter of the code to instrument
 constexpr int ACCUMULATORS = 4, WIDE = 4;
 #else
@@ -34,17 +36,19 @@ inline I round_to_s8(F x, int8_t* out) {  // half to even
 
 inline B load_b(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
 inline void store_b(uint8_t* p, B x) { _mm512_storeu_si512(p, x.v); }
-inline B nibbles(B x, int high) {
-  return {_mm512_and_si512(high ? _mm512_srli_epi16(x.v, 4) : x.v, _mm512_set1_epi8(15))};
-}
+inline B nibbles(B x, int high) { return {_mm512_and_si512(high ? _mm512_srli_epi16(x.v, 4) : x.v, _mm512_set1_epi8(15))}; }
 inline B look_up(const uint8_t* table, B index) {
   return {_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table))), index.v)};
 }
 // An accumulator stays in its register: GCC 12 would write it to the stack after every use, at a third of the speed.
 #ifdef QKERNELS_EMULATE  // no such registers
-template <class V> inline void hold(V&) {}
+template <class V>
+inline void hold(V&) {}
 #else
-template <class V> [[gnu::always_inline]] inline void hold(V& sum) { __asm__("" : "+v"(sum)); }
+template <class V>
+[[gnu::always_inline]] inline void hold(V& sum) {
+  __asm__("" : "+v"(sum));
+}
 #endif
 inline __m512i broadcast_32_bits(const void* x) {
   int32_t word;
@@ -52,7 +56,8 @@ inline __m512i broadcast_32_bits(const void* x) {
   return _mm512_set1_epi32(word);
 }
 
-template <bool NIBBLE> struct DotS8 {
+template <bool NIBBLE>
+struct DotS8 {
   static constexpr int FOLD_K = MAX_BLOCK, BIAS = 0;
   I sum;
   void start(int32_t value) { sum = _mm512_set1_epi32(value); }
@@ -83,9 +88,11 @@ inline I byte_lanes(const uint8_t* half, int i) {
   return _mm512_and_si512(_mm512_srl_epi32(_mm512_loadu_si512(half), _mm_cvtsi32_si128(8 * i)), _mm512_set1_epi32(255));
 }
 inline F from_e4m3_16(I c) {
-  const I magnitude = _mm512_and_si512(c, _mm512_set1_epi32(0x7f)), sign = _mm512_slli_epi32(_mm512_and_si512(c, _mm512_set1_epi32(0x80)), 24);
+  const I magnitude = _mm512_and_si512(c, _mm512_set1_epi32(0x7f)),
+          sign = _mm512_slli_epi32(_mm512_and_si512(c, _mm512_set1_epi32(0x80)), 24);
   F f = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(magnitude, 20)), _mm512_set1_ps(0x1p120f));
-  f = _mm512_mask_blend_ps(_mm512_cmpeq_epi32_mask(magnitude, _mm512_set1_epi32(0x7f)), f, _mm512_castsi512_ps(_mm512_set1_epi32(0x7fc00000)));
+  f = _mm512_mask_blend_ps(_mm512_cmpeq_epi32_mask(magnitude, _mm512_set1_epi32(0x7f)), f,
+                           _mm512_castsi512_ps(_mm512_set1_epi32(0x7fc00000)));
   return _mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(f), sign));
 }
 inline F e4m3_values(const uint8_t* half, int i) { return from_e4m3_16(byte_lanes(half, i)); }
@@ -104,7 +111,9 @@ inline F e5m2_values(const uint8_t* half, int i) {  // the upper byte of a half
 // Source: S. Winograd, A New Algorithm for Inner Product, 1968.
 #define QK_PAIRS
 constexpr int PAIR_ACCUMULATORS = ACCUMULATORS < 16 ? ACCUMULATORS : 16;
-struct Pair { B i, j; };  // bytes 4n…4n+3: codes of row n at k0…k0+3, and at k0+4…k0+7
+struct Pair {  // bytes 4n…4n+3: codes of row n at k0…k0+3, and at k0+4…k0+7
+  B i, j;
+};
 struct DotPairs {
   static constexpr int FOLD_K = MAX_BLOCK, BIAS = 0;
   I sum;
@@ -167,14 +176,16 @@ inline F load_numbers(const void* p, Dtype dtype, int64_t i) {
   switch (dtype) {
     case Dtype::f32: return _mm512_loadu_ps(static_cast<const float*>(p) + i);
     case Dtype::f16: return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(h)));
-    case Dtype::bf16: return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(h))), 16));
+    case Dtype::bf16:
+      return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(h))), 16));
     default: break;
   }
   const I lanes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(c)));
   if (dtype == Dtype::u8) return to_float(lanes);
   if (dtype == Dtype::e4m3) return from_e4m3_16(lanes);
   const F f = _mm512_castsi512_ps(_mm512_max_epi32(_mm512_slli_epi32(lanes, 23), _mm512_set1_epi32(0x00400000)));  // e8m0: code 0 is 2^-127
-  return _mm512_mask_blend_ps(_mm512_cmpeq_epi32_mask(lanes, _mm512_set1_epi32(255)), f, _mm512_castsi512_ps(_mm512_set1_epi32(0x7fc00000)));
+  return _mm512_mask_blend_ps(_mm512_cmpeq_epi32_mask(lanes, _mm512_set1_epi32(255)), f,
+                              _mm512_castsi512_ps(_mm512_set1_epi32(0x7fc00000)));
 }
 inline void store_numbers(void* p, Dtype dtype, int64_t i, F v) {
   if (dtype == Dtype::f32) return store_f(static_cast<float*>(p) + i, v);

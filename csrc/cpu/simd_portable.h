@@ -1,51 +1,118 @@
 // 16 rows at a time in plain C++: arrays that any compiler can keep in whatever vectors it has.
-struct F { float v[16]; };
-struct I { int32_t v[16]; };
-struct B { uint8_t v[64]; };
+struct F {
+  float v[16];
+};
+struct I {
+  int32_t v[16];
+};
+struct B {
+  uint8_t v[64];
+};
 constexpr int ACCUMULATORS = 4, WIDE = 1;  // register tile: rows of x times panels; panels at most
 constexpr bool FETCH_AHEAD = false;
 constexpr int64_t FEW_S8 = 4, FEW_INTEGERS = 4, FEW_TABLE = 4, FEW_BYTES = 4;  // see multiply.h
 
 inline F zero_f() { return F{}; }
-inline F set1_f(float x) { F r; for (auto& v : r.v) v = x; return r; }
-inline F load_f(const float* p) { F r; for (int i = 0; i < 16; i++) r.v[i] = p[i]; return r; }
-inline void store_f(float* p, F a) { for (int i = 0; i < 16; i++) p[i] = a.v[i]; }
-inline F add_f(F a, F b) { for (int i = 0; i < 16; i++) a.v[i] += b.v[i]; return a; }
-inline F sub_f(F a, F b) { for (int i = 0; i < 16; i++) a.v[i] -= b.v[i]; return a; }
-inline F mul(F a, F b) { for (int i = 0; i < 16; i++) a.v[i] *= b.v[i]; return a; }
-inline F fma(F a, F b, F c) { for (int i = 0; i < 16; i++) c.v[i] = __builtin_fmaf(a.v[i], b.v[i], c.v[i]); return c; }
-inline I magnitude_bits(F a) { I r; for (int i = 0; i < 16; i++) r.v[i] = int32_t(float_to_bits(a.v[i]) & 0x7fffffffu); return r; }
-inline I max_i(I a, I b) { for (int i = 0; i < 16; i++) if (b.v[i] > a.v[i]) a.v[i] = b.v[i]; return a; }
-inline int32_t highest(I a) { int32_t r = a.v[0]; for (int32_t v : a.v) r = v > r ? v : r; return r; }
+inline F set1_f(float x) {
+  F r;
+  for (auto& v : r.v) v = x;
+  return r;
+}
+inline F load_f(const float* p) {
+  F r;
+  for (int i = 0; i < 16; i++) r.v[i] = p[i];
+  return r;
+}
+inline void store_f(float* p, F a) {
+  for (int i = 0; i < 16; i++) p[i] = a.v[i];
+}
+inline F add_f(F a, F b) {
+  for (int i = 0; i < 16; i++) a.v[i] += b.v[i];
+  return a;
+}
+inline F sub_f(F a, F b) {
+  for (int i = 0; i < 16; i++) a.v[i] -= b.v[i];
+  return a;
+}
+inline F mul(F a, F b) {
+  for (int i = 0; i < 16; i++) a.v[i] *= b.v[i];
+  return a;
+}
+inline F fma(F a, F b, F c) {
+  for (int i = 0; i < 16; i++) c.v[i] = __builtin_fmaf(a.v[i], b.v[i], c.v[i]);
+  return c;
+}
+inline I magnitude_bits(F a) {
+  I r;
+  for (int i = 0; i < 16; i++) r.v[i] = int32_t(float_to_bits(a.v[i]) & 0x7fffffffu);
+  return r;
+}
+inline I max_i(I a, I b) {
+  for (int i = 0; i < 16; i++)
+    if (b.v[i] > a.v[i]) a.v[i] = b.v[i];
+  return a;
+}
+inline int32_t highest(I a) {
+  int32_t r = a.v[0];
+  for (int32_t v : a.v) r = v > r ? v : r;
+  return r;
+}
 inline I zero_i() { return I{}; }
-inline I add_i(I a, I b) { for (int i = 0; i < 16; i++) a.v[i] += b.v[i]; return a; }
-inline int32_t total(I a) { int32_t r = 0; for (int32_t v : a.v) r += v; return r; }
+inline I add_i(I a, I b) {
+  for (int i = 0; i < 16; i++) a.v[i] += b.v[i];
+  return a;
+}
+inline int32_t total(I a) {
+  int32_t r = 0;
+  for (int32_t v : a.v) r += v;
+  return r;
+}
 inline I round_to_s8(F a, int8_t* out) {  // half to even, in the adder
   I r;
   for (int i = 0; i < 16; i++) r.v[i] = out[i] = int8_t((a.v[i] + 0x1.8p23f) - 0x1.8p23f);
   return r;
 }
 
-inline B load_b(const uint8_t* p) { B r; __builtin_memcpy(r.v, p, 64); return r; }
+inline B load_b(const uint8_t* p) {
+  B r;
+  __builtin_memcpy(r.v, p, 64);
+  return r;
+}
 inline void store_b(uint8_t* p, B a) { __builtin_memcpy(p, a.v, 64); }
-inline B nibbles(B a, int high) { for (auto& v : a.v) v = high ? v >> 4 : v & 15; return a; }
-inline B look_up(const uint8_t* table, B index) { for (auto& v : index.v) v = table[v & 15]; return index; }
+inline B nibbles(B a, int high) {
+  for (auto& v : a.v) v = high ? v >> 4 : v & 15;
+  return a;
+}
+inline B look_up(const uint8_t* table, B index) {
+  for (auto& v : index.v) v = table[v & 15];
+  return index;
+}
 
-template <bool NIBBLE> struct DotS8 {  // sum[n] += sum of w[4n+i] * x[i]
+template <bool NIBBLE>
+struct DotS8 {  // sum[n] += sum of w[4n+i] * x[i]
   static constexpr int FOLD_K = MAX_BLOCK, BIAS = 0;
   I sum;
-  void start(int32_t value) { for (auto& v : sum.v) v = value; }
+  void start(int32_t value) {
+    for (auto& v : sum.v) v = value;
+  }
   void add(B w, const int8_t* x) {
-    for (int n = 0; n < 16; n++) for (int i = 0; i < 4; i++) sum.v[n] += int(w.v[4 * n + i]) * x[i];
+    for (int n = 0; n < 16; n++)
+      for (int i = 0; i < 4; i++) sum.v[n] += int(w.v[4 * n + i]) * x[i];
   }
   void fold() {}
-  F value() const { F r; for (int i = 0; i < 16; i++) r.v[i] = float(sum.v[i]); return r; }
+  F value() const {
+    F r;
+    for (int i = 0; i < 16; i++) r.v[i] = float(sum.v[i]);
+    return r;
+  }
 };
 struct DotF32 {
   static constexpr int FOLD_K = MAX_BLOCK;
   F sum;
   void start(int32_t) { sum = zero_f(); }
-  void add(F w, const float* x) { for (int i = 0; i < 16; i++) sum.v[i] += w.v[i] * *x; }
+  void add(F w, const float* x) {
+    for (int i = 0; i < 16; i++) sum.v[i] += w.v[i] * *x;
+  }
   void fold() {}
   F value() const { return sum; }
 };
@@ -56,11 +123,29 @@ inline F nibble_values(const uint8_t* tile, int shift, const float* table) {
   return r;
 }
 inline F nibble_integers(const uint8_t* tile, int shift, const float* table) { return nibble_values(tile, shift, table); }
-inline F byte_integers(const uint8_t* half, int i) { F r; for (int n = 0; n < 16; n++) r.v[n] = float(half[4 * n + i] - 128); return r; }
-inline F e4m3_values(const uint8_t* half, int i) { F r; for (int n = 0; n < 16; n++) r.v[n] = from_e4m3(half[4 * n + i]); return r; }
-inline F e5m2_values(const uint8_t* half, int i) { F r; for (int n = 0; n < 16; n++) r.v[n] = from_f16(uint16_t(half[4 * n + i] << 8)); return r; }
-inline F load_numbers(const void* p, Dtype dtype, int64_t i) { F r; for (int n = 0; n < 16; n++) r.v[n] = load_number(p, dtype, i + n); return r; }
-inline void store_numbers(void* p, Dtype dtype, int64_t i, F v) { for (int n = 0; n < 16; n++) store_number(p, dtype, i + n, v.v[n]); }
+inline F byte_integers(const uint8_t* half, int i) {
+  F r;
+  for (int n = 0; n < 16; n++) r.v[n] = float(half[4 * n + i] - 128);
+  return r;
+}
+inline F e4m3_values(const uint8_t* half, int i) {
+  F r;
+  for (int n = 0; n < 16; n++) r.v[n] = from_e4m3(half[4 * n + i]);
+  return r;
+}
+inline F e5m2_values(const uint8_t* half, int i) {
+  F r;
+  for (int n = 0; n < 16; n++) r.v[n] = from_f16(uint16_t(half[4 * n + i] << 8));
+  return r;
+}
+inline F load_numbers(const void* p, Dtype dtype, int64_t i) {
+  F r;
+  for (int n = 0; n < 16; n++) r.v[n] = load_number(p, dtype, i + n);
+  return r;
+}
+inline void store_numbers(void* p, Dtype dtype, int64_t i, F v) {
+  for (int n = 0; n < 16; n++) store_number(p, dtype, i + n, v.v[n]);
+}
 inline void expand_bits(const uint8_t* stream, int bits, uint8_t* codes) {  // 64 codes of `bits` bits, one a byte
   for (int o = 0; o < 8; o++, stream += bits, codes += 8) {
     uint64_t word = 0;

@@ -50,7 +50,9 @@ struct F32Unpacked : F32 {
 };
 struct F32Integers : F32 {  // of 4 bits
   static constexpr int TILE_BYTES = 64;
-  static F weight(const uint8_t* tile, int step, const Weight& w) { return nibble_integers(tile, 8 * (step & 3) + 4 * (step >> 2), w.table); }
+  static F weight(const uint8_t* tile, int step, const Weight& w) {
+    return nibble_integers(tile, 8 * (step & 3) + 4 * (step >> 2), w.table);
+  }
 };
 struct F32Table : F32 {
   static constexpr int TILE_BYTES = 64;
@@ -75,7 +77,9 @@ struct Bf16Unpacked : Bf16 {
 };
 struct Bf16Nibbles : Bf16 {
   static constexpr int TILE_BYTES = 64;
-  static B weight(const uint8_t* tile, int step, const Weight& w) { return nibble_pairs(tile, 8 * (step & 1) + 4 * (step >> 1), w.table_bf16); }
+  static B weight(const uint8_t* tile, int step, const Weight& w) {
+    return nibble_pairs(tile, 8 * (step & 1) + 4 * (step >> 1), w.table_bf16);
+  }
 };
 struct Bf16Bytes : Bf16 {  // 8-bit integers
   static constexpr int TILE_BYTES = 128;
@@ -97,14 +101,14 @@ constexpr bool is_paired = is_s8<Source> && Source::STEPS == 1;
 #define QK_WITH(I) [&](auto I) __attribute__((always_inline))
 template <int COUNT, class Work>
 [[gnu::always_inline]] inline void each(const Work& work) {
-  [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) { (work(std::integral_constant<int, I>{}), ...); }
-  (std::make_integer_sequence<int, COUNT>{});
+  [&]<int... I>(std::integer_sequence<int, I...>)
+      __attribute__((always_inline)) { (work(std::integral_constant<int, I>{}), ...); }(std::make_integer_sequence<int, COUNT>{});
 }
 
 // Packed codes that will be read next are fetched into L2 meanwhile, evenly: a burst of fetches would hold up the loads behind it.
 struct Ahead {
   const uint8_t *at, *end;  // of the first panel
-  int64_t stride, step;     // bytes to the next panel's, and from one tile of 8 k to the next
+  int64_t stride, step;  // bytes to the next panel's, and from one tile of 8 k to the next
   template <int PANELS>
   [[gnu::always_inline]] void fetch() {
     if (!FETCH_AHEAD || at >= end) return;
@@ -119,7 +123,8 @@ struct Sums {
   typename Source::Dot dot[ROWS][PANELS];
 
   // Tiles of k columns; panel_stride and x_stride lead to the next panel and row.
-  [[gnu::always_inline]] void add(const Weight& w, const uint8_t* codes, int64_t panel_stride, const X* x, int64_t x_stride, int64_t k, Ahead& ahead) {
+  [[gnu::always_inline]] void add(const Weight& w, const uint8_t* codes, int64_t panel_stride, const X* x, int64_t x_stride, int64_t k,
+                                  Ahead& ahead) {
     constexpr int STEP_K = TILE_K / Source::STEPS;
     const X* end = x + k;
     do {  // once at least: were it to be skipped, GCC would keep the sums on the stack for that case
@@ -132,7 +137,8 @@ struct Sums {
       codes += Source::TILE_BYTES, x += TILE_K;
     } while (x < end);
   }
-  [[gnu::always_inline]] void add_block(const Weight& w, const uint8_t* codes, int64_t panel_stride, const X* x, int64_t length, Ahead& ahead) {
+  [[gnu::always_inline]] void add_block(const Weight& w, const uint8_t* codes, int64_t panel_stride, const X* x, int64_t length,
+                                        Ahead& ahead) {
     constexpr int64_t FOLD_K = Source::Dot::FOLD_K;
     if constexpr (FOLD_K == MAX_BLOCK) return add(w, codes, panel_stride, x, length, length, ahead);
     for (int64_t k = 0; k < length; k += FOLD_K, codes += FOLD_K / TILE_K * Source::TILE_BYTES) {
@@ -147,20 +153,21 @@ constexpr int MAX_CHUNK = 32;
 struct Chunk {  // of K, for PANELS panels
   int64_t first, count, k0, k;  // blocks first…first + count, which are the columns k0…k0 + k
   Block blocks[MAX_CHUNK];
-  int64_t panel;            // the first
-  const uint8_t* codes;     // its codes, in the form of a source
-  int64_t panel_stride;     // bytes to the next panel's
-  bool decoded;             // scales and shifts are there; else a tile decodes them, block by block: their memory is waited for beside the codes'
-  float* scales;            // [count, PANELS, 16]
-  float* shifts;            // likewise: scale * (code - zero) is scale * code + shift; or null
-  const int32_t* columns;   // likewise, of paired codes: what they add among themselves
+  int64_t panel;  // the first
+  const uint8_t* codes;  // its codes, in the form of a source
+  int64_t panel_stride;  // bytes to the next panel's
+  bool decoded;  // scales and shifts are there; else a tile decodes them, block by block: their memory is waited for beside the codes'
+  float* scales;  // [count, PANELS, 16]
+  float* shifts;  // likewise: scale * (code - zero) is scale * code + shift; or null
+  const int32_t* columns;  // likewise, of paired codes: what they add among themselves
   Ahead ahead;
 };
 
 // work(16 numbers, one a row; where they belong in [count, PANELS, 16]) for blocks first…last and every panel. The dtype is a constant of the
 // loops: as a switch within them, decoding the scales took a tenth of the time of one row of x.
 template <int PANELS, class Work>
-inline void for_numbers(const Chunk& chunk, int64_t first, int64_t last, int64_t groups, const void* numbers, Dtype dtype, int lanes, const Work& work) {
+inline void for_numbers(const Chunk& chunk, int64_t first, int64_t last, int64_t groups, const void* numbers, Dtype dtype, int lanes,
+                        const Work& work) {
   const auto all = [&](auto kind) {
     for (int p = 0; p < PANELS; p++)
       for (int64_t b = first; b < last; b++) {
@@ -183,11 +190,13 @@ template <bool CENTRED, int PANELS>
   float *scales = chunk.scales, *shifts = chunk.shifts;
   const F alpha = set1_f(w.alpha), centre = set1_f(CENTRED ? w.centre : 0.0f);
   const int64_t groups = w.geometry.groups;
-  for_numbers<PANELS>(chunk, first, last, groups, w.scales, w.scale_dtype, w.scale_lanes, [&](F s, int64_t at) { store_f(scales + at, mul(s, alpha)); });
+  for_numbers<PANELS>(chunk, first, last, groups, w.scales, w.scale_dtype, w.scale_lanes,
+                      [&](F s, int64_t at) { store_f(scales + at, mul(s, alpha)); });
   if (shifts == nullptr) return;
   const auto shift = [&](F zero, int64_t at) { store_f(shifts + at, mul(load_f(scales + at), sub_f(centre, zero))); };
   if (w.zeros != nullptr) for_numbers<PANELS>(chunk, first, last, groups, w.zeros, w.zero_dtype, PANEL, shift);
-  else for (int64_t at = first * PANELS * PANEL; at < last * PANELS * PANEL; at += PANEL) shift(zero_f(), at);
+  else
+    for (int64_t at = first * PANELS * PANEL; at < last * PANELS * PANEL; at += PANEL) shift(zero_f(), at);
 }
 
 // Out of line: where there is nothing to shift, GCC finds better registers for the rest.

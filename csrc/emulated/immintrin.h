@@ -54,8 +54,8 @@ inline V lanes(Lane lane) {  // lane 0 is the lowest
 inline float half_to_float(uint16_t h) {
   const uint32_t sign = uint32_t(h & 0x8000) << 16, magnitude = uint32_t(h & 0x7fff) << 13;
   uint32_t f = bits<uint32_t>(bits<float>(magnitude) * 0x1p112f);  // the exponents' biases are 112 apart
-  if (magnitude >= 0x0f800000) f = magnitude | 0x7f800000;         // infinity, NaN
-  if (magnitude > 0x0f800000) f |= 0x00400000;                     // a NaN comes out quiet
+  if (magnitude >= 0x0f800000) f = magnitude | 0x7f800000;  // infinity, NaN
+  if (magnitude > 0x0f800000) f |= 0x00400000;  // a NaN comes out quiet
   return bits<float>(sign | f);
 }
 
@@ -91,10 +91,17 @@ inline void _mm256_storeu_si256(__m256i* p, __m256i v) { std::memcpy(p, &v, size
 inline void _mm_storeu_si128(__m128i* p, __m128i v) { std::memcpy(p, &v, sizeof(v)); }
 inline __m512 _mm512_setzero_ps() { return __m512{}; }
 inline __m512i _mm512_setzero_si512() { return __m512i{}; }
-inline __m512 _mm512_set1_ps(float x) { return emulated::lanes<__m512>([=](size_t) { return x; }); }
-inline __m512i _mm512_set1_epi8(char x) { return (__m512i)emulated::lanes<emulated::u8x64>([=](size_t) { return uint8_t(x); }); }
-inline __m512i _mm512_set1_epi32(int x) { return (__m512i)emulated::lanes<emulated::i32x16>([=](size_t) { return x; }); }
-inline __m512i _mm512_set_epi32(int p, int o, int n, int m, int l, int k, int j, int i, int h, int g, int f, int e, int d, int c, int b, int a) {
+inline __m512 _mm512_set1_ps(float x) {
+  return emulated::lanes<__m512>([=](size_t) { return x; });
+}
+inline __m512i _mm512_set1_epi8(char x) {
+  return (__m512i)emulated::lanes<emulated::u8x64>([=](size_t) { return uint8_t(x); });
+}
+inline __m512i _mm512_set1_epi32(int x) {
+  return (__m512i)emulated::lanes<emulated::i32x16>([=](size_t) { return x; });
+}
+inline __m512i _mm512_set_epi32(int p, int o, int n, int m, int l, int k, int j, int i, int h, int g, int f, int e, int d, int c, int b,
+                                int a) {
   return (__m512i)emulated::i32x16{a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p};
 }
 inline __m512i _mm512_set1_epi64(long long x) { return __m512i{x, x, x, x, x, x, x, x}; }
@@ -102,7 +109,8 @@ inline __m512i _mm512_set_epi64(long long h, long long g, long long f, long long
   return __m512i{a, b, c, d, e, f, g, h};
 }
 inline __m512i _mm512_maskz_loadu_epi8(__mmask64 mask, const void* p) {  // what is masked out is not touched
-  return (__m512i)emulated::lanes<emulated::u8x64>([=](size_t i) { return mask >> i & 1 ? static_cast<const uint8_t*>(p)[i] : uint8_t(0); });
+  return (__m512i)emulated::lanes<emulated::u8x64>(
+      [=](size_t i) { return mask >> i & 1 ? static_cast<const uint8_t*>(p)[i] : uint8_t(0); });
 }
 inline void _mm512_mask_storeu_epi8(void* p, __mmask64 mask, __m512i v) {  // likewise
   const auto bytes = (emulated::u8x64)v;
@@ -118,8 +126,12 @@ inline __m512 _mm512_castsi512_ps(__m512i v) { return (__m512)v; }
 inline __m512i _mm512_castps_si512(__m512 v) { return (__m512i)v; }
 inline __m512i _mm512_and_si512(__m512i a, __m512i b) { return a & b; }
 inline __m512i _mm512_or_si512(__m512i a, __m512i b) { return a | b; }
-inline __m512i _mm512_slli_epi32(__m512i v, unsigned count) { return count > 31 ? __m512i{} : (__m512i)((emulated::u32x16)v << uint32_t(count)); }
-inline __m512i _mm512_srli_epi16(__m512i v, unsigned count) { return count > 15 ? __m512i{} : (__m512i)((emulated::u16x32)v >> uint16_t(count)); }
+inline __m512i _mm512_slli_epi32(__m512i v, unsigned count) {
+  return count > 31 ? __m512i{} : (__m512i)((emulated::u32x16)v << uint32_t(count));
+}
+inline __m512i _mm512_srli_epi16(__m512i v, unsigned count) {
+  return count > 15 ? __m512i{} : (__m512i)((emulated::u16x32)v >> uint16_t(count));
+}
 inline __m512i _mm512_srl_epi32(__m512i v, __m128i count) {  // by the low 64 bits of count
   const uint64_t n = ((emulated::u64x2)count)[0];
   return n > 31 ? __m512i{} : (__m512i)((emulated::u32x16)v >> uint32_t(n));
@@ -132,8 +144,12 @@ inline __m512i _mm512_sll_epi32(__m512i v, __m128i count) {
   const uint64_t n = ((emulated::u64x2)count)[0];
   return n > 31 ? __m512i{} : (__m512i)((emulated::u32x16)v << uint32_t(n));
 }
-inline __m512i _mm512_srli_epi32(__m512i v, unsigned count) { return count > 31 ? __m512i{} : (__m512i)((emulated::u32x16)v >> uint32_t(count)); }
-inline __m512i _mm512_srli_epi64(__m512i v, unsigned count) { return count > 63 ? __m512i{} : (__m512i)((emulated::u64x8)v >> uint64_t(count)); }
+inline __m512i _mm512_srli_epi32(__m512i v, unsigned count) {
+  return count > 31 ? __m512i{} : (__m512i)((emulated::u32x16)v >> uint32_t(count));
+}
+inline __m512i _mm512_srli_epi64(__m512i v, unsigned count) {
+  return count > 63 ? __m512i{} : (__m512i)((emulated::u64x8)v >> uint64_t(count));
+}
 inline __m512i _mm512_srai_epi32(__m512i v, unsigned count) { return (__m512i)((emulated::i32x16)v >> int32_t(count > 31 ? 31 : count)); }
 inline __m512i _mm512_xor_si512(__m512i a, __m512i b) { return a ^ b; }
 inline __m512i _mm512_add_epi8(__m512i a, __m512i b) { return (__m512i)((emulated::u8x64)a + (emulated::u8x64)b); }
@@ -235,9 +251,8 @@ inline __m512i _mm512_mask_blend_epi32(__mmask16 mask, __m512i zeros, __m512i on
 
 inline __m512 _mm512_cvtepi32_ps(__m512i v) { return __builtin_convertvector((emulated::i32x16)v, __m512); }
 inline __m512i _mm512_cvtps_epi32(__m512 v) {  // to nearest even; what does not fit is the least number
-  return (__m512i)emulated::lanes<emulated::i32x16>([&](size_t i) {
-    return v[i] >= -0x1p31f && v[i] < 0x1p31f ? int32_t(__builtin_rintf(v[i])) : INT32_MIN;
-  });
+  return (__m512i)emulated::lanes<emulated::i32x16>(
+      [&](size_t i) { return v[i] >= -0x1p31f && v[i] < 0x1p31f ? int32_t(__builtin_rintf(v[i])) : INT32_MIN; });
 }
 inline __m128i _mm512_cvtepi32_epi8(__m512i v) { return (__m128i) __builtin_convertvector((emulated::i32x16)v, emulated::i8x16); }
 inline __m512i _mm512_cvtepu8_epi32(__m128i v) { return (__m512i) __builtin_convertvector((emulated::u8x16)v, emulated::u32x16); }
@@ -271,9 +286,8 @@ inline __mmask16 _mm512_cmp_ps_mask(__m512 a, __m512 b, int) {  // _CMP_UNORD_Q:
   return __mmask16(mask);
 }
 inline __m512 _mm512_dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {  // two roundings: the odd product is added first
-  return emulated::lanes<__m512>([&](size_t i) {
-    return emulated::fma_bf16(a[2 * i], b[2 * i], emulated::fma_bf16(a[2 * i + 1], b[2 * i + 1], sum[i]));
-  });
+  return emulated::lanes<__m512>(
+      [&](size_t i) { return emulated::fma_bf16(a[2 * i], b[2 * i], emulated::fma_bf16(a[2 * i + 1], b[2 * i + 1], sum[i])); });
 }
 
 }  // namespace
