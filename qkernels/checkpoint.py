@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from qkernels import formats
-from qkernels.convert import _set
+from qkernels.convert import _set, tie_key
 from qkernels.errors import CheckpointError, FormatError
 from qkernels.io import native
 from qkernels.linear import QuantLinear
@@ -62,10 +62,9 @@ def stored_names(state: Mapping[str, torch.Tensor], layers: Mapping[str, Mapping
     tied: dict[str, str] = {}
     for name, t in state.items():
         layer = layers.get(name.rpartition(".")[0])
-        if layer is None:  # tied tensors lie in the same memory; on the meta device, which has none, they are the same object
-            key = id(t) if t.is_meta else (t.untyped_storage().data_ptr(), t.storage_offset(), t.shape, t.dtype)
-            if t.numel() and seen.setdefault(key, name) != name:
-                tied[name] = seen[key]
+        if layer is None:
+            if t.numel() and seen.setdefault(tie_key(t), name) != name:
+                tied[name] = seen[tie_key(t)]
                 continue
         elif "shared_with" in layer:
             continue

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import nn
@@ -139,25 +140,41 @@ def _choose(
     meta: bool = False,
 ) -> tuple[list[tuple[str, nn.Linear]], dict[str, str]]:
     """The linears to replace, and name -> reason for the others; `meta` takes those without data too. UnsupportedError if none is left."""
-    owners: dict[int, set[int]] = {}
+    owners: dict[Any, set[int]] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), set()).add(id(module))
-    chosen: list[tuple[str, nn.Linear]] = []
-    skipped: dict[str, str] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, nn.Linear):
-            parent = model.get_submodule(name.rpartition(".")[0])
-            reason = _why_skip(name, module, _globs(include), _globs(exclude) or (), filter_fn, owners, parent)
-            if reason is None and module.weight.is_meta and not meta:
-                reason = "its weight is on the meta device"
-            if reason is None:
-                chosen.append((name, module))
-            else:
-                skipped[name] = reason
+            owners.setdefault(tie_key(parameter), set()).add(id(module))
+    linears = [(name, m) for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.Linear)]
+    reasons: dict[str, str | None] = {}
+    of_module: dict[int, list[str | None]] = {}
+    for name, module in linears:
+        parent = model.get_submodule(name.rpartition(".")[0])
+        reason = _why_skip(name, module, _globs(include), _globs(exclude) or (), filter_fn, owners, parent)
+        if reason is None and module.weight.is_meta and not meta:
+            reason = "its weight is on the meta device"
+        reasons[name] = reason
+        of_module.setdefault(id(module), []).append(reason)
+    reasons = {name: _of_all_names(reasons[name], of_module[id(module)]) for name, module in linears}
+    chosen = [(name, module) for name, module in linears if reasons[name] is None]
+    skipped = {name: reason for name, reason in reasons.items() if reason is not None}
     if not chosen:
         raise UnsupportedError("found nothing to replace", skipped or {"model": f"{type(model).__name__} has no nn.Linear"})
     return chosen, skipped
+
+
+def _of_all_names(own: str | None, reasons: Sequence[str | None]) -> str | None:
+    """Keep a module of several names one: it is replaced where `include` has any of them, and left alone where any is skipped for more."""
+    if None not in reasons:
+        return own
+    others = [reason for reason in reasons if reason is not None and not reason.startswith(_NOT_INCLUDED)]
+    return (own or f"another name of it was skipped: {others[0]}") if others else None
+
+
+def tie_key(t: torch.Tensor) -> Any:
+    """Equal for tied tensors: those lie in the same memory; where there is none (meta, sparse), they are the same object."""
+    if t.is_meta or t.layout != torch.strided or not t.numel():
+        return id(t)
+    return t.untyped_storage().data_ptr(), t.storage_offset(), t.shape, t.dtype
 
 
 def _why_skip(
@@ -166,7 +183,7 @@ def _why_skip(
     include: Sequence[str] | None,
     exclude: Sequence[str],
     filter_fn: Callable[[nn.Module, str], bool] | None,
-    owners: dict[int, set[int]],
+    owners: dict[Any, set[int]],
     parent: nn.Module,
 ) -> str | None:
     if name == "":
@@ -176,10 +193,10 @@ def _why_skip(
     if type(module) is not nn.Linear:
         return f"a {type(module).__name__}, not a plain nn.Linear"
     if include is not None and not _matches(name, include):
-        return f"not in include={list(include)}"
+        return f"{_NOT_INCLUDED}{list(include)}"
     if _matches(name, exclude):
         return f"excluded by {list(exclude)}"
-    if len(owners.get(id(module.weight), ())) > 1:
+    if len(owners.get(tie_key(module.weight), ())) > 1:
         return "its weight is tied to another module's"
     if "forward" in vars(module) or any(vars(module)[kind] for kind in _HOOKS):
         return "it has hooks or a forward of its own, which a replacement would lose"
@@ -190,6 +207,7 @@ def _why_skip(
     return None
 
 
+_NOT_INCLUDED = "not in include="
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 

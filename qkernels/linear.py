@@ -79,14 +79,18 @@ class QuantLinear(nn.Linear):
     ) -> QuantLinear:
         """Quantise an `nn.Linear`. The bias is shared, not copied; on the meta device there is nothing to quantise yet.
 
-        Raises FormatError on NaN or infinite weights.
+        Raises FormatError on NaN or infinite weights, and when a quantizer of one's own returns something else than was asked for.
         """
         if linear.weight.is_meta:
             n, k = linear.weight.shape
             layer = cls(k, n, False, format, compute=compute, kernel=kernel, device="meta", dtype=linear.weight.dtype)
             layer.bias = linear.bias
             return layer.train(linear.training)
-        q = quantizers.get(quantizer)(linear.weight.detach(), formats.get(format))
+        wanted = formats.get(format), tuple(linear.weight.shape)
+        q = quantizers.get(quantizer)(linear.weight.detach(), wanted[0])
+        if not isinstance(q, QuantTensor) or (q.format, q.shape) != wanted:
+            made = f"{q.format.name} {list(q.shape)}" if isinstance(q, QuantTensor) else f"a {type(q).__name__}"
+            raise FormatError(f"the quantizer returned {made}; a QuantTensor {wanted[0].name} {list(wanted[1])} was asked for")
         return cls.from_quant_tensor(q, linear.bias, compute=compute, kernel=kernel, dtype=linear.weight.dtype).train(linear.training)
 
     @classmethod
@@ -285,8 +289,8 @@ _SAID: set[str] = set()
 
 
 def _say_if_slow(plan: Plan) -> None:
-    """Warn when the reference kernel has to serve, for want of another: once for every reason."""
-    if plan.kernel.backend != "reference" or len(plan.costs) > 1:
+    """Warn when the reference kernel has to serve: once for every reason."""
+    if plan.kernel.backend != "reference":
         return
     reasons = "; ".join(f"{name}: {reason}" for name, reason in sorted(plan.rejected.items()))
     if reasons not in _SAID:

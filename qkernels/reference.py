@@ -115,9 +115,11 @@ def ordered(code: Float | Codebook) -> Ordered:
 
 
 def check_finite(weight: Tensor, what: str = "the weight") -> None:
-    """Raise FormatError when `weight` is not a 2-D float matrix of finite numbers."""
+    """Raise FormatError when `weight` is not a dense 2-D matrix of finite float64, float32, bfloat16 or float16."""
     if weight.dim() != 2 or not weight.is_floating_point():
         raise FormatError(f"{what} must be a 2-D float matrix, not {list(weight.shape)} {weight.dtype}")
+    if weight.layout != torch.strided or weight.dtype.itemsize < 2:
+        raise FormatError(f"{what} is {weight.dtype}, {weight.layout}: write `.to_dense()` or `.to(torch.bfloat16)` first")
     if 0 in weight.shape:
         raise FormatError(f"{what} is empty: {list(weight.shape)}")
     if not all(torch.isfinite(end) for end in torch.aminmax(weight)):  # one pass: a NaN is both

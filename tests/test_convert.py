@@ -76,7 +76,7 @@ def test_what_is_replaced():
     ("options", "expected"),
     [
         ({"include": "blocks.0.*"}, EVERY[:2]),
-        ({"include": ["shared", "blocks.1.2"]}, ["blocks.1.2", "shared"]),
+        ({"include": ["shared", "blocks.1.2"]}, ["blocks.1.2", "shared", "again"]),
         ({"include": "0"}, ["blocks.0.0", "blocks.1.0"]),
         ({"exclude": ["blocks.*", "lm_head"]}, ["shared", "again"]),
         ({"exclude": ()}, [*EVERY, "lm_head"]),
@@ -91,6 +91,44 @@ def test_report():
     text = str(quantized("int8")[1])
     for part in (*EVERY, "u8b128_g-1_sf32", "6 layers", "x smaller", "skipped head"):
         assert part in text
+
+
+def test_a_layer_of_two_names_stays_one():
+    model = Net()
+    report = replace_linear(model, exclude=("again", "lm_head"))
+    assert model.shared is model.again and type(model.shared) is nn.Linear
+    assert "excluded by" in report.skipped["again"] and "another name" in report.skipped["shared"]
+
+
+def test_weights_in_one_memory_are_tied():
+    """Two Parameters over one storage, as `nn.Parameter(embedding.weight.data)` makes them."""
+    model = nn.ModuleDict({"embed": nn.Embedding(64, 32), "head": nn.Linear(32, 64, bias=False), "other": nn.Linear(32, 32)})
+    model["head"].weight = nn.Parameter(model["embed"].weight.data)
+    report = replace_linear(model)
+    assert "tied" in report.skipped["head"] and [row.name for row in report.replaced] == ["other"]
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "message"),
+    [
+        (lambda w, f: qkernels.quantize(torch.randn(3, 4), f), r"u4b8_g128_sf16 \[3, 4\]; a QuantTensor u4b8_g128_sf16 \[8, 64\]"),
+        (lambda w, f: qkernels.quantize(w, "int8"), r"returned u8b128_g-1_sf32 \[8, 64\]"),
+        (lambda w, f: w, "returned a Tensor"),
+    ],
+)
+def test_a_quantizer_must_return_what_was_asked_for(quantizer, message):
+    model = nn.Sequential(nn.Linear(64, 8))
+    with pytest.raises(FormatError, match=f"layer 0: the quantizer .*{message}"):
+        replace_linear(model, "int4", quantizer=quantizer)
+    assert type(model[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("weight", [torch.randn(8, 64).to(torch.float8_e4m3fn), torch.randn(8, 64).to_sparse()])
+def test_weights_that_cannot_be_read_are_named(weight):
+    model = nn.Sequential(nn.Linear(64, 8))
+    model[0].weight = nn.Parameter(weight, requires_grad=False)
+    with pytest.raises(FormatError, match=r"layer 0: the weight is torch\.float.*write"):
+        replace_linear(model)
 
 
 def test_a_shared_layer_counts_once():
@@ -198,6 +236,7 @@ DAMAGES = {
     "other shape": lambda p: _manifest(p, lambda m: m["layers"]["shared"].update(shape=[32, 31])),
     "unknown layer": lambda p: _manifest(p, lambda m: m["layers"].update(nowhere=m["layers"]["shared"])),
     "not a linear": lambda p: _manifest(p, lambda m: m["layers"].update(embed=m["layers"]["shared"])),
+    "deep": lambda p: (p / "qkernels.json").write_text("[" * 100_000),
     "lost layer": lambda p: _manifest(p, lambda m: m["layers"].pop("shared")),
     "foreign file": lambda p: _manifest(p, lambda m: m["sha256"].update({"../x": "0"})),
     "list": lambda p: (p / "qkernels.json").write_text("[]"),

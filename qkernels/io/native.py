@@ -186,7 +186,7 @@ def read_manifest(source: Path) -> dict[str, Any]:
         raise CheckpointError(f"{source} is no directory that qkernels.save wrote: {MANIFEST} is missing")
     try:
         manifest = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is unreadable or no JSON: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("version") != VERSION:
         version = manifest.get("version") if isinstance(manifest, dict) else None

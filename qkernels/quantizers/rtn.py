@@ -145,7 +145,8 @@ def _check_underflow(weight: Tensor, scales: Tensor, format: QuantFormat) -> Non
     absmax = torch.stack(_group_ends(weight, format)).abs().amax(0).float()
     largest = torch.where(lost, absmax, 0.0).amax()
     if float(largest) > float(absmax.amax()) / 64:
-        least = torch.finfo(SCALE_DTYPES[format.scale]).smallest_normal
+        info = torch.finfo(SCALE_DTYPES[format.scale])
+        least = info.smallest_normal * info.eps  # the least subnormal
         raise FormatError(
             f"weights of up to {float(largest):.3g} need a scale that {format.scale} ({least:.3g} and more) rounds to 0; "
             "use a format with sf32 scales"
