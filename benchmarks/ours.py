@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 
 import torch
@@ -31,13 +30,20 @@ def contestant(format: str, compute: str, dtype: str) -> Contestant:
     """One of our formats with one kind of arithmetic."""
 
     def prepare(weight: Tensor, threads: int) -> Prepared:
+        import qkernels
+
         layer = quant_linear(weight, format, compute, DTYPES[dtype])
         kind = arithmetic_of(layer, dtype)
 
         def check(x: Tensor, y: Tensor) -> None:
             assert_close(layer, kind, x, y)
 
-        return Prepared(layer.dequantize(), layer.nbytes, lambda: copy.deepcopy(layer), layer.kernel, kind, check)
+        q = layer.quant_tensor()
+
+        def make() -> nn.Module:  # not copy.deepcopy: a copied weight lies in other memory than the one that a layer makes itself
+            return qkernels.QuantLinear.from_quant_tensor(q, compute=compute, dtype=DTYPES[dtype])
+
+        return Prepared(layer.dequantize(), layer.nbytes, make, layer.kernel, kind, check)
 
     short = {"bfloat16": "", "float16": " fp16", "float32": " fp32"}[dtype]
     kind: Arithmetic = "int8" if compute == "int8" else _float_arithmetic(dtype)

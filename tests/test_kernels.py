@@ -1,7 +1,10 @@
 """Every kernel × every format that it takes × every instruction set of the machine, against fp64."""
 
+import copy
 import dataclasses
+import gc
 import itertools
+import pickle
 import re
 
 import pytest
@@ -251,3 +254,22 @@ def test_explain_says_what_would_have_worked(options, text):
 def test_explain_takes_any_spelling_of_a_device():
     here = kernels.registry.explain(device="cpu").problem
     assert here == kernels.registry.explain(device=torch.device("cpu")).problem == kernels.registry.explain(device=here.device).problem
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, (2 << 20) - 1, 2 << 20, (6 << 20) + 5])
+@pytest.mark.parametrize("refused", [False, True])
+def test_memory_of_packed_weights(nbytes, refused, monkeypatch):
+    from qkernels.kernels.cpu import memory
+
+    def refuse(*args, **options):
+        raise OSError(12, "Cannot allocate memory")
+
+    if refused:
+        monkeypatch.setattr(memory.mmap, "mmap", refuse)
+    with torch.device("meta"):  # as a model may be made under
+        t = memory.empty(nbytes)
+    assert (t.shape, t.dtype, t.device.type) == ((nbytes,), torch.uint8, "cpu") and t.is_contiguous()
+    t.copy_(torch.arange(nbytes) % 251)
+    gc.collect()  # nothing but the tensor holds the memory
+    assert torch.equal(t, (torch.arange(nbytes) % 251).to(torch.uint8))
+    assert torch.equal(copy.deepcopy(t), t) and torch.equal(pickle.loads(pickle.dumps(t)), t)

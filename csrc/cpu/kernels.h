@@ -1,6 +1,7 @@
 // What a level (one instruction set) offers to the ops, and the plain data that passes between them. No torch, no SIMD types here.
 //
-// Packed weight, for every width of 1 to 8 bits: panels of 16 output rows; in a panel, tiles of 16 rows x 8 k, in order of k.
+// Packed weight, for every width of 1 to 8 bits: panels of 16 output rows; in a panel, tiles of 16 rows x 8 k. Four panels are a strip, and
+// a strip holds its tiles in order of k, then of panels: a kernel reads one run of memory. The panels that remain are strips of one.
 //   4 bits   64 B a tile: byte 4n+i holds w[n][k0+i] low and w[n][k0+4+i] high, so 32-bit lane n belongs to row n
 //   8 bits   two half tiles of 64 B: byte 4n+i of half h holds w[n][k0+4h+i]
 //   others   as 8 bits, each half squeezed into 8*bits bytes: a little-endian bit stream of its 64 codes
@@ -11,7 +12,7 @@
 
 namespace qk {
 
-constexpr int PANEL = 16, TILE_K = 8, MAX_BLOCK = 256;
+constexpr int PANEL = 16, TILE_K = 8, STRIP = 4, MAX_BLOCK = 256;
 constexpr int64_t ALWAYS = INT64_MAX;
 
 enum class Dtype { f32, bf16, f16, e4m3, e8m0, u8 };
@@ -54,7 +55,7 @@ struct Weight {
   int bits;
   CodeKind kind;
   int offset;  // integer: value = code - offset;  int8 tables: value = entry - offset
-  const uint8_t* codes;  // [panels, k_padded * 2 * bits]
+  const uint8_t* codes;  // [strips, k_padded / 8, panels of the strip, 16 * bits]
   const void* scales;  // [panels, groups, scale_lanes]
   Dtype scale_dtype;
   int scale_lanes;  // 16: one a row; 1: one for the panel
@@ -68,6 +69,13 @@ struct Weight {
   float centre;
   float alpha;  // multiplies everything
 };
+
+// Of the tile at column k: k_padded * 2 * bits is what one panel takes.
+static inline const uint8_t* codes_at(const Weight& w, int64_t panel, int64_t k) {
+  const int64_t first = panel / STRIP * STRIP, panels = (w.n + PANEL - 1) / PANEL;
+  const int64_t strip = first + STRIP <= panels ? STRIP : 1, of_strip = strip == 1 ? 0 : panel - first;
+  return w.codes + ((panel - of_strip) * w.geometry.k_padded + k * strip + of_strip * TILE_K) * 2 * w.bits;
+}
 
 static inline bool has_few_codes(const Weight& w) { return w.kind == CodeKind::integer && w.bits <= 4; }  // below 16
 

@@ -8,15 +8,15 @@
 #include "cpu/search.h"
 
 constexpr int64_t ROW_CHUNK = 512;  // rows whose accumulators lie in scratch at a time
-constexpr int64_t SCRATCH_ACC = ROW_CHUNK * WIDE * PANEL * 4;
-constexpr int64_t SCRATCH_SCALES = MAX_CHUNK * WIDE * PANEL * 4;  // and as much for the shifts, and the columns of pairs
+constexpr int64_t SCRATCH_ACC = ROW_CHUNK * STRIP * PANEL * 4;
+constexpr int64_t SCRATCH_SCALES = MAX_CHUNK * STRIP * PANEL * 4;  // and as much for the shifts, and the columns of pairs
 constexpr int64_t CHUNK_CODES = 16 << 10;  // bytes of packed codes: half of L1
 constexpr int64_t PAIR_CODES = 16 << 10;  // bytes of unpacked codes: likewise
-constexpr int64_t FIRST_CODES = 8 << 10;  // of the next panels, which a tile that has all rows fetches: what lies behind, the machine does
+constexpr int64_t NEAR_AHEAD = 512, FAR_AHEAD = 8 << 10;  // bytes before the codes in use, where a tile reads them once: see direct
 constexpr int64_t SCRATCH_WEIGHTS =
-    WIDE * MAX_BLOCK * PANEL * 4;  // bytes: a block of floats, or several of shorter numbers; near L1's size
+    STRIP * MAX_BLOCK * PANEL * 4;  // bytes: a block of floats, or several of shorter numbers; near L1's size
 
-struct Job {  // rows m0…m1 times PANELS panels from `panel` on, the last of them before p1
+struct Job {  // rows m0…m1 times the strip that begins with `panel`; this thread's end before p1
   const Weight& w;
   const Activations& x;
   const Output& out;
@@ -29,132 +29,120 @@ struct Job {  // rows m0…m1 times PANELS panels from `panel` on, the last of t
   uint8_t* unpacked() const { return reinterpret_cast<uint8_t*>(scratch + SCRATCH_ACC + 3 * SCRATCH_SCALES); }
 };
 
-// Fill in the blocks from chunk.first on, as many as fit most_k columns but one at least; decode their scales where they serve many tiles.
-template <bool CENTRED, int PANELS>
-void next_chunk(const Job& j, Block block, int64_t most_k, bool once, Chunk& chunk) {
-  const bool shifted = j.w.zeros != nullptr || (CENTRED && j.w.centre != 0);
-  chunk.panel = j.panel, chunk.scales = j.scales(), chunk.shifts = shifted ? chunk.scales + SCRATCH_SCALES / 4 : nullptr;
+// The blocks from chunk.first on, as many as fit most_k columns but one at least.
+inline void next_blocks(const Geometry& g, Block block, int64_t most_k, Chunk& chunk) {
   chunk.k0 = block.k0, chunk.k = chunk.count = 0;
   do {
     chunk.blocks[chunk.count++] = block;
     chunk.k += block.length;
-    block = block_after(j.w.geometry, block);
-  } while (chunk.first + chunk.count < j.w.geometry.blocks && chunk.count < MAX_CHUNK && chunk.k + block.length <= most_k);
-  chunk.decoded = !once;
-  if (chunk.decoded) decode_scales<CENTRED, PANELS>(j.w, chunk, 0, chunk.count);
-}
-
-template <class Source, int PANELS>
-inline Ahead codes_after(const Job& j, const Chunk& chunk) {  // those of the next chunk, or the first of the next panels
-  const Geometry& g = j.w.geometry;
-  const bool last = chunk.first + chunk.count == g.blocks, once = j.rows() <= MAX_ROWS<Source, PANELS>;
-  if (last ? j.panel + 2 * PANELS > j.p1 : once) return {};
-  const int64_t bytes_per_k = 2 * j.w.bits, stride = g.k_padded * bytes_per_k, k = last ? 0 : chunk.k0 + chunk.k;
-  const uint8_t* at = j.w.codes + (j.panel + (last ? PANELS : 0)) * stride + k * bytes_per_k;
-  int64_t bytes = (g.k_padded - k < chunk.k ? g.k_padded - k : chunk.k) * bytes_per_k;
-  if (once && bytes > FIRST_CODES) bytes = FIRST_CODES;
-  return {at, at + bytes, stride, 0};
+    block = block_after(g, block);
+  } while (chunk.first + chunk.count < g.blocks && chunk.count < MAX_CHUNK && chunk.k + block.length <= most_k);
 }
 
 // In chunks of up to most_k columns, which all the rows take before the next: what of the weight they use again is in the cache.
-template <class Source, int PANELS, class Codes>
-void by_chunks(const Job& j, int64_t most_k, const Codes& codes_of) {
+// codes_of(chunk) gives a chunk's codes, in the form of the source. Fetched meanwhile: packed codes `ahead` bytes on; 0: the next chunk's.
+template <class Source, int PANELS, int ALL, class Codes>  // ALL: panels of the strip
+void by_chunks(const Job& j, int64_t most_k, int64_t ahead, const Codes& codes_of) {
+  constexpr bool CENTRED = !is_s8<Source>;
   const Geometry& g = j.w.geometry;
-  __builtin_memset(j.acc(), 0, size_t(j.rows() * PANELS * PANEL * 4));
+  const bool shifted = j.w.zeros != nullptr || (CENTRED && j.w.centre != 0), once = j.rows() <= MAX_ROWS<Source, PANELS>;
+  const uint8_t* end = codes_at(j.w, j.p1, 0);
+  __builtin_memset(j.acc(), 0, size_t(j.rows() * ALL * PANEL * 4));
   Chunk chunk;
+  chunk.step = ALL * Source::TILE_BYTES, chunk.decoded = !once;
+  chunk.scales = j.scales(), chunk.shifts = shifted ? chunk.scales + SCRATCH_SCALES / 4 : nullptr, chunk.columns = j.columns();
   Block block = first_block(g);
   for (chunk.first = 0; chunk.first < g.blocks; chunk.first += chunk.count) {
-    next_chunk<!is_s8<Source>, PANELS>(j, block, most_k, j.rows() <= MAX_ROWS<Source, PANELS>, chunk);
-    codes_of(chunk);
-    chunk.ahead = codes_after<Source, PANELS>(j, chunk);
-    rows_of_tiles<Source, PANELS>(j.w, j.x, chunk, j.m0, j.m1, j.acc());
+    next_blocks(g, block, most_k, chunk);
+    const uint8_t* codes = codes_of(chunk);
+    const int64_t bytes = chunk.k * 2 * j.w.bits * ALL;
+    const uint8_t* next = codes_at(j.w, j.panel, chunk.k0) + (ahead ? ahead : bytes);  // may be of the next strip
+    chunk.ahead = {next, bytes < end - next ? next + bytes : end, 0};
+    for (int p = 0; p < ALL; p += PANELS) {
+      chunk.panel = j.panel + p, chunk.codes = codes + p * Source::TILE_BYTES, chunk.passes = (ALL - p) / PANELS;
+      if (chunk.decoded) decode_scales<CENTRED, PANELS>(j.w, chunk, 0, chunk.count);
+      rows_of_tiles<Source, PANELS>(j.w, j.x, chunk, j.m0, j.m1, j.acc() + j.rows() * p * PANEL);
+    }
     block = block_after(g, chunk.blocks[chunk.count - 1]);
   }
-  write_rows(j.w, j.out, j.m0, j.m1, j.panel, PANELS, j.acc());
+  for (int p = 0; p < ALL; p += PANELS) write_rows(j.w, j.out, j.m0, j.m1, j.panel + p, PANELS, j.acc() + j.rows() * p * PANEL);
 }
 
-template <class Source, int PANELS>
+template <class Source, int PANELS, int ALL>
 void direct(const Job& j) {  // weights straight from their packed form
-  const int64_t bytes_per_k = 2 * j.w.bits, stride = j.w.geometry.k_padded * bytes_per_k;
-  const int64_t most_k = j.rows() <= MAX_ROWS<Source, PANELS> ? j.w.geometry.k_padded : CHUNK_CODES / (bytes_per_k * PANELS);
-  by_chunks<Source, PANELS>(
-      j, most_k, [&](Chunk& chunk) { chunk.codes = j.w.codes + j.panel * stride + chunk.k0 * bytes_per_k, chunk.panel_stride = stride; });
+  const auto codes_of = [&](const Chunk& chunk) { return codes_at(j.w, j.panel, chunk.k0); };
+  if (PANELS < ALL || j.rows() > MAX_ROWS<Source, PANELS>)
+    return by_chunks<Source, PANELS, ALL>(j, CHUNK_CODES / (2 * j.w.bits * ALL), 0, codes_of);
+  // Of few int8 products memory is the limit, and what it fetches by itself needs little help; others leave it idle.
+  const bool busy = !is_s8<Source> || (j.w.bits == 4 && j.rows() >= 4);
+  by_chunks<Source, PANELS, ALL>(j, j.w.geometry.k_padded, busy ? FAR_AHEAD : NEAR_AHEAD, codes_of);
 }
 
 // Of codes that are dear to decode: tiles of half the width and twice the height decode half as often.
-template <class Source, int PANELS>
+template <class Source, int PANELS, int ALL>
 void direct_tall(const Job& j) {
   if constexpr (PANELS > 1)
-    if (j.rows() > MAX_ROWS<Source, PANELS>) {
-      Job half = j;
-      direct<Source, PANELS / 2>(half);
-      half.panel += PANELS / 2;
-      return direct<Source, PANELS / 2>(half);
-    }
-  direct<Source, PANELS>(j);
+    if (j.rows() > MAX_ROWS<Source, PANELS>) return direct<Source, PANELS / 2, ALL>(j);
+  direct<Source, PANELS, ALL>(j);
 }
 
-template <class Unpacked, int PANELS>
+template <class Unpacked, int PANELS, int ALL>
 void through_scratch(const Job& j) {
-  const int64_t bytes_per_k = 2 * j.w.bits, stride = j.w.geometry.k_padded * bytes_per_k;
-  constexpr int64_t unpacked_per_k = Unpacked::TILE_BYTES / TILE_K;
-  by_chunks<Unpacked, PANELS>(j, SCRATCH_WEIGHTS / (unpacked_per_k * WIDE), [&](Chunk& chunk) {
-    chunk.codes = j.unpacked(), chunk.panel_stride = chunk.k * unpacked_per_k;
-    for (int p = 0; p < PANELS; p++)
-      unpack(Unpacked{}, j.w, j.w.codes + (j.panel + p) * stride + chunk.k0 * bytes_per_k, chunk.k, j.unpacked() + p * chunk.panel_stride);
+  by_chunks<Unpacked, PANELS, ALL>(j, SCRATCH_WEIGHTS / (Unpacked::TILE_BYTES / TILE_K * STRIP), 0, [&](const Chunk& chunk) {
+    unpack(Unpacked{}, j.w, codes_at(j.w, j.panel, chunk.k0), chunk.k * ALL, j.unpacked());
+    return j.unpacked();
   });
 }
 
 // Up to a few rows (FEW_…, of the level), unpacking in registers again for every tile is cheaper than a trip through scratch.
 
 struct ByS8 {
-  template <int PANELS>
+  template <int PANELS, int ALL>
   static void panels(const Job& j) {
     const bool integers = j.w.kind == CodeKind::integer;
-    if (j.w.bits == 8) direct<S8Bytes, PANELS>(j);
-    else if (j.w.bits == 4 && j.rows() <= FEW_S8) integers ? direct<S8Nibbles, PANELS>(j) : direct<S8Table, PANELS>(j);
-    else if (j.w.bits <= 4 && integers) through_scratch<S8Unpacked, PANELS>(j);
-    else through_scratch<S8Bytes, PANELS>(j);
+    if (j.w.bits == 8) direct<S8Bytes, PANELS, ALL>(j);
+    else if (j.w.bits == 4 && j.rows() <= FEW_S8) integers ? direct<S8Nibbles, PANELS, ALL>(j) : direct<S8Table, PANELS, ALL>(j);
+    else if (j.w.bits <= 4 && integers) through_scratch<S8Unpacked, PANELS, ALL>(j);
+    else through_scratch<S8Bytes, PANELS, ALL>(j);
   }
 };
 
 #ifdef QK_PAIRS
 struct ByPairs {  // through scratch
-  template <int PANELS>
+  template <int PANELS, int ALL>
   static void panels(const Job& j) {
-    const int64_t bytes_per_k = 2 * j.w.bits, stride = j.w.geometry.k_padded * bytes_per_k;
-    by_chunks<S8Pairs, PANELS>(j, PAIR_CODES / (PANEL * PANELS), [&](Chunk& chunk) {
-      chunk.codes = j.unpacked(), chunk.panel_stride = chunk.k * PANEL, chunk.columns = j.columns();
-      int32_t* column = j.columns();
-      for (int64_t b = 0; b < chunk.count; b++)
-        for (int p = 0; p < PANELS; p++, column += PANEL) {
-          const auto& [group, k0, length, end] = chunk.blocks[b];
-          uint8_t* out = j.unpacked() + p * chunk.panel_stride + (k0 - chunk.k0) * PANEL;
-          unpack_pairs(j.w.bits, j.w.codes + (j.panel + p) * stride + k0 * bytes_per_k, length, out, column);
-        }
+    static_assert(PANELS == ALL);
+    by_chunks<S8Pairs, PANELS, ALL>(j, PAIR_CODES / (PANEL * PANELS), 0, [&](const Chunk& chunk) {
+      uint8_t* out = j.unpacked();
+      for (int64_t b = 0; b < chunk.count; b++) {
+        const auto& [group, k0, length, end] = chunk.blocks[b];
+        unpack_pairs<PANELS>(j.w.bits, codes_at(j.w, j.panel, k0), length, out, j.columns() + b * PANELS * PANEL);
+        out += length * PANELS * PANEL;
+      }
+      return j.unpacked();
     });
   }
 };
 #endif
 
 struct ByF32 {
-  template <int PANELS>
+  template <int PANELS, int ALL>
   static void panels(const Job& j) {
     const bool integers = j.w.kind == CodeKind::integer;
-    if (j.w.bits == 4 && integers && j.rows() <= FEW_INTEGERS) direct<F32Integers, PANELS>(j);
-    else if (j.w.bits == 4 && j.rows() <= FEW_TABLE) direct<F32Table, PANELS>(j);
-    else if (j.w.bits == 8 && integers && j.rows() <= FEW_BYTES) direct_tall<F32Bytes, PANELS>(j);
-    else through_scratch<F32Unpacked, PANELS>(j);
+    if (j.w.bits == 4 && integers && j.rows() <= FEW_INTEGERS) direct<F32Integers, PANELS, ALL>(j);
+    else if (j.w.bits == 4 && j.rows() <= FEW_TABLE) direct<F32Table, PANELS, ALL>(j);
+    else if (j.w.bits == 8 && integers && j.rows() <= FEW_BYTES) direct_tall<F32Bytes, PANELS, ALL>(j);
+    else through_scratch<F32Unpacked, PANELS, ALL>(j);
   }
 };
 
 #ifdef QK_BF16_DOT
 struct ByBf16 {
-  template <int PANELS>
+  template <int PANELS, int ALL>
   static void panels(const Job& j) {
-    if (j.w.bits == 4 && j.rows() <= FEW_INTEGERS) direct<Bf16Nibbles, PANELS>(j);
-    else if (j.w.bits == 8 && j.w.kind == CodeKind::integer && j.rows() <= FEW_BYTES) direct_tall<Bf16Bytes, PANELS>(j);
-    else through_scratch<Bf16Unpacked, PANELS>(j);
+    if (j.w.bits == 4 && j.rows() <= FEW_INTEGERS) direct<Bf16Nibbles, PANELS, ALL>(j);
+    else if (j.w.bits == 8 && j.w.kind == CodeKind::integer && j.rows() <= FEW_BYTES) direct_tall<Bf16Bytes, PANELS, ALL>(j);
+    else through_scratch<Bf16Unpacked, PANELS, ALL>(j);
   }
 };
 #endif
@@ -163,8 +151,8 @@ template <class By>
 void multiply(const Weight& w, const Activations& x, const Output& out, int64_t m0, int64_t m1, int64_t p0, int64_t p1, char* scratch) {
   for (int64_t m = m0; m < m1; m += ROW_CHUNK) {
     Job j{w, x, out, m, m + ROW_CHUNK < m1 ? m + ROW_CHUNK : m1, p0, p1, scratch};
-    for (; j.panel + WIDE <= p1; j.panel += WIDE) By::template panels<WIDE>(j);
-    for (; j.panel < p1; j.panel++) By::template panels<1>(j);
+    for (; j.panel + STRIP <= p1; j.panel += STRIP) By::template panels<WIDE, STRIP>(j);
+    for (; j.panel < p1; j.panel++) By::template panels<1, 1>(j);
   }
 }
 

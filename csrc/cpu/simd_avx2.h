@@ -9,7 +9,6 @@ struct B {
   __m256i a, b;
 };
 constexpr int ACCUMULATORS = 6, WIDE = 1;  // register tile: rows of x times panels; panels at most
-constexpr bool FETCH_AHEAD = false;  // measured: the tile is too small to hide it
 constexpr int64_t FEW_S8 = 36, FEW_INTEGERS = 36, FEW_TABLE = 6, FEW_BYTES = 36;  // see multiply.h
 
 inline F zero_f() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }

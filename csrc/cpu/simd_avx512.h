@@ -9,7 +9,6 @@ constexpr int ACCUMULATORS = 4, WIDE = 4;
 #else
 constexpr int ACCUMULATORS = 24, WIDE = 4;  // register tile: rows of x times panels; panels at most
 #endif
-constexpr bool FETCH_AHEAD = true;
 constexpr int64_t FEW_S8 = ALWAYS, FEW_INTEGERS = ALWAYS, FEW_TABLE = ALWAYS, FEW_BYTES = 72;  // see multiply.h
 
 inline F zero_f() { return _mm512_setzero_ps(); }

@@ -9,7 +9,6 @@ struct B {
   uint8_t v[64];
 };
 constexpr int ACCUMULATORS = 4, WIDE = 1;  // register tile: rows of x times panels; panels at most
-constexpr bool FETCH_AHEAD = false;
 constexpr int64_t FEW_S8 = 4, FEW_INTEGERS = 4, FEW_TABLE = 4, FEW_BYTES = 4;  // see multiply.h
 
 inline F zero_f() { return F{}; }

@@ -4,7 +4,7 @@
 // element's sum depends on K alone, never on M, on the tile or on the threads.
 
 // ---- where a tile's weight vectors come from ------------------------------------------------------------------------------------
-// STEPS vectors a tile of 8 k, each against 8 / STEPS consecutive activations. TILE_BYTES from one tile to the next.
+// STEPS vectors a tile of 8 k, each against 8 / STEPS consecutive activations. TILE_BYTES from one panel's tile to the next panel's.
 
 template <bool NIBBLE>
 struct S8 {
@@ -105,15 +105,14 @@ template <int COUNT, class Work>
       __attribute__((always_inline)) { (work(std::integral_constant<int, I>{}), ...); }(std::make_integer_sequence<int, COUNT>{});
 }
 
-// Packed codes that will be read next are fetched into L2 meanwhile, evenly: a burst of fetches would hold up the loads behind it.
+// Packed codes that will be read later are fetched into L2 meanwhile, evenly: a burst of fetches would hold up the loads behind it.
 struct Ahead {
-  const uint8_t *at, *end;  // of the first panel
-  int64_t stride, step;  // bytes to the next panel's, and from one tile of 8 k to the next
-  template <int PANELS>
+  const uint8_t *at, *end;
+  int64_t per_tile;  // bytes, for every tile of 8 k that is worked on
   [[gnu::always_inline]] void fetch() {
-    if (!FETCH_AHEAD || at >= end) return;
-    for (int p = 0; p < PANELS; p++) __builtin_prefetch(at + p * stride, 0, 2);
-    at += step;
+    if (at >= end) return;
+    for (const uint8_t* line = at; line < at + per_tile; line += 64) __builtin_prefetch(line, 0, 2);
+    at += per_tile;
   }
 };
 
@@ -122,27 +121,26 @@ struct Sums {
   using X = typename Source::X;
   typename Source::Dot dot[ROWS][PANELS];
 
-  // Tiles of k columns; panel_stride and x_stride lead to the next panel and row.
-  [[gnu::always_inline]] void add(const Weight& w, const uint8_t* codes, int64_t panel_stride, const X* x, int64_t x_stride, int64_t k,
+  // Tiles of k columns; `step` leads to the next tile's codes, x_stride to the next row.
+  [[gnu::always_inline]] void add(const Weight& w, const uint8_t* codes, int64_t step, const X* x, int64_t x_stride, int64_t k,
                                   Ahead& ahead) {
     constexpr int STEP_K = TILE_K / Source::STEPS;
     const X* end = x + k;
     do {  // once at least: were it to be skipped, GCC would keep the sums on the stack for that case
-      ahead.template fetch<PANELS>();
-      each<Source::STEPS>(QK_WITH(step) {
-        decltype(Source::weight(codes, step, w)) weights[PANELS];
-        each<PANELS>(QK_WITH(p) { weights[p] = Source::weight(codes + p * panel_stride, step, w); });
-        each<ROWS>(QK_WITH(r) { each<PANELS>(QK_WITH(p) { dot[r][p].add(weights[p], x + r * x_stride + STEP_K * step); }); });
+      ahead.fetch();
+      each<Source::STEPS>(QK_WITH(i) {
+        decltype(Source::weight(codes, i, w)) weights[PANELS];
+        each<PANELS>(QK_WITH(p) { weights[p] = Source::weight(codes + p * Source::TILE_BYTES, i, w); });
+        each<ROWS>(QK_WITH(r) { each<PANELS>(QK_WITH(p) { dot[r][p].add(weights[p], x + r * x_stride + STEP_K * i); }); });
       });
-      codes += Source::TILE_BYTES, x += TILE_K;
+      codes += step, x += TILE_K;
     } while (x < end);
   }
-  [[gnu::always_inline]] void add_block(const Weight& w, const uint8_t* codes, int64_t panel_stride, const X* x, int64_t length,
-                                        Ahead& ahead) {
+  [[gnu::always_inline]] void add_block(const Weight& w, const uint8_t* codes, int64_t step, const X* x, int64_t length, Ahead& ahead) {
     constexpr int64_t FOLD_K = Source::Dot::FOLD_K;
-    if constexpr (FOLD_K == MAX_BLOCK) return add(w, codes, panel_stride, x, length, length, ahead);
-    for (int64_t k = 0; k < length; k += FOLD_K, codes += FOLD_K / TILE_K * Source::TILE_BYTES) {
-      add(w, codes, panel_stride, x + k, length, FOLD_K < length - k ? FOLD_K : length - k, ahead);
+    if constexpr (FOLD_K == MAX_BLOCK) return add(w, codes, step, x, length, length, ahead);
+    for (int64_t k = 0; k < length; k += FOLD_K, codes += FOLD_K / TILE_K * step) {
+      add(w, codes, step, x + k, length, FOLD_K < length - k ? FOLD_K : length - k, ahead);
       each<ROWS>(QK_WITH(r) { each<PANELS>(QK_WITH(p) { dot[r][p].fold(); }); });
     }
   }
@@ -150,17 +148,18 @@ struct Sums {
 
 constexpr int MAX_CHUNK = 32;
 
-struct Chunk {  // of K, for PANELS panels
+struct Chunk {  // of K, for PANELS panels of a strip
   int64_t first, count, k0, k;  // blocks first…first + count, which are the columns k0…k0 + k
   Block blocks[MAX_CHUNK];
   int64_t panel;  // the first
   const uint8_t* codes;  // its codes, in the form of a source
-  int64_t panel_stride;  // bytes to the next panel's
+  int64_t step;  // bytes to the next tile's: TILE_BYTES of every panel of the strip
   bool decoded;  // scales and shifts are there; else a tile decodes them, block by block: their memory is waited for beside the codes'
   float* scales;  // [count, PANELS, 16]
   float* shifts;  // likewise: scale * (code - zero) is scale * code + shift; or null
   const int32_t* columns;  // likewise, of paired codes: what they add among themselves
   Ahead ahead;
+  int passes;  // over these columns, this one and those to come: the strip's other panels
 };
 
 // work(16 numbers, one a row; where they belong in [count, PANELS, 16]) for blocks first…last and every panel. The dtype is a constant of the
@@ -225,7 +224,7 @@ void tile(const Weight& w, const Activations& x, Chunk& chunk, int64_t m, float*
       });
     });
     const auto* rows = static_cast<const typename Source::X*>(x.values) + x.m * block->k0 + m * block->length;
-    total.add_block(w, codes, chunk.panel_stride, rows, block->length, ahead);
+    total.add_block(w, codes, chunk.step, rows, block->length, ahead);
     float* out = acc;
     __asm__("" : "+r"(out));  // else GCC keeps acc in registers from block to block, and spills what it needs them for
     each<ROWS>(QK_WITH(r) {
@@ -240,7 +239,7 @@ void tile(const Weight& w, const Activations& x, Chunk& chunk, int64_t m, float*
       add_shifts(shifts, is_s8<Source> ? scales : nullptr, sums, ROWS, PANELS, acc);
       shifts += PANELS * PANEL;
     }
-    codes += block->length / TILE_K * Source::TILE_BYTES;
+    codes += block->length / TILE_K * chunk.step;
     w_scales += PANELS * PANEL, columns += PANELS * PANEL, scales += x.m, sums += x.m, starts += x.m;
   }
   chunk.ahead = ahead;
@@ -261,7 +260,7 @@ void rows_of_tiles(const Weight& w, const Activations& x, Chunk& chunk, int64_t 
   constexpr auto tile_of = []<size_t... R>(std::index_sequence<R...>) { return std::array{tile<Source, int(R) + 1, PANELS>...}; };
   constexpr auto TILES = tile_of(std::make_index_sequence<MAX_ROWS<Source, PANELS>>{});  // by height, from 1
   int64_t tiles = (m1 - m0 + MAX_ROWS<Source, PANELS> - 1) / MAX_ROWS<Source, PANELS>;
-  chunk.ahead.step = (chunk.ahead.end - chunk.ahead.at) * TILE_K / (tiles * chunk.k) / 16 * 16 + 16;
+  chunk.ahead.per_tile = (chunk.ahead.end - chunk.ahead.at) * TILE_K / (tiles * chunk.k * chunk.passes);
   for (int64_t m = m0, rows; m < m1; m += rows, tiles--) {
     rows = (m1 - m + tiles - 1) / tiles;
     TILES[size_t(rows - 1)](w, x, chunk, m, acc + (m - m0) * PANELS * PANEL);

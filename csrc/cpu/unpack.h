@@ -40,7 +40,7 @@ inline void for_halves(const Weight& w, const uint8_t* codes, int64_t k, const W
   }
 }
 
-// k columns of a panel, in the form of S8Bytes and S8Unpacked; 8-bit codes have it already
+// Tiles that lie one after the other, k columns in all, in the form of S8Bytes and S8Unpacked; 8-bit codes have it already.
 inline void unpack(S8<true>, const Weight& w, const uint8_t* codes, int64_t k, uint8_t* out) {
   const int bits = w.bits;
   for (int64_t i = 0; i < k; i += TILE_K, codes += 16 * bits)
@@ -53,14 +53,16 @@ inline void unpack(S8<false>, const Weight& w, const uint8_t* codes, int64_t k, 
 }
 
 #ifdef QK_PAIRS
-// A block of a panel in the form of S8Pairs; and what its pairs add among themselves, [16].
-inline void unpack_pairs(int bits, const uint8_t* codes, int64_t k, uint8_t* out, int32_t* column) {
-  DotPairs::Column sums;
-  for (int64_t i = 0; i < k; i += TILE_K, codes += 16 * bits, out += 128) {
-    const Pair c = {load_b(half_codes(bits, codes, 0, out)), load_b(half_codes(bits, codes, 1, out + 64))};
-    sums.add(c);
-  }
-  sums.store(column);
+// A block of a strip in the form of S8Pairs; and what its pairs add among themselves, [PANELS, 16].
+template <int PANELS>
+inline void unpack_pairs(int bits, const uint8_t* codes, int64_t k, uint8_t* out, int32_t* columns) {
+  DotPairs::Column sums[PANELS];
+  for (int64_t i = 0; i < k; i += TILE_K)
+    each<PANELS>(QK_WITH(p) {
+      sums[p].add({load_b(half_codes(bits, codes, 0, out)), load_b(half_codes(bits, codes, 1, out + 64))});
+      codes += 16 * bits, out += 128;
+    });
+  each<PANELS>(QK_WITH(p) { sums[p].store(columns + p * PANEL); });
 }
 #endif
 
@@ -109,9 +111,8 @@ void dequantize(const Weight& w, int64_t p0, int64_t p1, float* out) {
     for (int64_t group = 0; group < g.groups; group++) {
       const int64_t start = group * g.group, length = g.k - start < g.group ? g.k - start : g.group;
       const F scale = scale_of(w, panel, group), zero = sub_f(zero_of(w, panel, group), set1_f(w.centre));
-      const uint8_t* codes = w.codes + (panel * g.k_padded + group * g.group_padded) * 2 * w.bits;
       for (int64_t k = 0; k < length; k++) {
-        if (k % TILE_K == 0) unpack(F32{}, w, codes + k * 2 * w.bits, TILE_K, reinterpret_cast<uint8_t*>(values));
+        if (k % TILE_K == 0) unpack(F32{}, w, codes_at(w, panel, group * g.group_padded + k), TILE_K, reinterpret_cast<uint8_t*>(values));
         store_f(lanes, mul(sub_f(load_f(values + k % TILE_K * PANEL), zero), scale));
         for (int64_t n = panel * PANEL; n < w.n && n < (panel + 1) * PANEL; n++) out[n * g.k + start + k] = lanes[n % PANEL];
       }

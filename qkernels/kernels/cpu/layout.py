@@ -1,6 +1,7 @@
 """The packed layout that both CPU kernels share, and its inverse.
 
-Panels of 16 output rows; in a panel, tiles of 16 rows x 8 k in order of k; every group of K padded to a multiple of 8 with code 0.
+Panels of 16 output rows; in a panel, tiles of 16 rows x 8 k; every group of K padded to a multiple of 8 with code 0. Four panels are a
+strip, which holds its tiles in order of k, then of panels; the panels that remain follow one by one.
 
     4 bits   (n, k) of a tile -> byte 4n + k % 4, low nibble for k < 4, high nibble for k >= 4
     8 bits   (n, k) of a tile -> byte 64 (k // 4) + 4n + k % 4
@@ -18,9 +19,10 @@ from torch import Tensor
 from qkernels.formats import Codebook, Float, Int, QuantFormat, QuantTensor
 from qkernels.formats.format import SCALE_DTYPES, Code
 from qkernels.formats.packing import pack, unpack
+from qkernels.kernels.cpu import memory
 from qkernels.kernels.registry import Problem
 
-PANEL, TILE_K, MAX_BLOCK = 16, 8, 256
+PANEL, TILE_K, STRIP, MAX_BLOCK = 16, 8, 4, 256
 
 
 class Packed(NamedTuple):
@@ -55,23 +57,42 @@ def prepare(q: QuantTensor) -> Packed:
     zeros = None if q.zeros is None else _panel_rows(q.zeros, q.format, n, k, PANEL)
     if scales.dtype == torch.float8_e8m0fnu:  # a dtype that the stable ABI does not carry yet
         scales = scales.view(torch.uint8)
-    return Packed(q.format, q.shape, weight.reshape(-1).contiguous(), scales, zeros, q.tensor_scale, q.perm)
+    return Packed(q.format, q.shape, _strips(weight.flatten(2)), scales, zeros, q.tensor_scale, q.perm)
 
 
 def restore(packed: Packed) -> QuantTensor:
     """Invert `prepare`, bit for bit."""
     (n, k), bits = packed.shape, packed.format.bits
     panels = -(-n // PANEL)
+    weight = _panels(packed.weight.view(panels, -1, PANEL * bits))
     if bits == 4:
-        bytes_ = packed.weight.view(panels, -1, PANEL, 4)
+        bytes_ = weight.unflatten(2, (PANEL, 4))
         tiles = torch.stack([bytes_ & 15, bytes_ >> 4], 2)
     else:
-        tiles = unpack(packed.weight.view(panels, -1, 2, 8 * bits), bits, 64).unflatten(-1, (PANEL, 4))
+        tiles = unpack(weight.unflatten(2, (2, 8 * bits)), bits, 64).unflatten(-1, (PANEL, 4))
     codes = tiles.permute(0, 3, 1, 2, 4).reshape(panels * PANEL, -1)[:n]
     codes = pack(_crop_groups(codes, packed.format, n, k), bits)
     scales = _canonical_rows(packed.scales, packed.format, n, k).view(SCALE_DTYPES[packed.format.scale])
     zeros = None if packed.zeros is None else _canonical_rows(packed.zeros, packed.format, n, k)
     return QuantTensor(packed.format, packed.shape, codes, scales, zeros, packed.tensor_scale, packed.perm)
+
+
+def _strips(panels: Tensor) -> Tensor:
+    """[panels, tiles, bytes of a tile] -> [bytes], as they lie in memory."""
+    out, whole = memory.empty(panels.numel()).view_as(panels), panels.shape[0] // STRIP * STRIP
+    _in_strips(out[:whole]).copy_(panels[:whole].unflatten(0, (-1, STRIP)).transpose(1, 2))
+    out[whole:] = panels[whole:]
+    return out.view(-1)
+
+
+def _panels(strips: Tensor) -> Tensor:
+    """Invert `_strips`; it gets its [panels, tiles, bytes of a tile], in the order of memory."""
+    whole = strips.shape[0] // STRIP * STRIP
+    return torch.cat([_in_strips(strips[:whole]).transpose(1, 2).reshape(strips[:whole].shape), strips[whole:]])
+
+
+def _in_strips(t: Tensor) -> Tensor:
+    return t.view(t.shape[0] // STRIP, t.shape[1], STRIP, t.shape[2])
 
 
 def _pad_groups(codes: Tensor, format: QuantFormat, n: int, k: int) -> Tensor:

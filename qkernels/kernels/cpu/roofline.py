@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from qkernels.errors import BackendUnavailable
-from qkernels.kernels.cpu import library
+from qkernels.kernels.cpu import library, memory
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Roofline:
 
 
 def reader(nbytes: int) -> Callable[[], float]:
-    """A function that reads a buffer of `nbytes` once, with all threads, and returns bytes per second."""
-    buffer = torch.ones(nbytes, dtype=torch.uint8)
+    """A function that reads a buffer of `nbytes`, in memory as weights have it, once with all threads, and returns bytes per second."""
+    buffer = memory.empty(nbytes).fill_(1)
     return lambda: torch.ops.qkernels.cpu_probe("read", buffer, 1)
 
 
