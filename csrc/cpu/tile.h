@@ -260,7 +260,8 @@ void rows_of_tiles(const Weight& w, const Activations& x, Chunk& chunk, int64_t 
   constexpr auto tile_of = []<size_t... R>(std::index_sequence<R...>) { return std::array{tile<Source, int(R) + 1, PANELS>...}; };
   constexpr auto TILES = tile_of(std::make_index_sequence<MAX_ROWS<Source, PANELS>>{});  // by height, from 1
   int64_t tiles = (m1 - m0 + MAX_ROWS<Source, PANELS> - 1) / MAX_ROWS<Source, PANELS>;
-  chunk.ahead.per_tile = (chunk.ahead.end - chunk.ahead.at) * TILE_K / (tiles * chunk.k * chunk.passes);
+  const int64_t tiles_of_k = tiles * chunk.passes * (chunk.k / TILE_K);
+  chunk.ahead.per_tile = ((chunk.ahead.end - chunk.ahead.at) / tiles_of_k + 63) / 64 * 64;
   for (int64_t m = m0, rows; m < m1; m += rows, tiles--) {
     rows = (m1 - m + tiles - 1) / tiles;
     TILES[size_t(rows - 1)](w, x, chunk, m, acc + (m - m0) * PANELS * PANEL);
