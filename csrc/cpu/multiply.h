@@ -12,7 +12,7 @@ constexpr int64_t SCRATCH_ACC = ROW_CHUNK * STRIP * PANEL * 4;
 constexpr int64_t SCRATCH_SCALES = MAX_CHUNK * STRIP * PANEL * 4;  // and as much for the shifts, and the columns of pairs
 constexpr int64_t CHUNK_CODES = 16 << 10;  // bytes of packed codes: half of L1
 constexpr int64_t PAIR_CODES = 16 << 10;  // bytes of unpacked codes: likewise
-constexpr int64_t NEAR_AHEAD = 512, FAR_AHEAD = 8 << 10;  // bytes before the codes in use, where a tile reads them once: see direct
+constexpr int64_t NEAR_AHEAD = 512, FAR_AHEAD = 8 << 10;  // bytes beyond the codes in use, where a tile reads them once: see direct
 constexpr int64_t SCRATCH_WEIGHTS =
     STRIP * MAX_BLOCK * PANEL * 4;  // bytes: a block of floats, or several of shorter numbers; near L1's size
 
