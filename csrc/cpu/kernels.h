@@ -13,6 +13,7 @@
 namespace qk {
 
 constexpr int PANEL = 16, TILE_K = 8, STRIP = 4, MAX_BLOCK = 256;
+constexpr int64_t MOST_ROWS = 512;  // of x at a time: their sums with a strip take 128 KiB of scratch
 constexpr int64_t ALWAYS = INT64_MAX;
 
 enum class Dtype { f32, bf16, f16, e4m3, e8m0, u8 };
@@ -97,7 +98,7 @@ struct Arithmetic {  // one way to multiply; a level that lacks it has nulls
   int value_bytes;  // of an activation
   // rows m0…m1 of x [m, k] (row stride in elements) to Activations
   void (*prepare_rows)(const void* x, Dtype, int64_t stride, const Weight&, int64_t m0, int64_t m1, const Activations&);
-  // rows m0…m1 times panels p0…p1; scratch: scratch_bytes of this thread, 64-byte aligned
+  // rows m0…m1, MOST_ROWS at most, times panels p0…p1, a strip or what remains of them; scratch: scratch_bytes of this thread, 64-byte aligned
   void (*multiply)(const Weight&, const Activations&, const Output&, int64_t m0, int64_t m1, int64_t p0, int64_t p1, char* scratch);
   // roofline probe: `rounds` register tiles of independent multiply-adds; returns how many multiply-adds that was
   int64_t (*probe)(int64_t rounds);
@@ -131,7 +132,7 @@ struct Level {
   // of groups g0…g1 the best candidate and its error; the codes [n, k] of rows r0…r1
   void (*best_scales)(const Grouped&, int64_t g0, int64_t g1, int64_t* best, float* errors);
   void (*encode)(const Grouped&, int64_t r0, int64_t r1, uint8_t* codes);
-  int64_t (*read_bytes)(const char* p, int64_t bytes);  // roofline probe: read, and return a checksum
+  int64_t (*read_bytes)(const char* p, int64_t bytes, bool four_streams);  // roofline probe: read, and return a checksum
 };
 
 const Level* best_level();  // the highest that this machine has, or the one that was forced

@@ -7,20 +7,19 @@
 #include "cpu/probe.h"
 #include "cpu/search.h"
 
-constexpr int64_t ROW_CHUNK = 512;  // rows whose accumulators lie in scratch at a time
-constexpr int64_t SCRATCH_ACC = ROW_CHUNK * STRIP * PANEL * 4;
+constexpr int64_t SCRATCH_ACC = MOST_ROWS * STRIP * PANEL * 4;
 constexpr int64_t SCRATCH_SCALES = MAX_CHUNK * STRIP * PANEL * 4;  // and as much for the shifts, and the columns of pairs
 constexpr int64_t CHUNK_CODES = 16 << 10;  // bytes of packed codes: half of L1
 constexpr int64_t PAIR_CODES = 16 << 10;  // bytes of unpacked codes: likewise
-constexpr int64_t NEAR_AHEAD = 512, FAR_AHEAD = 8 << 10;  // bytes beyond the codes in use, where a tile reads them once: see direct
+constexpr int64_t FAR_AHEAD = 7 << 10;  // bytes beyond the codes in use, where a tile reads them once
 constexpr int64_t SCRATCH_WEIGHTS =
     STRIP * MAX_BLOCK * PANEL * 4;  // bytes: a block of floats, or several of shorter numbers; near L1's size
 
-struct Job {  // rows m0…m1 times the strip that begins with `panel`; this thread's end before p1
+struct Job {  // rows m0…m1 times the strip that begins with `panel`
   const Weight& w;
   const Activations& x;
   const Output& out;
-  int64_t m0, m1, panel, p1;
+  int64_t m0, m1, panel;
   char* scratch;
   int64_t rows() const { return m1 - m0; }
   float* acc() const { return reinterpret_cast<float*>(scratch); }
@@ -40,13 +39,14 @@ inline void next_blocks(const Geometry& g, Block block, int64_t most_k, Chunk& c
 }
 
 // In chunks of up to most_k columns, which all the rows take before the next: what of the weight they use again is in the cache.
-// codes_of(chunk) gives a chunk's codes, in the form of the source. Fetched meanwhile: packed codes `ahead` bytes on; 0: the next chunk's.
+// codes_of(chunk) gives a chunk's codes, in the form of the source. Fetched meanwhile: lines of packed codes, `apart` bytes from each other
+// and `ahead` bytes on; 0: the next chunk's.
 template <class Source, int PANELS, int ALL, class Codes>  // ALL: panels of the strip
-void by_chunks(const Job& j, int64_t most_k, int64_t ahead, const Codes& codes_of) {
+void by_chunks(const Job& j, int64_t most_k, int64_t ahead, int64_t apart, const Codes& codes_of) {
   constexpr bool CENTRED = !is_s8<Source>;
   const Geometry& g = j.w.geometry;
   const bool shifted = j.w.zeros != nullptr || (CENTRED && j.w.centre != 0), once = j.rows() <= MAX_ROWS<Source, PANELS>;
-  const uint8_t* end = codes_at(j.w, j.p1, 0);
+  const uint8_t* end = codes_at(j.w, (j.w.n + PANEL - 1) / PANEL, 0);  // of all: the next strip is ours, or nearly always
   __builtin_memset(j.acc(), 0, size_t(j.rows() * ALL * PANEL * 4));
   Chunk chunk;
   chunk.step = ALL * Source::TILE_BYTES, chunk.decoded = !once;
@@ -57,7 +57,7 @@ void by_chunks(const Job& j, int64_t most_k, int64_t ahead, const Codes& codes_o
     const uint8_t* codes = codes_of(chunk);
     const int64_t bytes = chunk.k * 2 * j.w.bits * ALL;
     const uint8_t* next = codes_at(j.w, j.panel, chunk.k0) + (ahead ? ahead : bytes);  // may be of the next strip
-    chunk.ahead = {next, bytes < end - next ? next + bytes : end, 0};
+    chunk.ahead = {next, bytes < end - next ? next + bytes : end, apart, 0};
     for (int p = 0; p < ALL; p += PANELS) {
       chunk.panel = j.panel + p, chunk.codes = codes + p * Source::TILE_BYTES, chunk.passes = (ALL - p) / PANELS;
       if (chunk.decoded) decode_scales<CENTRED, PANELS>(j.w, chunk, 0, chunk.count);
@@ -72,10 +72,10 @@ template <class Source, int PANELS, int ALL>
 void direct(const Job& j) {  // weights straight from their packed form
   const auto codes_of = [&](const Chunk& chunk) { return codes_at(j.w, j.panel, chunk.k0); };
   if (PANELS < ALL || j.rows() > MAX_ROWS<Source, PANELS>)
-    return by_chunks<Source, PANELS, ALL>(j, CHUNK_CODES / (2 * j.w.bits * ALL), 0, codes_of);
-  // Of few int8 products memory is the limit, and what it fetches by itself needs little help; others leave it idle.
-  const bool busy = !is_s8<Source> || (j.w.bits == 4 && j.rows() >= 4);
-  by_chunks<Source, PANELS, ALL>(j, j.w.geometry.k_padded, busy ? FAR_AHEAD : NEAR_AHEAD, codes_of);
+    return by_chunks<Source, PANELS, ALL>(j, CHUNK_CODES / (2 * j.w.bits * ALL), 0, 64, codes_of);
+  // Where there is next to nothing to do but read, the CPU fetches by itself what lies between the lines that it is asked for.
+  const bool idle = j.rows() <= (std::is_same_v<Source, S8Bytes> ? 3 : std::is_same_v<Source, S8Nibbles> ? 1 : 0);
+  by_chunks<Source, PANELS, ALL>(j, j.w.geometry.k_padded, FAR_AHEAD, idle ? 128 : 64, codes_of);
 }
 
 // Of codes that are dear to decode: tiles of half the width and twice the height decode half as often.
@@ -88,7 +88,7 @@ void direct_tall(const Job& j) {
 
 template <class Unpacked, int PANELS, int ALL>
 void through_scratch(const Job& j) {
-  by_chunks<Unpacked, PANELS, ALL>(j, SCRATCH_WEIGHTS / (Unpacked::TILE_BYTES / TILE_K * STRIP), 0, [&](const Chunk& chunk) {
+  by_chunks<Unpacked, PANELS, ALL>(j, SCRATCH_WEIGHTS / (Unpacked::TILE_BYTES / TILE_K * STRIP), 0, 64, [&](const Chunk& chunk) {
     unpack(Unpacked{}, j.w, codes_at(j.w, j.panel, chunk.k0), chunk.k * ALL, j.unpacked());
     return j.unpacked();
   });
@@ -112,7 +112,7 @@ struct ByPairs {  // through scratch
   template <int PANELS, int ALL>
   static void panels(const Job& j) {
     static_assert(PANELS == ALL);
-    by_chunks<S8Pairs, PANELS, ALL>(j, PAIR_CODES / (PANEL * PANELS), 0, [&](const Chunk& chunk) {
+    by_chunks<S8Pairs, PANELS, ALL>(j, PAIR_CODES / (PANEL * PANELS), 0, 64, [&](const Chunk& chunk) {
       uint8_t* out = j.unpacked();
       for (int64_t b = 0; b < chunk.count; b++) {
         const auto& [group, k0, length, end] = chunk.blocks[b];
@@ -149,11 +149,9 @@ struct ByBf16 {
 
 template <class By>
 void multiply(const Weight& w, const Activations& x, const Output& out, int64_t m0, int64_t m1, int64_t p0, int64_t p1, char* scratch) {
-  for (int64_t m = m0; m < m1; m += ROW_CHUNK) {
-    Job j{w, x, out, m, m + ROW_CHUNK < m1 ? m + ROW_CHUNK : m1, p0, p1, scratch};
-    for (; j.panel + STRIP <= p1; j.panel += STRIP) By::template panels<WIDE, STRIP>(j);
-    for (; j.panel < p1; j.panel++) By::template panels<1, 1>(j);
-  }
+  Job j{w, x, out, m0, m1, p0, scratch};
+  if (p1 - p0 == STRIP) return By::template panels<WIDE, STRIP>(j);
+  for (; j.panel < p1; j.panel++) By::template panels<1, 1>(j);
 }
 
 constexpr Arithmetic S8_ARITHMETIC = {1, rows_to_s8<false>, multiply<ByS8>, probe<S8Unpacked>};

@@ -41,6 +41,7 @@ inline float from_e4m3(uint8_t c) {
 }
 inline float from_e8m0(uint8_t c) { return c == 255 ? bits_to_float(0x7fc00000u) : c ? bits_to_float(uint32_t(c) << 23) : 0x1p-127f; }
 
+inline int64_t bytes_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : dtype == Dtype::bf16 || dtype == Dtype::f16 ? 2 : 1; }
 inline float load_number(const void* p, Dtype dtype, int64_t i) {
   switch (dtype) {
     case Dtype::f32: return static_cast<const float*>(p)[i];

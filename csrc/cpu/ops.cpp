@@ -134,18 +134,39 @@ Weight weight_of(const Tensor& qweight, const Tensor& scales, const std::optiona
   return w;
 }
 
-// Share rows x panels between the threads: panels first (each thread streams its own weights), rows where panels are too few.
+struct alignas(64) Run {  // of tasks
+  std::atomic<int64_t> next{0};
+  int64_t end = 0;
+};
+
+// Every thread has a run of the tasks 0…count, and takes what others have left of theirs when its own is done: on a shared machine one CPU
+// may be a third slower than the next for a while.
 template <class Work>
-void share(int64_t m, int64_t panels, bool small, const Work& work) {
+void share(int64_t count, bool small, const Work& work) {
   const int64_t threads = small ? 1 : torch::stable::get_num_threads();
-  if (threads == 1) return work(0, m, 0, panels);
-  const int64_t columns = std::min(threads, (panels + 3) / 4);
-  const int64_t rows = std::clamp<int64_t>(threads / columns, 1, std::max<int64_t>(1, m / 16));
-  torch::stable::parallel_for(0, columns * rows, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; task++) {
-      const int64_t c = task % columns, r = task / columns, quads = (panels + 3) / 4;
-      work(m * r / rows, m * (r + 1) / rows, quads * c / columns * 4, std::min(panels, quads * (c + 1) / columns * 4));
-    }
+  const auto first_of = [&](int64_t thread) { return count * thread / threads; };
+  std::vector<Run> runs(static_cast<size_t>(threads));
+  for (int64_t t = 0; Run& run : runs) run.next = first_of(t), run.end = first_of(++t);
+  const auto work_from = [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; t++)
+      for (int64_t i = 0; i < threads; i++) {
+        Run& run = runs[size_t((t + i) % threads)];
+        while (run.next < run.end)
+          if (const int64_t task = run.next++; task < run.end) work(task);
+      }
+  };
+  threads == 1 ? work_from(0, 1) : torch::stable::parallel_for(0, threads, 1, work_from);
+}
+
+// work(m0, m1, p0, p1) for all the rows, cut as much as memory and the threads ask for, and every strip of panels.
+template <class Work>
+void share_strips(int64_t m, int64_t n, bool small, const Work& work) {
+  const int64_t panels = (n + PANEL - 1) / PANEL, strips = (panels + STRIP - 1) / STRIP;
+  const int64_t idle = std::clamp<int64_t>(torch::stable::get_num_threads() / strips, 1, std::max<int64_t>(1, m / 16));
+  const int64_t parts = std::max(idle, (m + MOST_ROWS - 1) / MOST_ROWS);
+  share(parts * strips, small, [&](int64_t task) {
+    const int64_t part = task / strips, panel = task % strips * STRIP;
+    work(m * part / parts, m * (part + 1) / parts, panel, std::min<int64_t>(panel + STRIP, panels));
   });
 }
 
@@ -210,7 +231,7 @@ Tensor linear(Tensor x, Tensor qweight, Tensor scales, std::optional<Tensor> zer
   const void* px = x.const_data_ptr();
   share_rows(m, m * k < 64 * 1024, [&](int64_t m0, int64_t m1) { by.prepare_rows(px, dtype, stride, w, m0, m1, a); });
   const Output out{y.mutable_data_ptr(), dtype, bias_floats(bias, n, level, bias_buffer)};
-  share(m, (n + PANEL - 1) / PANEL, m * n * k < 256 * 1024, [&](int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
+  share_strips(m, n, m * n * k < 256 * 1024, [&](int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
     static thread_local Buffer scratch;
     by.multiply(w, a, out, m0, m1, p0, p1, scratch.at_least(size_t(level.scratch_bytes)));
   });
@@ -222,8 +243,7 @@ Tensor dequantize(Tensor qweight, Tensor scales, std::optional<Tensor> zeros, st
   const Weight w = weight_of(qweight, scales, zeros, table, tensor_scale, n, k, bits, group, code, offset, 1.0, false);
   Tensor out = torch::stable::new_empty(qweight, {n, k}, ScalarType::Float);
   auto* p = static_cast<float*>(out.mutable_data_ptr());
-  share(1, (n + PANEL - 1) / PANEL, n * k < 64 * 1024,
-        [&](int64_t, int64_t, int64_t p0, int64_t p1) { best_level()->dequantize(w, p0, p1, p); });
+  share_strips(1, n, n * k < 64 * 1024, [&](int64_t, int64_t, int64_t p0, int64_t p1) { best_level()->dequantize(w, p0, p1, p); });
   return out;
 }
 
@@ -234,24 +254,26 @@ bool set_level_op(std::string name) {
 bool has_level_op(std::string name) { return has_level(name.c_str()); }
 std::string level_op() { return best_level()->name; }
 
-// Roofline probes: the rate of all threads together, 0 where the level lacks the arithmetic. what: "read": bytes of buffer a second;
-// "s8", "f32", "bf16": multiply-adds a second.
+// Roofline probes: the rate of all threads together, 0 where the level lacks the arithmetic. what: "read" and "read4": bytes of buffer a
+// second, each thread in one stream or in four; "s8", "f32", "bf16": multiply-adds a second.
 double probe(std::string what, Tensor buffer, int64_t rounds) {
+  constexpr int64_t PIECE = 256 << 10;  // bytes that a thread reads at a time
   const Level& level = *best_level();
-  const int64_t threads = torch::stable::get_num_threads(), bytes = buffer.numel() / threads;
+  const int64_t threads = torch::stable::get_num_threads(), bytes = buffer.numel();
   check_dense(buffer, "buffer");
   STD_TORCH_CHECK(buffer.scalar_type() == ScalarType::Byte, "buffer must be uint8");
-  STD_TORCH_CHECK(what == "read" || what == "s8" || what == "f32" || what == "bf16", "what is read, s8, f32 or bf16, not ", what);
+  const bool reads = what == "read" || what == "read4";
+  STD_TORCH_CHECK(reads || what == "s8" || what == "f32" || what == "bf16", "what is read, read4, s8, f32 or bf16, not ", what);
   const char* p = static_cast<const char*>(buffer.const_data_ptr());
   const auto run = what == "s8" ? level.s8.probe : what == "f32" ? level.f32.probe : level.bf16.probe;
-  if (what != "read" && run == nullptr) return 0;
-  std::atomic<int64_t> done{0}, sink{0};
+  if (!reads && run == nullptr) return 0;
+  std::atomic<int64_t> done{0};
   const auto start = std::chrono::steady_clock::now();
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; t++) {
-      if (what == "read") sink += level.read_bytes(p + bytes * t, bytes), done += bytes;
-      else done += run(rounds);
-    }
+  share(reads ? (bytes + PIECE - 1) / PIECE : threads, false, [&](int64_t task) {
+    if (!reads) return void(done += run(rounds));
+    const int64_t first = task * PIECE, length = std::min(PIECE, bytes - first), sum = level.read_bytes(p + first, length, what == "read4");
+    __asm__ volatile("" : : "r"(sum));  // somebody may look at it
+    done += length;
   });
   return double(done) / std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }

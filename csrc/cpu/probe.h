@@ -1,8 +1,8 @@
 // Roofline probes: what this level can do at most, with its own instructions and register tile.
 
-// Four streams at once, as the kernels read: a core gets more from memory that way than from one.
-int64_t read_bytes(const char* p, int64_t bytes) {
-  constexpr int STREAMS = 4, STEP = 64;
+template <int STREAMS>
+int64_t read_streams(const char* p, int64_t bytes) {
+  constexpr int STEP = 64;
   const int64_t stride = bytes / STREAMS / STEP * STEP;
   uint64_t sum[STREAMS][STEP / 8] = {};
   for (int64_t i = 0; i < stride; i += STEP)
@@ -15,6 +15,11 @@ int64_t read_bytes(const char* p, int64_t bytes) {
   for (int s = 0; s < STREAMS; s++)
     for (int j = 0; j < STEP / 8; j++) sum[0][0] ^= sum[s][j];
   return int64_t(sum[0][0]);
+}
+
+// Which gets more from memory depends on the machine, and on the day where it is shared.
+int64_t read_bytes(const char* p, int64_t bytes, bool four_streams) {
+  return four_streams ? read_streams<4>(p, bytes) : read_streams<1>(p, bytes);
 }
 
 template <class Source>

@@ -108,10 +108,11 @@ template <int COUNT, class Work>
 // Packed codes that will be read later are fetched into L2 meanwhile, evenly: a burst of fetches would hold up the loads behind it.
 struct Ahead {
   const uint8_t *at, *end;
+  int64_t apart;  // bytes from one line that is fetched to the next: 64 fetches all
   int64_t per_tile;  // bytes, for every tile of 8 k that is worked on
   [[gnu::always_inline]] void fetch() {
     if (at >= end) return;
-    for (const uint8_t* line = at; line < at + per_tile; line += 64) __builtin_prefetch(line, 0, 2);
+    for (const uint8_t* line = at; line < at + per_tile; line += apart) __builtin_prefetch(line, 0, 2);
     at += per_tile;
   }
 };
@@ -198,6 +199,15 @@ template <bool CENTRED, int PANELS>
     for (int64_t at = first * PANELS * PANEL; at < last * PANELS * PANEL; at += PANEL) shift(zero_f(), at);
 }
 
+// A strip's numbers lie together: while a group is worked on, as many of the next strip's are fetched.
+template <int PANELS>
+[[gnu::always_inline]] inline void fetch_numbers(const Chunk& chunk, int64_t group, int64_t groups, const void* numbers, Dtype dtype,
+                                                 int lanes) {
+  const int64_t size = PANELS * lanes * bytes_of(dtype);
+  const char* next = static_cast<const char*>(numbers) + ((chunk.panel / PANELS + 1) * groups + group) * size;
+  for (int64_t i = 0; i < size; i += 64) __builtin_prefetch(next + i, 0, 2);
+}
+
 // Out of line: where there is nothing to shift, GCC finds better registers for the rest.
 [[gnu::noinline]] void add_shifts(const float* shifts, const float* scales, const float* sums, int rows, int panels, float* acc) {
   for (int r = 0; r < rows; r++) {
@@ -215,7 +225,12 @@ void tile(const Weight& w, const Activations& x, Chunk& chunk, int64_t m, float*
   const float *sums = x.sums + first, *scales = x.scales + first;
   const int32_t *starts = x.starts + first, *columns = chunk.columns;
   for (const Block *block = chunk.blocks, *end = block + chunk.count; block < end; block++) {
-    if (!chunk.decoded) decode_scales<!is_s8<Source>, PANELS>(w, chunk, block - chunk.blocks, block - chunk.blocks + 1);
+    if (!chunk.decoded) {
+      decode_scales<!is_s8<Source>, PANELS>(w, chunk, block - chunk.blocks, block - chunk.blocks + 1);
+      const int64_t group = block->group, groups = w.geometry.groups;
+      fetch_numbers<PANELS>(chunk, group, groups, w.scales, w.scale_dtype, w.scale_lanes);
+      if (w.zeros != nullptr) fetch_numbers<PANELS>(chunk, group, groups, w.zeros, w.zero_dtype, PANEL);
+    }
     Sums<Source, ROWS, PANELS> total;
     each<ROWS>(QK_WITH(r) {
       each<PANELS>(QK_WITH(p) {
