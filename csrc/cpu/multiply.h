@@ -9,7 +9,7 @@
 
 constexpr int64_t SCRATCH_ACC = MOST_ROWS * STRIP * PANEL * 4;
 constexpr int64_t SCRATCH_SCALES = MAX_CHUNK * STRIP * PANEL * 4;  // and as much for the shifts, and the columns of pairs
-constexpr int64_t CHUNK_CODES = 16 << 10;  // bytes of packed codes: half of L1
+constexpr int64_t CHUNK_CODES = 8 << 10;  // bytes of packed codes: a quarter of L1
 constexpr int64_t PAIR_CODES = 16 << 10;  // bytes of unpacked codes: likewise
 constexpr int64_t FAR_AHEAD = 7 << 10;  // bytes beyond the codes in use, where a tile reads them once
 constexpr int64_t SCRATCH_WEIGHTS =
