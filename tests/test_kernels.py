@@ -194,9 +194,9 @@ def test_bits_do_not_depend_on_threads_or_batch(kernel, format, dtype):
     need(kernel, format, 130, 515, dtype=dtype)
     packed, x = kernel.prepare(random_quant(format, 130, 515)), torch.randn(33, 515).to(dtype)
     y = kernel.run(x, packed, None)
-    torch.set_num_threads(1)
-    assert torch.equal(kernel.run(x, packed, None), y)
-    torch.set_num_threads(2)
+    for threads in (1, 7, 2):  # 7: more than there are strips of the weight, so that the rows are cut
+        torch.set_num_threads(threads)
+        assert torch.equal(kernel.run(x, packed, None), y), threads
     for i in (0, 16, 32):
         assert torch.equal(kernel.run(x[i : i + 1], packed, None), y[i : i + 1]), i
     assert torch.equal(kernel.run(x[:5], packed, None), y[:5])
