@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from qkernels.kernels.cpu import library
+from qkernels.kernels.cpu import library, roofline
 
 from . import goals, peers, report, timing
 from .base import CheckFailed
@@ -31,6 +31,12 @@ def test_shapes():
     assert shapes[-1].ops(3) == 2 * 3 * 64 * 32
     with pytest.raises(ValueError, match="unknown shape 'llama9'"):
         parse_shapes("llama9")
+
+
+@pytest.mark.parametrize("faster", ["read", "read4"])
+def test_the_reader_takes_the_faster_way(faster, monkeypatch):
+    monkeypatch.setattr(torch.ops.qkernels, "cpu_probe", lambda way, buffer, rounds: 2.0 if way == faster else 1.0, raising=False)
+    assert roofline.reader(1 << 16)() == 2.0
 
 
 def test_interleave_takes_turns_and_keeps_going():

@@ -71,9 +71,11 @@ struct Weight {
   float alpha;  // multiplies everything
 };
 
+static inline int64_t panels_of(int64_t n) { return (n + PANEL - 1) / PANEL; }
+
 // Of the tile at column k: k_padded * 2 * bits is what one panel takes.
 static inline const uint8_t* codes_at(const Weight& w, int64_t panel, int64_t k) {
-  const int64_t first = panel / STRIP * STRIP, panels = (w.n + PANEL - 1) / PANEL;
+  const int64_t first = panel / STRIP * STRIP, panels = panels_of(w.n);
   const int64_t strip = first + STRIP <= panels ? STRIP : 1, of_strip = strip == 1 ? 0 : panel - first;
   return w.codes + ((panel - of_strip) * w.geometry.k_padded + k * strip + of_strip * TILE_K) * 2 * w.bits;
 }

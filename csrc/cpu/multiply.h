@@ -10,7 +10,7 @@
 constexpr int64_t SCRATCH_ACC = MOST_ROWS * STRIP * PANEL * 4;
 constexpr int64_t SCRATCH_SCALES = MAX_CHUNK * STRIP * PANEL * 4;  // and as much for the shifts, and the columns of pairs
 constexpr int64_t CHUNK_CODES = 8 << 10;  // bytes of packed codes: a quarter of L1
-constexpr int64_t PAIR_CODES = 16 << 10;  // bytes of unpacked codes: likewise
+constexpr int64_t PAIR_CODES = 16 << 10;  // bytes of unpacked codes: half of it
 constexpr int64_t FAR_AHEAD = 7 << 10;  // bytes beyond the codes in use, where a tile reads them once
 constexpr int64_t SCRATCH_WEIGHTS =
     STRIP * MAX_BLOCK * PANEL * 4;  // bytes: a block of floats, or several of shorter numbers; near L1's size
@@ -38,15 +38,18 @@ inline void next_blocks(const Geometry& g, Block block, int64_t most_k, Chunk& c
   } while (chunk.first + chunk.count < g.blocks && chunk.count < MAX_CHUNK && chunk.k + block.length <= most_k);
 }
 
+struct Fetch {  // meanwhile: lines of packed codes
+  int64_t ahead = 0, apart = 64;  // bytes from the codes in use, 0: to the next chunk's; bytes from one line to the next
+};
+
 // In chunks of up to most_k columns, which all the rows take before the next: what of the weight they use again is in the cache.
-// codes_of(chunk) gives a chunk's codes, in the form of the source. Fetched meanwhile: lines of packed codes, `apart` bytes from each other
-// and `ahead` bytes on; 0: the next chunk's.
+// codes_of(chunk) gives a chunk's codes, in the form of the source.
 template <class Source, int PANELS, int ALL, class Codes>  // ALL: panels of the strip
-void by_chunks(const Job& j, int64_t most_k, int64_t ahead, int64_t apart, const Codes& codes_of) {
+void by_chunks(const Job& j, int64_t most_k, const Codes& codes_of, Fetch fetch = {}) {
   constexpr bool CENTRED = !is_s8<Source>;
   const Geometry& g = j.w.geometry;
   const bool shifted = j.w.zeros != nullptr || (CENTRED && j.w.centre != 0), once = j.rows() <= MAX_ROWS<Source, PANELS>;
-  const uint8_t* end = codes_at(j.w, (j.w.n + PANEL - 1) / PANEL, 0);  // of all: the next strip is ours, or nearly always
+  const uint8_t* end = codes_at(j.w, panels_of(j.w.n), 0);  // of all: the next strip is ours, or nearly always
   __builtin_memset(j.acc(), 0, size_t(j.rows() * ALL * PANEL * 4));
   Chunk chunk;
   chunk.step = ALL * Source::TILE_BYTES, chunk.decoded = !once;
@@ -56,8 +59,8 @@ void by_chunks(const Job& j, int64_t most_k, int64_t ahead, int64_t apart, const
     next_blocks(g, block, most_k, chunk);
     const uint8_t* codes = codes_of(chunk);
     const int64_t bytes = chunk.k * 2 * j.w.bits * ALL;
-    const uint8_t* next = codes_at(j.w, j.panel, chunk.k0) + (ahead ? ahead : bytes);  // may be of the next strip
-    chunk.ahead = {next, bytes < end - next ? next + bytes : end, apart, 0};
+    const uint8_t* next = codes_at(j.w, j.panel, chunk.k0) + (fetch.ahead ? fetch.ahead : bytes);  // may be of the next strip
+    chunk.ahead = {next, bytes < end - next ? next + bytes : end, fetch.apart, 0};
     for (int p = 0; p < ALL; p += PANELS) {
       chunk.panel = j.panel + p, chunk.codes = codes + p * Source::TILE_BYTES, chunk.passes = (ALL - p) / PANELS;
       if (chunk.decoded) decode_scales<CENTRED, PANELS>(j.w, chunk, 0, chunk.count);
@@ -72,10 +75,10 @@ template <class Source, int PANELS, int ALL>
 void direct(const Job& j) {  // weights straight from their packed form
   const auto codes_of = [&](const Chunk& chunk) { return codes_at(j.w, j.panel, chunk.k0); };
   if (PANELS < ALL || j.rows() > MAX_ROWS<Source, PANELS>)
-    return by_chunks<Source, PANELS, ALL>(j, CHUNK_CODES / (2 * j.w.bits * ALL), 0, 64, codes_of);
+    return by_chunks<Source, PANELS, ALL>(j, CHUNK_CODES / (2 * j.w.bits * ALL), codes_of);
   // Where there is next to nothing to do but read, the CPU fetches by itself what lies between the lines that it is asked for.
   const bool idle = j.rows() <= (std::is_same_v<Source, S8Bytes> ? 3 : std::is_same_v<Source, S8Nibbles> ? 1 : 0);
-  by_chunks<Source, PANELS, ALL>(j, j.w.geometry.k_padded, FAR_AHEAD, idle ? 128 : 64, codes_of);
+  by_chunks<Source, PANELS, ALL>(j, j.w.geometry.k_padded, codes_of, {FAR_AHEAD, idle ? 128 : 64});
 }
 
 // Of codes that are dear to decode: tiles of half the width and twice the height decode half as often.
@@ -88,7 +91,7 @@ void direct_tall(const Job& j) {
 
 template <class Unpacked, int PANELS, int ALL>
 void through_scratch(const Job& j) {
-  by_chunks<Unpacked, PANELS, ALL>(j, SCRATCH_WEIGHTS / (Unpacked::TILE_BYTES / TILE_K * STRIP), 0, 64, [&](const Chunk& chunk) {
+  by_chunks<Unpacked, PANELS, ALL>(j, SCRATCH_WEIGHTS / (Unpacked::TILE_BYTES / TILE_K * STRIP), [&](const Chunk& chunk) {
     unpack(Unpacked{}, j.w, codes_at(j.w, j.panel, chunk.k0), chunk.k * ALL, j.unpacked());
     return j.unpacked();
   });
@@ -112,7 +115,7 @@ struct ByPairs {  // through scratch
   template <int PANELS, int ALL>
   static void panels(const Job& j) {
     static_assert(PANELS == ALL);
-    by_chunks<S8Pairs, PANELS, ALL>(j, PAIR_CODES / (PANEL * PANELS), 0, 64, [&](const Chunk& chunk) {
+    by_chunks<S8Pairs, PANELS, ALL>(j, PAIR_CODES / (PANEL * PANELS), [&](const Chunk& chunk) {
       uint8_t* out = j.unpacked();
       for (int64_t b = 0; b < chunk.count; b++) {
         const auto& [group, k0, length, end] = chunk.blocks[b];

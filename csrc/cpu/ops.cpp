@@ -83,7 +83,7 @@ Weight weight_of(const Tensor& qweight, const Tensor& scales, const std::optiona
                   ", ", group, ", ", bits);
   Weight w{};
   w.geometry = make_geometry(k, group);
-  const int64_t panels = (n + PANEL - 1) / PANEL;
+  const int64_t panels = panels_of(n);
   w.n = n, w.bits = int(bits), w.kind = kind_of(code), w.offset = int(offset), w.alpha = float(alpha);
   check_dense(qweight, "qweight");
   STD_TORCH_CHECK(qweight.scalar_type() == ScalarType::Byte && qweight.numel() == panels * w.geometry.k_padded * 2 * bits,
@@ -161,7 +161,7 @@ void share(int64_t count, bool small, const Work& work) {
 // work(m0, m1, p0, p1) for all the rows, cut as much as memory and the threads ask for, and every strip of panels.
 template <class Work>
 void share_strips(int64_t m, int64_t n, bool small, const Work& work) {
-  const int64_t panels = (n + PANEL - 1) / PANEL, strips = (panels + STRIP - 1) / STRIP;
+  const int64_t panels = panels_of(n), strips = (panels + STRIP - 1) / STRIP;
   const int64_t idle = std::clamp<int64_t>(torch::stable::get_num_threads() / strips, 1, std::max<int64_t>(1, m / 16));
   const int64_t parts = std::max(idle, (m + MOST_ROWS - 1) / MOST_ROWS);
   share(parts * strips, small, [&](int64_t task) {
