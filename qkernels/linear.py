@@ -125,8 +125,7 @@ class QuantLinear(nn.Linear):
     def quant_tensor(self) -> QuantTensor:
         """The weight in the canonical form; made anew when the layer holds a kernel's own form."""
         if self._kernel is not None:
-            kernel = registry.get(self._kernel)
-            return kernel.restore(self._packed(kernel))
+            return registry.get(self._kernel).restore(self._packed())
         held = {f: t.detach() for name, f in zip(_TENSORS, FIELDS, strict=True) if (t := getattr(self, name)) is not None}
         return QuantTensor.from_tensors(self.format, (self.out_features, self.in_features), held)
 
@@ -158,33 +157,41 @@ class QuantLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] float32, bfloat16 or float16 -> [..., out_features] in the same dtype, or in autocast's."""
-        if x.dim() == 0 or x.shape[-1] != self.in_features:
+        if x.dim() == 0 or x.size(-1) != self.in_features:
             raise FormatError(f"x {list(x.shape)} does not fit a layer with in_features = {self.in_features}")
         if x.dtype not in registry.DTYPES:
             raise FormatError(f"x is {x.dtype}; a QuantLinear takes float32, bfloat16 or float16")
         if x.is_meta:
             return x.new_empty((*x.shape[:-1], self.out_features))
-        if self._kernel is None:
+        if self._matmul is None:
             raise FormatError("the layer is on the meta device: load or materialise its weight first")
         device = "cpu" if x.is_cpu else x.device.type  # which would take 0.3 µs of every call
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
-        kernel, bias = registry.get(self._kernel), self._parameters["bias"]
+        held = self._parameters  # a fifth of the call of a small layer would go to Module.__getattr__
+        bias = held["bias"]
         if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
             function = _TransformedMatmul if torch._C._are_functorch_transforms_active() else _Matmul
-            return function.apply(x, bias, self._kernel, self._packed(kernel))
-        return kernel.run(x, self._packed(kernel), bias)
+            return function.apply(x, bias, self._kernel, self._packed())
+        return self._matmul(x, held["weight"], held["scales"], held["zeros"], held["tensor_scale"], held["perm"], bias)
 
     # -- holding the weight: canonical or a kernel's own form, never both --------------------------------------------------------
 
     _kernel: str | None = None
+    _matmul: registry.Matmul | None = None
     scales: nn.Parameter | None
     perm: nn.Parameter | None
 
-    def _packed(self, kernel: registry.Kernel) -> Packed:
-        held = self._parameters  # a fifth of the call of a small layer would go to Module.__getattr__
-        tensors = held["weight"], held["scales"], held["zeros"], held["tensor_scale"], held["perm"]
-        return kernel.packed_type(self.format, (self.out_features, self.in_features), *tensors)
+    def _serve_by(self, kernel: registry.Kernel | None) -> None:
+        self._kernel, self._matmul = (None, None) if kernel is None else (kernel.name, kernel.matmul(self.format, self._shape))
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
+
+    def _packed(self) -> Packed:
+        assert self._kernel is not None
+        return registry.get(self._kernel).packed_type(self.format, self._shape, *(self._parameters[name] for name in _TENSORS))
 
     def _plan(self, device: devices.Device, m: int | None, dtype: torch.dtype | None, perm: bool) -> Plan:
         if dtype is None:
@@ -197,7 +204,7 @@ class QuantLinear(nn.Linear):
     def _prepare(self, q: QuantTensor, dtype: torch.dtype | None = None) -> None:
         """Choose a kernel for where `q` lies and hold the weight in that kernel's form."""
         if q.codes.device.type == "meta":
-            self._kernel = None
+            self._serve_by(None)
             self._hold(dict(zip(FIELDS, (q.codes, q.scales, q.zeros, q.tensor_scale, q.perm), strict=True)))
             return
         plan = self._plan(devices.current(q.codes.device), None, dtype, q.perm is not None)
@@ -205,7 +212,7 @@ class QuantLinear(nn.Linear):
         if self.forced_kernel is None:
             _say_if_slow(plan)
         packed = kernel.prepare(q)
-        self._kernel = kernel.name
+        self._serve_by(kernel)
         self._hold(dict(zip(FIELDS, packed[2:], strict=True)))
 
     def _hold(self, tensors: Mapping[str, Tensor | None]) -> None:
@@ -237,11 +244,13 @@ class QuantLinear(nn.Linear):
         parameters = dict(self._parameters)
         if self.scales is not None and self.scales.dtype in _FLOAT8:
             parameters["scales"] = nn.Parameter(self.scales.detach().view(torch.uint8), requires_grad=False)
-        return {**self.__dict__, "_parameters": parameters, "_scales_dtype": None if self.scales is None else self.scales.dtype}
+        scales_dtype = None if self.scales is None else self.scales.dtype
+        return {**self.__dict__, "_parameters": parameters, "_matmul": None, "_scales_dtype": scales_dtype}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         dtype = state.pop("_scales_dtype")
         super().__setstate__(state)
+        self._serve_by(None if self._kernel is None else registry.get(self._kernel))
         if dtype in _FLOAT8:
             self._hold_one("scales", state["_parameters"]["scales"].detach().view(dtype))
 

@@ -57,7 +57,7 @@ struct Weight {
   CodeKind kind;
   int offset;  // integer: value = code - offset;  int8 tables: value = entry - offset
   const uint8_t* codes;  // [strips, k_padded / 8, panels of the strip, 16 * bits]
-  const void* scales;  // [panels, groups, scale_lanes]
+  const void* scales;  // [strips, groups, panels of the strip, scale_lanes]
   Dtype scale_dtype;
   int scale_lanes;  // 16: one a row; 1: one for the panel
   const void* zeros;  // like scales, or null
@@ -73,11 +73,21 @@ struct Weight {
 
 static inline int64_t panels_of(int64_t n) { return (n + PANEL - 1) / PANEL; }
 
+struct Place {  // of a panel: how many there are before its strip, and before it in its strip, which has so many
+  int64_t before, in_strip, panels;
+};
+static inline Place place_of(const Weight& w, int64_t panel) {
+  const int64_t before = panel / STRIP * STRIP;
+  return before + STRIP <= panels_of(w.n) ? Place{before, panel - before, STRIP} : Place{panel, 0, 1};
+}
 // Of the tile at column k: k_padded * 2 * bits is what one panel takes.
 static inline const uint8_t* codes_at(const Weight& w, int64_t panel, int64_t k) {
-  const int64_t first = panel / STRIP * STRIP, panels = panels_of(w.n);
-  const int64_t strip = first + STRIP <= panels ? STRIP : 1, of_strip = strip == 1 ? 0 : panel - first;
-  return w.codes + ((panel - of_strip) * w.geometry.k_padded + k * strip + of_strip * TILE_K) * 2 * w.bits;
+  const Place p = place_of(w, panel);
+  return w.codes + (p.before * w.geometry.k_padded + k * p.panels + p.in_strip * TILE_K) * 2 * w.bits;
+}
+// How many panels' scales, or zeros, of one group there are before these.
+static inline int64_t numbers_at(const Weight& w, const Place& p, int64_t group) {
+  return p.before * w.geometry.groups + group * p.panels + p.in_strip;
 }
 
 static inline bool has_few_codes(const Weight& w) { return w.kind == CodeKind::integer && w.bits <= 4; }  // below 16

@@ -8,10 +8,10 @@
 #include "cpu/search.h"
 
 constexpr int64_t SCRATCH_ACC = MOST_ROWS * STRIP * PANEL * 4;
+constexpr int MAX_CHUNK = 32;  // blocks
 constexpr int64_t SCRATCH_SCALES = MAX_CHUNK * STRIP * PANEL * 4;  // and as much for the shifts, and the columns of pairs
 constexpr int64_t CHUNK_CODES = 8 << 10;  // bytes of packed codes: a quarter of L1
 constexpr int64_t PAIR_CODES = 16 << 10;  // bytes of unpacked codes: half of it
-constexpr int64_t FAR_AHEAD = 7 << 10;  // bytes beyond the codes in use, where a tile reads them once
 constexpr int64_t SCRATCH_WEIGHTS =
     STRIP * MAX_BLOCK * PANEL * 4;  // bytes: a block of floats, or several of shorter numbers; near L1's size
 
@@ -28,57 +28,64 @@ struct Job {  // rows m0…m1 times the strip that begins with `panel`
   uint8_t* unpacked() const { return reinterpret_cast<uint8_t*>(scratch + SCRATCH_ACC + 3 * SCRATCH_SCALES); }
 };
 
-// The blocks from chunk.first on, as many as fit most_k columns but one at least.
-inline void next_blocks(const Geometry& g, Block block, int64_t most_k, Chunk& chunk) {
-  chunk.k0 = block.k0, chunk.k = chunk.count = 0;
+// Blocks from chunk.first and chunk.block on, as many as fit most_k columns but one at least; returns the one after them.
+inline Block fill(Chunk& chunk, const Geometry& g, int64_t most_k) {
+  Block block = chunk.block;
+  chunk.k = chunk.count = 0;
   do {
-    chunk.blocks[chunk.count++] = block;
-    chunk.k += block.length;
+    chunk.count++, chunk.k += block.length;
     block = block_after(g, block);
   } while (chunk.first + chunk.count < g.blocks && chunk.count < MAX_CHUNK && chunk.k + block.length <= most_k);
+  return block;
 }
 
-struct Fetch {  // meanwhile: lines of packed codes
-  int64_t ahead = 0, apart = 64;  // bytes from the codes in use, 0: to the next chunk's; bytes from one line to the next
-};
+template <class Source>
+Chunk chunk_of(const Job& j, int step) {
+  const bool shifted = j.w.zeros != nullptr || (!is_s8<Source> && j.w.centre != 0);
+  Chunk chunk;
+  chunk.first = 0, chunk.block = first_block(j.w.geometry), chunk.place = place_of(j.w, j.panel), chunk.step = step;
+  chunk.scales = j.scales(), chunk.shifts = shifted ? chunk.scales + SCRATCH_SCALES / 4 : nullptr, chunk.columns = j.columns();
+  return chunk;
+}
 
 // In chunks of up to most_k columns, which all the rows take before the next: what of the weight they use again is in the cache.
 // codes_of(chunk) gives a chunk's codes, in the form of the source.
 template <class Source, int PANELS, int ALL, class Codes>  // ALL: panels of the strip
-void by_chunks(const Job& j, int64_t most_k, const Codes& codes_of, Fetch fetch = {}) {
-  constexpr bool CENTRED = !is_s8<Source>;
+void by_chunks(const Job& j, int64_t most_k, const Codes& codes_of) {
   const Geometry& g = j.w.geometry;
-  const bool shifted = j.w.zeros != nullptr || (CENTRED && j.w.centre != 0), once = j.rows() <= MAX_ROWS<Source, PANELS>;
   const uint8_t* end = codes_at(j.w, panels_of(j.w.n), 0);  // of all: the next strip is ours, or nearly always
   __builtin_memset(j.acc(), 0, size_t(j.rows() * ALL * PANEL * 4));
-  Chunk chunk;
-  chunk.step = ALL * Source::TILE_BYTES, chunk.decoded = !once;
-  chunk.scales = j.scales(), chunk.shifts = shifted ? chunk.scales + SCRATCH_SCALES / 4 : nullptr, chunk.columns = j.columns();
-  Block block = first_block(g);
-  for (chunk.first = 0; chunk.first < g.blocks; chunk.first += chunk.count) {
-    next_blocks(g, block, most_k, chunk);
+  Chunk chunk = chunk_of<Source>(j, ALL * Source::TILE_BYTES);
+  for (; chunk.first < g.blocks; chunk.first += chunk.count) {
+    const Block after = fill(chunk, g, most_k);
     const uint8_t* codes = codes_of(chunk);
     const int64_t bytes = chunk.k * 2 * j.w.bits * ALL;
-    const uint8_t* next = codes_at(j.w, j.panel, chunk.k0) + (fetch.ahead ? fetch.ahead : bytes);  // may be of the next strip
-    chunk.ahead = {next, bytes < end - next ? next + bytes : end, fetch.apart, 0};
+    const uint8_t* next = codes_at(j.w, j.panel, chunk.block.k0) + bytes;  // may be of the next strip
+    chunk.ahead = {next, bytes < end - next ? next + bytes : end, 0};
     for (int p = 0; p < ALL; p += PANELS) {
-      chunk.panel = j.panel + p, chunk.codes = codes + p * Source::TILE_BYTES, chunk.passes = (ALL - p) / PANELS;
-      if (chunk.decoded) decode_scales<CENTRED, PANELS>(j.w, chunk, 0, chunk.count);
+      chunk.place = place_of(j.w, j.panel + p), chunk.codes = codes + p * Source::TILE_BYTES, chunk.passes = (ALL - p) / PANELS;
+      decode<!is_s8<Source>, PANELS>(j.w, chunk);
       rows_of_tiles<Source, PANELS>(j.w, j.x, chunk, j.m0, j.m1, j.acc() + j.rows() * p * PANEL);
     }
-    block = block_after(g, chunk.blocks[chunk.count - 1]);
+    chunk.block = after;
   }
   for (int p = 0; p < ALL; p += PANELS) write_rows(j.w, j.out, j.m0, j.m1, j.panel + p, PANELS, j.acc() + j.rows() * p * PANEL);
 }
 
+template <class Source>
+void streamed(const Job& j) {  // a whole strip, for rows that one tile holds
+  __builtin_memset(j.acc(), 0, size_t(j.rows() * STRIP * PANEL * 4));
+  Chunk chunk = chunk_of<Source>(j, STRIP * Source::TILE_BYTES);
+  chunk.count = j.w.geometry.blocks, chunk.codes = codes_at(j.w, j.panel, 0);
+  TILES<Source, STRIP, true>[size_t(j.rows() - 1)](j.w, j.x, chunk, j.m0, j.acc());
+  write_rows(j.w, j.out, j.m0, j.m1, j.panel, STRIP, j.acc());
+}
+
 template <class Source, int PANELS, int ALL>
 void direct(const Job& j) {  // weights straight from their packed form
-  const auto codes_of = [&](const Chunk& chunk) { return codes_at(j.w, j.panel, chunk.k0); };
-  if (PANELS < ALL || j.rows() > MAX_ROWS<Source, PANELS>)
-    return by_chunks<Source, PANELS, ALL>(j, CHUNK_CODES / (2 * j.w.bits * ALL), codes_of);
-  // Where there is next to nothing to do but read, the CPU fetches by itself what lies between the lines that it is asked for.
-  const bool idle = j.rows() <= (std::is_same_v<Source, S8Bytes> ? 3 : std::is_same_v<Source, S8Nibbles> ? 1 : 0);
-  by_chunks<Source, PANELS, ALL>(j, j.w.geometry.k_padded, codes_of, {FAR_AHEAD, idle ? 128 : 64});
+  if constexpr (PANELS == STRIP)
+    if (j.rows() <= MAX_ROWS<Source, PANELS>) return streamed<Source>(j);
+  by_chunks<Source, PANELS, ALL>(j, CHUNK_CODES / (2 * j.w.bits * ALL), [&](const Chunk& c) { return codes_at(j.w, j.panel, c.block.k0); });
 }
 
 // Of codes that are dear to decode: tiles of half the width and twice the height decode half as often.
@@ -92,7 +99,7 @@ void direct_tall(const Job& j) {
 template <class Unpacked, int PANELS, int ALL>
 void through_scratch(const Job& j) {
   by_chunks<Unpacked, PANELS, ALL>(j, SCRATCH_WEIGHTS / (Unpacked::TILE_BYTES / TILE_K * STRIP), [&](const Chunk& chunk) {
-    unpack(Unpacked{}, j.w, codes_at(j.w, j.panel, chunk.k0), chunk.k * ALL, j.unpacked());
+    unpack(Unpacked{}, j.w, codes_at(j.w, j.panel, chunk.block.k0), chunk.k * ALL, j.unpacked());
     return j.unpacked();
   });
 }
@@ -117,10 +124,10 @@ struct ByPairs {  // through scratch
     static_assert(PANELS == ALL);
     by_chunks<S8Pairs, PANELS, ALL>(j, PAIR_CODES / (PANEL * PANELS), [&](const Chunk& chunk) {
       uint8_t* out = j.unpacked();
-      for (int64_t b = 0; b < chunk.count; b++) {
-        const auto& [group, k0, length, end] = chunk.blocks[b];
-        unpack_pairs<PANELS>(j.w.bits, codes_at(j.w, j.panel, k0), length, out, j.columns() + b * PANELS * PANEL);
-        out += length * PANELS * PANEL;
+      Block block = chunk.block;
+      for (int64_t b = 0; b < chunk.count; b++, block = block_after(j.w.geometry, block)) {
+        unpack_pairs<PANELS>(j.w.bits, codes_at(j.w, j.panel, block.k0), block.length, out, j.columns() + b * PANELS * PANEL);
+        out += block.length * PANELS * PANEL;
       }
       return j.unpacked();
     });

@@ -91,15 +91,16 @@ Weight weight_of(const Tensor& qweight, const Tensor& scales, const std::optiona
                   qweight.numel());
   w.codes = static_cast<const uint8_t*>(qweight.const_data_ptr());
   check_dense(scales, "scales");
-  STD_TORCH_CHECK(scales.dim() == 3 && scales.size(0) == panels && scales.size(1) == w.geometry.groups &&
-                      (scales.size(2) == 1 || scales.size(2) == PANEL),
-                  "scales must be [", panels, ", ", w.geometry.groups, ", 1 or 16]");
+  const int64_t numbers = panels * w.geometry.groups;
+  STD_TORCH_CHECK(scales.numel() == numbers || scales.numel() == numbers * PANEL, "scales must hold ", numbers, " or ", numbers * PANEL,
+                  " numbers for this n, k and group; they hold ", scales.numel());
   w.scales = scales.const_data_ptr(), w.scale_dtype = dtype_of(scales, "scales");
   if (w.scale_dtype == Dtype::u8) w.scale_dtype = Dtype::e8m0;  // the stable ABI has no such dtype yet: its bytes come instead
-  w.scale_lanes = int(scales.size(2));
+  w.scale_lanes = int(scales.numel() / numbers);
   if (zeros) {
     check_dense(*zeros, "zeros");
-    STD_TORCH_CHECK(zeros->numel() == panels * w.geometry.groups * PANEL, "zeros must be [", panels, ", ", w.geometry.groups, ", 16]");
+    STD_TORCH_CHECK(zeros->numel() == numbers * PANEL, "zeros must hold ", numbers * PANEL, " numbers for this n, k and group; they hold ",
+                    zeros->numel());
     w.zeros = zeros->const_data_ptr(), w.zero_dtype = dtype_of(*zeros, "zeros");
   }
   STD_TORCH_CHECK(table.has_value() == (w.kind == CodeKind::table), "code = table goes with a table, others without");

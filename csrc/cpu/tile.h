@@ -5,21 +5,22 @@
 
 // ---- where a tile's weight vectors come from ------------------------------------------------------------------------------------
 // STEPS vectors a tile of 8 k, each against 8 / STEPS consecutive activations. TILE_BYTES from one panel's tile to the next panel's.
+// IDLE_ROWS: with so many rows there is next to nothing to do but read.
 
 template <bool NIBBLE>
 struct S8 {
   using Dot = DotS8<NIBBLE>;
   using X = int8_t;
-  static constexpr int STEPS = 2;
+  static constexpr int STEPS = 2, IDLE_ROWS = 0;
 };
 struct F32 {
   using Dot = DotF32;
   using X = float;
-  static constexpr int STEPS = 8;
+  static constexpr int STEPS = 8, IDLE_ROWS = 0;
 };
 
 struct S8Bytes : S8<false> {  // 8-bit codes, packed or unpacked into scratch
-  static constexpr int TILE_BYTES = 128;
+  static constexpr int TILE_BYTES = 128, IDLE_ROWS = 3;
   static B weight(const uint8_t* tile, int step, const Weight&) { return load_b(tile + 64 * step); }
 };
 struct S8Unpacked : S8<true> {  // codes below 16 in scratch
@@ -27,7 +28,7 @@ struct S8Unpacked : S8<true> {  // codes below 16 in scratch
   static B weight(const uint8_t* tile, int step, const Weight&) { return load_b(tile + 64 * step); }
 };
 struct S8Nibbles : S8<true> {
-  static constexpr int TILE_BYTES = 64;
+  static constexpr int TILE_BYTES = 64, IDLE_ROWS = 1;
   static B weight(const uint8_t* tile, int step, const Weight&) { return nibbles(load_b(tile), step); }
 };
 struct S8Table : S8<false> {
@@ -39,7 +40,7 @@ struct S8Table : S8<false> {
 struct S8Pairs {  // codes below 16 in scratch
   using Dot = DotPairs;
   using X = int8_t;
-  static constexpr int STEPS = 1, TILE_BYTES = 128;
+  static constexpr int STEPS = 1, TILE_BYTES = 128, IDLE_ROWS = 0;
   static Pair weight(const uint8_t* tile, int, const Weight&) { return {load_b(tile), load_b(tile + 64)}; }
 };
 #endif
@@ -69,7 +70,7 @@ struct F32Bytes : F32 {  // 8-bit integers
 struct Bf16 {
   using Dot = DotBf16;
   using X = uint16_t;
-  static constexpr int STEPS = 4;
+  static constexpr int STEPS = 4, IDLE_ROWS = 0;
 };
 struct Bf16Unpacked : Bf16 {
   static constexpr int TILE_BYTES = 256;
@@ -106,14 +107,20 @@ template <int COUNT, class Work>
 }
 
 // Packed codes that will be read later are fetched into L2 meanwhile, evenly: a burst of fetches would hold up the loads behind it.
-struct Ahead {
+struct Ahead {  // those of the next chunk, or of the next strip's first
   const uint8_t *at, *end;
-  int64_t apart;  // bytes from one line that is fetched to the next: 64 fetches all
   int64_t per_tile;  // bytes, for every tile of 8 k that is worked on
-  [[gnu::always_inline]] void fetch() {
+  [[gnu::always_inline]] void fetch(const uint8_t*) {
     if (at >= end) return;
-    for (const uint8_t* line = at; line < at + per_tile; line += apart) __builtin_prefetch(line, 0, 2);
+    for (const uint8_t* line = at; line < at + per_tile; line += 64) __builtin_prefetch(line, 0, 2);
     at += per_tile;
+  }
+};
+constexpr int64_t FAR_AHEAD = 7 << 10;  // bytes beyond the codes in use
+template <int BYTES, int APART>
+struct FarAhead {  // of codes that are read once, BYTES for every tile of 8 k; APART bytes from one line that is fetched to the next
+  [[gnu::always_inline]] void fetch(const uint8_t* codes) {
+    each<(BYTES + APART - 1) / APART>(QK_WITH(i) { __builtin_prefetch(codes + FAR_AHEAD + i * APART, 0, 2); });
   }
 };
 
@@ -123,12 +130,13 @@ struct Sums {
   typename Source::Dot dot[ROWS][PANELS];
 
   // Tiles of k columns; `step` leads to the next tile's codes, x_stride to the next row.
+  template <class Fetch>
   [[gnu::always_inline]] void add(const Weight& w, const uint8_t* codes, int64_t step, const X* x, int64_t x_stride, int64_t k,
-                                  Ahead& ahead) {
+                                  Fetch& ahead) {
     constexpr int STEP_K = TILE_K / Source::STEPS;
     const X* end = x + k;
     do {  // once at least: were it to be skipped, GCC would keep the sums on the stack for that case
-      ahead.fetch();
+      ahead.fetch(codes);
       each<Source::STEPS>(QK_WITH(i) {
         decltype(Source::weight(codes, i, w)) weights[PANELS];
         each<PANELS>(QK_WITH(p) { weights[p] = Source::weight(codes + p * Source::TILE_BYTES, i, w); });
@@ -137,7 +145,8 @@ struct Sums {
       codes += step, x += TILE_K;
     } while (x < end);
   }
-  [[gnu::always_inline]] void add_block(const Weight& w, const uint8_t* codes, int64_t step, const X* x, int64_t length, Ahead& ahead) {
+  template <class Fetch>
+  [[gnu::always_inline]] void add_block(const Weight& w, const uint8_t* codes, int64_t step, const X* x, int64_t length, Fetch& ahead) {
     constexpr int64_t FOLD_K = Source::Dot::FOLD_K;
     if constexpr (FOLD_K == MAX_BLOCK) return add(w, codes, step, x, length, length, ahead);
     for (int64_t k = 0; k < length; k += FOLD_K, codes += FOLD_K / TILE_K * step) {
@@ -147,33 +156,28 @@ struct Sums {
   }
 };
 
-constexpr int MAX_CHUNK = 32;
-
 struct Chunk {  // of K, for PANELS panels of a strip
-  int64_t first, count, k0, k;  // blocks first…first + count, which are the columns k0…k0 + k
-  Block blocks[MAX_CHUNK];
-  int64_t panel;  // the first
+  int64_t first, count, k;  // blocks first…first + count, of k columns in all
+  Block block;  // the first of them
+  Place place;  // of the first of these panels
   const uint8_t* codes;  // its codes, in the form of a source
   int64_t step;  // bytes to the next tile's: TILE_BYTES of every panel of the strip
-  bool decoded;  // scales and shifts are there; else a tile decodes them, block by block: their memory is waited for beside the codes'
-  float* scales;  // [count, PANELS, 16]
+  float* scales;  // [count, PANELS, 16]; where weights are streamed [PANELS, 16], of the block at hand
   float* shifts;  // likewise: scale * (code - zero) is scale * code + shift; or null
-  const int32_t* columns;  // likewise, of paired codes: what they add among themselves
-  Ahead ahead;
+  const int32_t* columns;  // [count, PANELS, 16], of paired codes: what they add among themselves
+  Ahead ahead;  // unless weights are streamed
   int passes;  // over these columns, this one and those to come: the strip's other panels
 };
 
-// work(16 numbers, one a row; where they belong in [count, PANELS, 16]) for blocks first…last and every panel. The dtype is a constant of the
-// loops: as a switch within them, decoding the scales took a tenth of the time of one row of x.
+[[gnu::noinline]] float number_of(const void* numbers, Dtype dtype, int64_t i) { return load_number(numbers, dtype, i); }
+
+// work(p, 16 numbers, one a row) for some panels of a group. The dtype is a constant of the loops: as a switch within them, decoding the
+// scales took a tenth of the time of one row of x.
 template <int PANELS, class Work>
-inline void for_numbers(const Chunk& chunk, int64_t first, int64_t last, int64_t groups, const void* numbers, Dtype dtype, int lanes,
-                        const Work& work) {
-  const auto all = [&](auto kind) {
-    for (int p = 0; p < PANELS; p++)
-      for (int64_t b = first; b < last; b++) {
-        const int64_t at = ((chunk.panel + p) * groups + chunk.blocks[b].group) * lanes;
-        work(lanes == 1 ? set1_f(load_number(numbers, kind, at)) : load_numbers(numbers, kind, at), (b * PANELS + p) * PANEL);
-      }
+[[gnu::always_inline]] inline void for_numbers(const void* numbers, Dtype dtype, int lanes, int64_t first, const Work& work) {
+  if (lanes == 1) return each<PANELS>(QK_WITH(p) { work(p, set1_f(number_of(numbers, dtype, first + p))); });
+  const auto all = [&](auto kind) __attribute__((always_inline)) {
+    each<PANELS>(QK_WITH(p) { work(p, load_numbers(numbers, kind, (first + p) * PANEL)); });
   };
   switch (dtype) {
     case Dtype::f32: return all(std::integral_constant<Dtype, Dtype::f32>{});
@@ -183,29 +187,40 @@ inline void for_numbers(const Chunk& chunk, int64_t first, int64_t last, int64_t
     case Dtype::e8m0: return all(std::integral_constant<Dtype, Dtype::e8m0>{});
     case Dtype::u8: return all(std::integral_constant<Dtype, Dtype::u8>{});
   }
+  __builtin_unreachable();
+}
+
+template <int PANELS, class Work>  // work(p, 16 scales)
+[[gnu::always_inline]] inline void for_scales(const Weight& w, int64_t first, const Work& work) {
+  for_numbers<PANELS>(w.scales, w.scale_dtype, w.scale_lanes, first,
+                      [&](auto p, F s) __attribute__((always_inline)) { work(p, mul(s, set1_f(w.alpha))); });
 }
 
 template <bool CENTRED, int PANELS>
-[[gnu::noinline]] void decode_scales(const Weight& w, const Chunk& chunk, int64_t first, int64_t last) {
-  float *scales = chunk.scales, *shifts = chunk.shifts;
-  const F alpha = set1_f(w.alpha), centre = set1_f(CENTRED ? w.centre : 0.0f);
-  const int64_t groups = w.geometry.groups;
-  for_numbers<PANELS>(chunk, first, last, groups, w.scales, w.scale_dtype, w.scale_lanes,
-                      [&](F s, int64_t at) { store_f(scales + at, mul(s, alpha)); });
-  if (shifts == nullptr) return;
-  const auto shift = [&](F zero, int64_t at) { store_f(shifts + at, mul(load_f(scales + at), sub_f(centre, zero))); };
-  if (w.zeros != nullptr) for_numbers<PANELS>(chunk, first, last, groups, w.zeros, w.zero_dtype, PANEL, shift);
-  else
-    for (int64_t at = first * PANELS * PANEL; at < last * PANELS * PANEL; at += PANEL) shift(zero_f(), at);
+[[gnu::noinline]] void decode_shifts(const Weight& w, int64_t first, const float* scales, float* shifts) {
+  const F centre = set1_f(CENTRED ? w.centre : 0.0f);
+  const auto shift = [&](int p, F zero) { store_f(shifts + p * PANEL, mul(load_f(scales + p * PANEL), sub_f(centre, zero))); };
+  if (w.zeros != nullptr) return for_numbers<PANELS>(w.zeros, w.zero_dtype, PANEL, first, shift);
+  for (int p = 0; p < PANELS; p++) shift(p, zero_f());
 }
 
-// A strip's numbers lie together: while a group is worked on, as many of the next strip's are fetched.
+template <bool CENTRED, int PANELS>
+[[gnu::noinline]] void decode(const Weight& w, const Chunk& chunk) {
+  float *scales = chunk.scales, *shifts = chunk.shifts;
+  Block block = chunk.block;
+  for (int64_t b = 0; b < chunk.count; b++, block = block_after(w.geometry, block), scales += PANELS * PANEL) {
+    const int64_t numbers = numbers_at(w, chunk.place, block.group);
+    for_scales<PANELS>(w, numbers, [&](int p, F scale) { store_f(scales + p * PANEL, scale); });
+    if (shifts != nullptr) decode_shifts<CENTRED, PANELS>(w, numbers, scales, shifts), shifts += PANELS * PANEL;
+  }
+}
+
+// The next strip's numbers lie as many panels further on as the strip has.
 template <int PANELS>
-[[gnu::always_inline]] inline void fetch_numbers(const Chunk& chunk, int64_t group, int64_t groups, const void* numbers, Dtype dtype,
-                                                 int lanes) {
-  const int64_t size = PANELS * lanes * bytes_of(dtype);
-  const char* next = static_cast<const char*>(numbers) + ((chunk.panel / PANELS + 1) * groups + group) * size;
-  for (int64_t i = 0; i < size; i += 64) __builtin_prefetch(next + i, 0, 2);
+[[gnu::always_inline]] inline void fetch_numbers(const void* numbers, Dtype dtype, int lanes, int64_t first) {
+  const int64_t size = lanes * bytes_of(dtype);
+  const char* line = static_cast<const char*>(numbers) + first * size;
+  for (int64_t i = 0; i < PANELS * size; i += 64) __builtin_prefetch(line + i, 0, 2);
 }
 
 // Out of line: where there is nothing to shift, GCC finds better registers for the rest.
@@ -216,20 +231,34 @@ template <int PANELS>
   }
 }
 
-template <class Source, int ROWS, int PANELS>
+// Where there is next to nothing to do but read, the CPU fetches by itself what lies between the lines that it is asked for.
+template <class Source, int ROWS>
+constexpr int LINES_APART = ROWS <= Source::IDLE_ROWS ? 128 : 64;
+
+// STREAMED: the only tile of its columns, which are all. It decodes the scales itself, block by block: their memory is waited for beside
+// the codes'.
+template <class Source, int ROWS, int PANELS, bool STREAMED>
 void tile(const Weight& w, const Activations& x, Chunk& chunk, int64_t m, float* acc) {  // acc [ROWS, PANELS, 16]
+  constexpr int NEXT = STREAMED ? 0 : PANELS * PANEL;
   const uint8_t* codes = chunk.codes;
   const float *w_scales = chunk.scales, *shifts = chunk.shifts;
-  Ahead ahead = chunk.ahead;
+  std::conditional_t<STREAMED, FarAhead<PANELS * Source::TILE_BYTES, LINES_APART<Source, ROWS>>, Ahead> ahead;
+  if constexpr (!STREAMED) ahead = chunk.ahead;
   const int64_t first = chunk.first * x.m + m;
   const float *sums = x.sums + first, *scales = x.scales + first;
   const int32_t *starts = x.starts + first, *columns = chunk.columns;
-  for (const Block *block = chunk.blocks, *end = block + chunk.count; block < end; block++) {
-    if (!chunk.decoded) {
-      decode_scales<!is_s8<Source>, PANELS>(w, chunk, block - chunk.blocks, block - chunk.blocks + 1);
-      const int64_t group = block->group, groups = w.geometry.groups;
-      fetch_numbers<PANELS>(chunk, group, groups, w.scales, w.scale_dtype, w.scale_lanes);
-      if (w.zeros != nullptr) fetch_numbers<PANELS>(chunk, group, groups, w.zeros, w.zero_dtype, PANEL);
+  Block block = chunk.block;
+  for (int64_t b = 0; b < chunk.count; b++, block = block_after(w.geometry, block)) {
+    F factors[PANELS];
+    if constexpr (STREAMED) {
+      const int64_t numbers = numbers_at(w, chunk.place, block.group), next = numbers + PANELS * w.geometry.groups;
+      for_scales<PANELS>(w, numbers, [&](auto p, F scale) __attribute__((always_inline)) { factors[p] = scale; });
+      fetch_numbers<PANELS>(w.scales, w.scale_dtype, w.scale_lanes, next);
+      if (shifts != nullptr) {
+        each<PANELS>(QK_WITH(p) { store_f(chunk.scales + p * PANEL, factors[p]); });
+        decode_shifts<!is_s8<Source>, PANELS>(w, numbers, chunk.scales, chunk.shifts);
+        if (w.zeros != nullptr) fetch_numbers<PANELS>(w.zeros, w.zero_dtype, PANEL, next);
+      }
     }
     Sums<Source, ROWS, PANELS> total;
     each<ROWS>(QK_WITH(r) {
@@ -238,26 +267,26 @@ void tile(const Weight& w, const Activations& x, Chunk& chunk, int64_t m, float*
         else total.dot[r][p].start(is_s8<Source> ? starts[r] : 0);
       });
     });
-    const auto* rows = static_cast<const typename Source::X*>(x.values) + x.m * block->k0 + m * block->length;
-    total.add_block(w, codes, chunk.step, rows, block->length, ahead);
+    const auto* rows = static_cast<const typename Source::X*>(x.values) + x.m * block.k0 + m * block.length;
+    total.add_block(w, codes, chunk.step, rows, block.length, ahead);
     float* out = acc;
     __asm__("" : "+r"(out));  // else GCC keeps acc in registers from block to block, and spills what it needs them for
     each<ROWS>(QK_WITH(r) {
       const F scale = set1_f(is_s8<Source> ? scales[r] : 1.0f);
       each<PANELS>(QK_WITH(p) {
         float* sum = out + (r * PANELS + p) * PANEL;
-        const F factor = load_f(w_scales + p * PANEL);
+        const F factor = STREAMED ? factors[p] : load_f(w_scales + p * PANEL);
         store_f(sum, fma(is_s8<Source> ? mul(factor, scale) : factor, total.dot[r][p].value(), load_f(sum)));
       });
     });
     if (shifts != nullptr) {
       add_shifts(shifts, is_s8<Source> ? scales : nullptr, sums, ROWS, PANELS, acc);
-      shifts += PANELS * PANEL;
+      shifts += NEXT;
     }
-    codes += block->length / TILE_K * chunk.step;
-    w_scales += PANELS * PANEL, columns += PANELS * PANEL, scales += x.m, sums += x.m, starts += x.m;
+    codes += block.length / TILE_K * chunk.step;
+    w_scales += NEXT, columns += PANELS * PANEL, scales += x.m, sums += x.m, starts += x.m;
   }
-  chunk.ahead = ahead;
+  if constexpr (!STREAMED) chunk.ahead = ahead;
 }
 
 template <class Source>
@@ -269,16 +298,19 @@ constexpr int MOST_SUMS<S8Pairs> = PAIR_ACCUMULATORS;
 template <class Source, int PANELS>
 constexpr int MAX_ROWS = MOST_SUMS<Source> / PANELS < 12 ? MOST_SUMS<Source> / PANELS : 12;
 
+template <class Source, int PANELS, bool STREAMED>
+constexpr auto TILES = []<int... R>(std::integer_sequence<int, R...>) {  // by height, from 1
+  return std::array{tile<Source, R + 1, PANELS, STREAMED>...};
+}(std::make_integer_sequence<int, MAX_ROWS<Source, PANELS>>{});
+
 // All rows m0…m1, in tiles of nearly equal height (so that no M is much dearer than the next).
 template <class Source, int PANELS>
 void rows_of_tiles(const Weight& w, const Activations& x, Chunk& chunk, int64_t m0, int64_t m1, float* acc) {
-  constexpr auto tile_of = []<size_t... R>(std::index_sequence<R...>) { return std::array{tile<Source, int(R) + 1, PANELS>...}; };
-  constexpr auto TILES = tile_of(std::make_index_sequence<MAX_ROWS<Source, PANELS>>{});  // by height, from 1
   int64_t tiles = (m1 - m0 + MAX_ROWS<Source, PANELS> - 1) / MAX_ROWS<Source, PANELS>;
   const int64_t tiles_of_k = tiles * chunk.passes * (chunk.k / TILE_K);
   chunk.ahead.per_tile = ((chunk.ahead.end - chunk.ahead.at) / tiles_of_k + 63) / 64 * 64;
   for (int64_t m = m0, rows; m < m1; m += rows, tiles--) {
     rows = (m1 - m + tiles - 1) / tiles;
-    TILES[size_t(rows - 1)](w, x, chunk, m, acc + (m - m0) * PANELS * PANEL);
+    TILES<Source, PANELS, false>[size_t(rows - 1)](w, x, chunk, m, acc + (m - m0) * PANELS * PANEL);
   }
 }

@@ -96,12 +96,12 @@ inline void unpack(Bf16, const Weight& w, const uint8_t* codes, int64_t k, uint8
 #endif
 
 inline F scale_of(const Weight& w, int64_t panel, int64_t group) {
-  const int64_t at = (panel * w.geometry.groups + group) * w.scale_lanes;
+  const int64_t at = numbers_at(w, place_of(w, panel), group) * w.scale_lanes;
   const F s = w.scale_lanes == 1 ? set1_f(load_number(w.scales, w.scale_dtype, at)) : load_numbers(w.scales, w.scale_dtype, at);
   return mul(s, set1_f(w.alpha));
 }
 inline F zero_of(const Weight& w, int64_t panel, int64_t group) {
-  return w.zeros == nullptr ? zero_f() : load_numbers(w.zeros, w.zero_dtype, (panel * w.geometry.groups + group) * PANEL);
+  return w.zeros == nullptr ? zero_f() : load_numbers(w.zeros, w.zero_dtype, numbers_at(w, place_of(w, panel), group) * PANEL);
 }
 
 void dequantize(const Weight& w, int64_t p0, int64_t p1, float* out) {

@@ -17,7 +17,8 @@ from qkernels.kernels.device import Device
 Compute = Literal["auto", "float", "int8"]
 COMPUTES = ("auto", "float", "int8")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-Packed = Any  # a NamedTuple in the kernel's own file: tensors, format, shape
+Packed = Any  # a NamedTuple in the kernel's own file: format, shape, tensors
+Matmul = Callable[..., Tensor]  # (x [..., K], weight, scales, zeros, tensor_scale, perm, bias) -> [..., N]
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Kernel:
     cost      estimated microseconds
     prepare   canonical -> packed; restore is its exact inverse
     run       (x [..., K], packed, bias [N] or None) -> [..., N]
+    bind      optional, for `matmul`: what is known of a format and shape [N, K] is worked out beforehand
     """
 
     name: str
@@ -74,6 +76,13 @@ class Kernel:
     run: Callable[[Tensor, Packed, Tensor | None], Tensor]
     packed_type: type
     dequantize: Callable[[Packed], Tensor] | None = None
+    bind: Callable[[QuantFormat, tuple[int, int]], Matmul] | None = None
+
+    def matmul(self, format: QuantFormat, shape: tuple[int, int]) -> Matmul:
+        """`run` for weights [N, K] of one format, which takes the tensors of a packed weight one by one."""
+        if self.bind is not None:
+            return self.bind(format, shape)
+        return lambda x, *tensors: self.run(x, self.packed_type(format, shape, *tensors[:-1]), tensors[-1])
 
 
 @dataclass(frozen=True)

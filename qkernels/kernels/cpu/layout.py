@@ -1,7 +1,7 @@
 """The packed layout that both CPU kernels share, and its inverse.
 
 Panels of 16 output rows; in a panel, tiles of 16 rows x 8 k; every group of K padded to a multiple of 8 with code 0. Four panels are a
-strip, which holds its tiles in order of k, then of panels; the panels that remain follow one by one.
+strip, which holds its tiles, scales and zeros in order of k, then of panels; the panels that remain follow one by one.
 
     4 bits   (n, k) of a tile -> byte 4n + k % 4, low nibble for k < 4, high nibble for k >= 4
     8 bits   (n, k) of a tile -> byte 64 (k // 4) + 4n + k % 4
@@ -30,8 +30,8 @@ class Packed(NamedTuple):
 
     Shapes, with P = ceil(N / 16) panels and G groups along K:
         weight        [P * padded K * 2 * bits]   uint8
-        scales        [P, G, 16]                  scale type (e8m0: uint8); [P, G, 1] where a scale serves whole panels
-        zeros         [P, G, 16]                  uint8 or scale type
+        scales        [P * G * 16]                scale type (e8m0: uint8); [P * G] where a scale serves whole panels
+        zeros         [P * G * 16]                uint8 or scale type
         tensor_scale  [1]                         float32
         perm          [K]                         int32
     """
@@ -52,12 +52,12 @@ def prepare(q: QuantTensor) -> Packed:
     codes = F.pad(_pad_groups(unpack(q.codes, bits, k), q.format, n, k), (0, 0, 0, -n % PANEL))
     tiles = codes.view(-1, PANEL, codes.shape[1] // TILE_K, 2, 4).permute(0, 2, 3, 1, 4)  # panel, tile, half, row, k
     weight = tiles[:, :, 0] | (tiles[:, :, 1] << 4) if bits == 4 else pack(tiles.reshape(*tiles.shape[:3], 64), bits)
-    lanes = _scale_lanes(q.format, n, k)
-    scales = _panel_rows(q.scales, q.format, n, k, lanes)
+    scales = _panel_rows(q.scales, q.format, n, k, _scale_lanes(q.format, n, k))
     zeros = None if q.zeros is None else _panel_rows(q.zeros, q.format, n, k, PANEL)
     if scales.dtype == torch.float8_e8m0fnu:  # a dtype that the stable ABI does not carry yet
         scales = scales.view(torch.uint8)
-    return Packed(q.format, q.shape, _strips(weight.flatten(2)), scales, zeros, q.tensor_scale, q.perm)
+    codes = memory.empty(weight.numel()).view_as(weight.flatten(2))
+    return Packed(q.format, q.shape, _strips(weight.flatten(2), codes), scales, zeros, q.tensor_scale, q.perm)
 
 
 def restore(packed: Packed) -> QuantTensor:
@@ -72,21 +72,21 @@ def restore(packed: Packed) -> QuantTensor:
         tiles = unpack(weight.unflatten(2, (2, 8 * bits)), bits, 64).unflatten(-1, (PANEL, 4))
     codes = tiles.permute(0, 3, 1, 2, 4).reshape(panels * PANEL, -1)[:n]
     codes = pack(_crop_groups(codes, packed.format, n, k), bits)
-    scales = _canonical_rows(packed.scales, packed.format, n, k).view(SCALE_DTYPES[packed.format.scale])
-    zeros = None if packed.zeros is None else _canonical_rows(packed.zeros, packed.format, n, k)
+    scales = _canonical_rows(packed.scales, packed.format, n, k, _scale_lanes(packed.format, n, k)).view(SCALE_DTYPES[packed.format.scale])
+    zeros = None if packed.zeros is None else _canonical_rows(packed.zeros, packed.format, n, k, PANEL)
     return QuantTensor(packed.format, packed.shape, codes, scales, zeros, packed.tensor_scale, packed.perm)
 
 
-def _strips(panels: Tensor) -> Tensor:
-    """[panels, tiles, bytes of a tile] -> [bytes], as they lie in memory."""
-    out, whole = memory.empty(panels.numel()).view_as(panels), panels.shape[0] // STRIP * STRIP
+def _strips(panels: Tensor, out: Tensor | None = None) -> Tensor:
+    """[panels, tiles or groups, elements of one] -> [elements], as they lie in memory."""
+    out, whole = panels.new_empty(panels.shape) if out is None else out, panels.shape[0] // STRIP * STRIP
     _in_strips(out[:whole]).copy_(panels[:whole].unflatten(0, (-1, STRIP)).transpose(1, 2))
     out[whole:] = panels[whole:]
     return out.view(-1)
 
 
 def _panels(strips: Tensor) -> Tensor:
-    """Invert `_strips`; it gets its [panels, tiles, bytes of a tile], in the order of memory."""
+    """Invert `_strips`; it gets its [panels, tiles or groups, elements of one], in the order of memory."""
     whole = strips.shape[0] // STRIP * STRIP
     return torch.cat([_in_strips(strips[:whole]).transpose(1, 2).reshape(strips[:whole].shape), strips[whole:]])
 
@@ -121,23 +121,23 @@ def _scale_lanes(format: QuantFormat, n: int, k: int) -> int:
 
 
 def _panel_rows(per_group: Tensor, format: QuantFormat, n: int, k: int, lanes: int) -> Tensor:
-    """[N / group_n, G] -> [panels, G, lanes]; rows beyond N get the bytes 0."""
+    """[N / group_n, G] -> [panels * G * lanes], in strips; rows beyond N get the bytes 0."""
     group_n, _ = format.group_extent(n, k)
     panels, raw = -(-n // PANEL), per_group.view(_BYTES[per_group.element_size()])
     if lanes == 1:
         rows = torch.arange(panels, device=raw.device) * PANEL // group_n
-        return raw[rows].unsqueeze(-1).contiguous().view(per_group.dtype)
+        return _strips(raw[rows].unsqueeze(-1)).view(per_group.dtype)
     rows = torch.arange(n, device=raw.device) // group_n
     padded = F.pad(raw[rows], (0, 0, 0, -n % PANEL))
-    return padded.view(panels, PANEL, -1).transpose(1, 2).contiguous().view(per_group.dtype)
+    return _strips(padded.view(panels, PANEL, -1).transpose(1, 2)).view(per_group.dtype)
 
 
-def _canonical_rows(packed: Tensor, format: QuantFormat, n: int, k: int) -> Tensor:
+def _canonical_rows(packed: Tensor, format: QuantFormat, n: int, k: int, lanes: int) -> Tensor:
     group_n, _ = format.group_extent(n, k)
-    raw = packed.view(_BYTES[packed.element_size()])
-    rows = raw.transpose(1, 2).reshape(-1, raw.shape[1])
-    step = group_n if raw.shape[2] == PANEL else max(1, group_n // PANEL) if group_n % PANEL == 0 else rows.shape[0]
-    return rows[: n if raw.shape[2] == PANEL else None : step].contiguous().view(packed.dtype)
+    panels = _panels(packed.view(_BYTES[packed.element_size()]).view(-(-n // PANEL), -1, lanes))
+    rows = panels.transpose(1, 2).reshape(-1, panels.shape[1])
+    step = group_n if lanes == PANEL else max(1, group_n // PANEL) if group_n % PANEL == 0 else rows.shape[0]
+    return rows[: n if lanes == PANEL else None : step].clone(memory_format=torch.contiguous_format).view(packed.dtype)
 
 
 _BYTES = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # indexing and padding work for these, not for every 8-bit float

@@ -15,10 +15,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from qkernels.formats import Codebook, Float, Int
+from qkernels.formats import Codebook, Float, Int, QuantFormat
 from qkernels.kernels.cpu import layout, library
 from qkernels.kernels.cpu.layout import Packed, prepare, restore
-from qkernels.kernels.registry import Kernel, Problem, register
+from qkernels.kernels.registry import Kernel, Matmul, Problem, register
 
 # Reading in GB/s, then 10^9 operations a second with int8, fp32 and bf16 activations: what the kernels reached at M = 1 and M = 128 on two
 # Zen4 cores with QKERNELS_ISA set to the level (benchmarks/NOTES.md). They rank kernels; other CPUs differ, but not in the order.
@@ -36,18 +36,30 @@ def _cost(p: Problem, int8: bool) -> float:
     return 2.0 + max(p.format.nbytes(p.n, p.k) / read_gbs, 2 * p.rows * p.n * p.k / gops) / 1e3
 
 
-def _runner(name: str) -> Callable[[Tensor, Packed, Tensor | None], Tensor]:
-    """The `run` of a kernel, over the op of that name, which may be missing until it is called."""
+def _binder(name: str) -> Callable[[QuantFormat, tuple[int, int]], Matmul]:
+    """The `bind` of a kernel, over the op of that name, which may be missing until then."""
     ops = torch.ops.qkernels
 
-    def run(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
-        format, (n, k), weight, scales, zeros, tensor_scale, perm = packed
-        if perm is not None:
-            x = x.index_select(-1, perm)
-        table, bits, group, code, offset = layout.describe(format, n, k)
-        return getattr(ops, name).default(x, weight, scales, zeros, table, tensor_scale, bias, n, bits, group, code, offset)
+    def bind(format: QuantFormat, shape: tuple[int, int]) -> Matmul:
+        op, n = getattr(ops, name).default, shape[0]
+        table, bits, group, code, offset = layout.describe(format, *shape)
 
-    return run
+        def matmul(
+            x: Tensor,
+            weight: Tensor,
+            scales: Tensor,
+            zeros: Tensor | None,
+            tensor_scale: Tensor | None,
+            perm: Tensor | None,
+            bias: Tensor | None,
+        ) -> Tensor:
+            if perm is not None:
+                x = x.index_select(-1, perm)
+            return op(x, weight, scales, zeros, table, tensor_scale, bias, n, bits, group, code, offset)
+
+        return matmul
+
+    return bind
 
 
 def dequantize(packed: Packed) -> Tensor:
@@ -80,6 +92,8 @@ if library.why_missing() is None:
         return qweight.new_empty((n, k), dtype=torch.float32)
 
 
+_bind_s8, _bind_f32 = _binder("cpu_linear_s8"), _binder("cpu_linear_f32")
+
 S8 = register(
     Kernel(
         name="cpu_s8_wN_dot",
@@ -90,7 +104,8 @@ S8 = register(
         cost=lambda p: _cost(p, int8=True),
         prepare=prepare,
         restore=restore,
-        run=_runner("cpu_linear_s8"),
+        run=lambda x, packed, bias: _bind_s8(packed.format, packed.shape)(x, *packed[2:], bias),
+        bind=_bind_s8,
         packed_type=Packed,
         dequantize=dequantize,
     )
@@ -106,7 +121,8 @@ F32 = register(
         cost=lambda p: _cost(p, int8=False) * 1.001,  # a tie goes to the fewer operations
         prepare=prepare,
         restore=restore,
-        run=_runner("cpu_linear_f32"),
+        run=lambda x, packed, bias: _bind_f32(packed.format, packed.shape)(x, *packed[2:], bias),
+        bind=_bind_f32,
         packed_type=Packed,
         dequantize=dequantize,
     )
