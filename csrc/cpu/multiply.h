@@ -84,7 +84,7 @@ void streamed(const Job& j) {  // a whole strip, for rows that one tile holds
 template <class Source, int PANELS, int ALL>
 void direct(const Job& j) {  // weights straight from their packed form
   if constexpr (PANELS == STRIP)
-    if (j.rows() <= MAX_ROWS<Source, PANELS>) return streamed<Source>(j);
+    if (j.rows() <= STREAMED_ROWS<Source>) return streamed<Source>(j);
   by_chunks<Source, PANELS, ALL>(j, CHUNK_CODES / (2 * j.w.bits * ALL), [&](const Chunk& c) { return codes_at(j.w, j.panel, c.block.k0); });
 }
 

@@ -61,6 +61,14 @@ struct DotS8 {
   I sum;
   void start(int32_t value) { sum = _mm512_set1_epi32(value); }
   void add(B w, const int8_t* x) { sum = _mm512_dpbusd_epi32(sum, w.v, broadcast_32_bits(x)), hold(sum); }
+  // The instruction itself spreads x: that takes no register, and one more row of sums fits.
+  void add_memory(B w, const int8_t* x) {
+#ifdef QKERNELS_EMULATE
+    add(w, x);
+#else
+    __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(w.v), "m"(*reinterpret_cast<const int8_t (*)[4]>(x)));
+#endif
+  }
   void fold() {}
   F value() const { return to_float(sum); }
 };

@@ -28,11 +28,11 @@ struct S8Unpacked : S8<true> {  // codes below 16 in scratch
   static B weight(const uint8_t* tile, int step, const Weight&) { return load_b(tile + 64 * step); }
 };
 struct S8Nibbles : S8<true> {
-  static constexpr int TILE_BYTES = 64, IDLE_ROWS = 1;
+  static constexpr int TILE_BYTES = 64, IDLE_ROWS = 3;
   static B weight(const uint8_t* tile, int step, const Weight&) { return nibbles(load_b(tile), step); }
 };
 struct S8Table : S8<false> {
-  static constexpr int TILE_BYTES = 64;
+  static constexpr int TILE_BYTES = 64, IDLE_ROWS = 2;
   static B weight(const uint8_t* tile, int step, const Weight& w) { return look_up(w.table_u8, nibbles(load_b(tile), step)); }
 };
 
@@ -77,7 +77,7 @@ struct Bf16Unpacked : Bf16 {
   static B weight(const uint8_t* tile, int step, const Weight&) { return load_b(tile + 64 * step); }
 };
 struct Bf16Nibbles : Bf16 {
-  static constexpr int TILE_BYTES = 64;
+  static constexpr int TILE_BYTES = 64, IDLE_ROWS = 1;
   static B weight(const uint8_t* tile, int step, const Weight& w) {
     return nibble_pairs(tile, 8 * (step & 1) + 4 * (step >> 1), w.table_bf16);
   }
@@ -124,7 +124,10 @@ struct FarAhead {  // of codes that are read once, BYTES for every tile of 8 k; 
   }
 };
 
-template <class Source, int ROWS, int PANELS>
+template <class Source>
+constexpr bool takes_memory = requires(typename Source::Dot dot) { dot.add_memory(B{}, nullptr); };
+
+template <class Source, int ROWS, int PANELS, bool STREAMED = false>
 struct Sums {
   using X = typename Source::X;
   typename Source::Dot dot[ROWS][PANELS];
@@ -138,9 +141,17 @@ struct Sums {
     do {  // once at least: were it to be skipped, GCC would keep the sums on the stack for that case
       ahead.fetch(codes);
       each<Source::STEPS>(QK_WITH(i) {
-        decltype(Source::weight(codes, i, w)) weights[PANELS];
-        each<PANELS>(QK_WITH(p) { weights[p] = Source::weight(codes + p * Source::TILE_BYTES, i, w); });
-        each<ROWS>(QK_WITH(r) { each<PANELS>(QK_WITH(p) { dot[r][p].add(weights[p], x + r * x_stride + STEP_K * i); }); });
+        const auto weight = [&](int p) { return Source::weight(codes + p * Source::TILE_BYTES, i, w); };
+        if constexpr (STREAMED && takes_memory<Source>) {
+          each<PANELS>(QK_WITH(p) {
+            const auto of_panel = weight(p);
+            each<ROWS>(QK_WITH(r) { dot[r][p].add_memory(of_panel, x + r * x_stride + STEP_K * i); });
+          });
+        } else {
+          decltype(weight(0)) weights[PANELS];
+          each<PANELS>(QK_WITH(p) { weights[p] = weight(p); });
+          each<ROWS>(QK_WITH(r) { each<PANELS>(QK_WITH(p) { dot[r][p].add(weights[p], x + r * x_stride + STEP_K * i); }); });
+        }
       });
       codes += step, x += TILE_K;
     } while (x < end);
@@ -233,7 +244,7 @@ template <int PANELS>
 
 // Where there is next to nothing to do but read, the CPU fetches by itself what lies between the lines that it is asked for.
 template <class Source, int ROWS>
-constexpr int LINES_APART = ROWS <= Source::IDLE_ROWS ? 128 : 64;
+constexpr int LINES_APART = ROWS <= Source::IDLE_ROWS ? 256 : 64;
 
 // STREAMED: the only tile of its columns, which are all. It decodes the scales itself, block by block: their memory is waited for beside
 // the codes'.
@@ -260,7 +271,7 @@ void tile(const Weight& w, const Activations& x, Chunk& chunk, int64_t m, float*
         if (w.zeros != nullptr) fetch_numbers<PANELS>(w.zeros, w.zero_dtype, PANEL, next);
       }
     }
-    Sums<Source, ROWS, PANELS> total;
+    Sums<Source, ROWS, PANELS, STREAMED> total;
     each<ROWS>(QK_WITH(r) {
       each<PANELS>(QK_WITH(p) {
         if constexpr (is_paired<Source>) total.dot[r][p].start(starts[r], columns + p * PANEL);
@@ -298,10 +309,14 @@ constexpr int MOST_SUMS<S8Pairs> = PAIR_ACCUMULATORS;
 template <class Source, int PANELS>
 constexpr int MAX_ROWS = MOST_SUMS<Source> / PANELS < 12 ? MOST_SUMS<Source> / PANELS : 12;
 
+// Codes of 8 bits would gain as much from one more row, but then the next row would cost a third more.
+template <class Source>
+constexpr int STREAMED_ROWS = MAX_ROWS<Source, STRIP> + (takes_memory<Source> && Source::TILE_BYTES == 64);
+
 template <class Source, int PANELS, bool STREAMED>
 constexpr auto TILES = []<int... R>(std::integer_sequence<int, R...>) {  // by height, from 1
   return std::array{tile<Source, R + 1, PANELS, STREAMED>...};
-}(std::make_integer_sequence<int, MAX_ROWS<Source, PANELS>>{});
+}(std::make_integer_sequence<int, STREAMED ? STREAMED_ROWS<Source> : MAX_ROWS<Source, PANELS>>{});
 
 // All rows m0…m1, in tiles of nearly equal height (so that no M is much dearer than the next).
 template <class Source, int PANELS>
@@ -311,6 +326,6 @@ void rows_of_tiles(const Weight& w, const Activations& x, Chunk& chunk, int64_t 
   chunk.ahead.per_tile = ((chunk.ahead.end - chunk.ahead.at) / tiles_of_k + 63) / 64 * 64;
   for (int64_t m = m0, rows; m < m1; m += rows, tiles--) {
     rows = (m1 - m + tiles - 1) / tiles;
-    TILES<Source, PANELS, false>[size_t(rows - 1)](w, x, chunk, m, acc + (m - m0) * PANELS * PANEL);
+    TILES<Source, PANELS, false>[size_t(rows - 1)](w, x, chunk, m, acc + (m - m0)* PANELS* PANEL);
   }
 }
