@@ -127,7 +127,7 @@ class QuantLinear(nn.Linear):
         if self._kernel is not None:
             return registry.get(self._kernel).restore(self._packed())
         held = {f: t.detach() for name, f in zip(_TENSORS, FIELDS, strict=True) if (t := getattr(self, name)) is not None}
-        return QuantTensor.from_tensors(self.format, (self.out_features, self.in_features), held)
+        return QuantTensor.from_tensors(self.format, self._shape, held)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The [N, K] weight that the codes stand for."""
@@ -163,8 +163,10 @@ class QuantLinear(nn.Linear):
             raise FormatError(f"x is {x.dtype}; a QuantLinear takes float32, bfloat16 or float16")
         if x.is_meta:
             return x.new_empty((*x.shape[:-1], self.out_features))
-        if self._matmul is None:
+        if self._kernel is None:
             raise FormatError("the layer is on the meta device: load or materialise its weight first")
+        if (matmul := self._matmul) is None:  # unpickled, or a copy
+            matmul = self._matmul = registry.get(self._kernel).matmul(self.format, self._shape)
         device = "cpu" if x.is_cpu else x.device.type  # which would take 0.3 µs of every call
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
@@ -173,7 +175,7 @@ class QuantLinear(nn.Linear):
         if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
             function = _TransformedMatmul if torch._C._are_functorch_transforms_active() else _Matmul
             return function.apply(x, bias, self._kernel, self._packed())
-        return self._matmul(x, held["weight"], held["scales"], held["zeros"], held["tensor_scale"], held["perm"], bias)
+        return matmul(x, held["weight"], held["scales"], held["zeros"], held["tensor_scale"], held["perm"], bias)
 
     # -- holding the weight: canonical or a kernel's own form, never both --------------------------------------------------------
 
@@ -181,9 +183,6 @@ class QuantLinear(nn.Linear):
     _matmul: registry.Matmul | None = None
     scales: nn.Parameter | None
     perm: nn.Parameter | None
-
-    def _serve_by(self, kernel: registry.Kernel | None) -> None:
-        self._kernel, self._matmul = (None, None) if kernel is None else (kernel.name, kernel.matmul(self.format, self._shape))
 
     @property
     def _shape(self) -> tuple[int, int]:
@@ -204,7 +203,7 @@ class QuantLinear(nn.Linear):
     def _prepare(self, q: QuantTensor, dtype: torch.dtype | None = None) -> None:
         """Choose a kernel for where `q` lies and hold the weight in that kernel's form."""
         if q.codes.device.type == "meta":
-            self._serve_by(None)
+            self._kernel = self._matmul = None
             self._hold(dict(zip(FIELDS, (q.codes, q.scales, q.zeros, q.tensor_scale, q.perm), strict=True)))
             return
         plan = self._plan(devices.current(q.codes.device), None, dtype, q.perm is not None)
@@ -212,7 +211,7 @@ class QuantLinear(nn.Linear):
         if self.forced_kernel is None:
             _say_if_slow(plan)
         packed = kernel.prepare(q)
-        self._serve_by(kernel)
+        self._kernel, self._matmul = kernel.name, kernel.matmul(self.format, self._shape)
         self._hold(dict(zip(FIELDS, packed[2:], strict=True)))
 
     def _hold(self, tensors: Mapping[str, Tensor | None]) -> None:
@@ -234,7 +233,7 @@ class QuantLinear(nn.Linear):
             grad = self.bias.requires_grad
             self.bias = nn.Parameter(fn(self.bias.detach()), requires_grad=grad)
         if moved:
-            self._prepare(QuantTensor.from_tensors(self.format, (self.out_features, self.in_features), kept))
+            self._prepare(QuantTensor.from_tensors(self.format, self._shape, kept))
         else:
             self._hold(kept)
         return self
@@ -250,7 +249,6 @@ class QuantLinear(nn.Linear):
     def __setstate__(self, state: dict[str, Any]) -> None:
         dtype = state.pop("_scales_dtype")
         super().__setstate__(state)
-        self._serve_by(None if self._kernel is None else registry.get(self._kernel))
         if dtype in _FLOAT8:
             self._hold_one("scales", state["_parameters"]["scales"].detach().view(dtype))
 
@@ -274,7 +272,7 @@ class QuantLinear(nn.Linear):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        expected = expected_tensors(self.format, (self.out_features, self.in_features))
+        expected = expected_tensors(self.format, self._shape)
         given = {field: state_dict[prefix + name] for name, field in zip(_TENSORS, FIELDS, strict=True) if prefix + name in state_dict}
         missing = [prefix + name for name, field in zip(_TENSORS, FIELDS, strict=True) if field in expected and field not in given]
         known = {prefix + name for name in (*_TENSORS, "bias")}
@@ -283,7 +281,7 @@ class QuantLinear(nn.Linear):
         assign = bool(local_metadata.get("assign_to_params_buffers", False))
         if not missing:
             try:
-                q = QuantTensor.from_tensors(self.format, (self.out_features, self.in_features), given)
+                q = QuantTensor.from_tensors(self.format, self._shape, given)
                 self._prepare(q if assign else q.to(self.weight.device))
             except FormatError as error:
                 error_msgs.append(f"{prefix.rstrip('.')}: {error}")

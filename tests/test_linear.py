@@ -15,7 +15,7 @@ from torch.func import functional_call, grad, jacrev, vmap
 from qkernels import FormatError, QuantLinear, QuantTensor, UnsupportedError, config, explain, formats, kernels, reference
 from qkernels.kernels import device as devices
 from qkernels.kernels.cpu import layout
-from qkernels.kernels.registry import Problem, why_not
+from qkernels.kernels.registry import Kernel, Problem, why_not
 from qkernels.quantizers import nearest
 from qkernels.testing import assert_matmul_close
 
@@ -41,6 +41,20 @@ def test_copies(name, copied):
     assert same_state(layer, twin) and twin.kernel == layer.kernel
     assert torch.equal(twin(x), layer(x))
     assert twin.weight.data_ptr() != layer.weight.data_ptr()
+
+
+def test_a_copy_compiles_before_its_first_call():
+    _, layer = make("int4")
+    twin, x = copy.deepcopy(layer), torch.randn(3, 300)
+    with torch.no_grad():
+        assert torch.equal(torch.compile(twin, fullgraph=True)(x), layer(x))
+
+
+def test_a_pickle_opens_where_the_kernels_are_missing(monkeypatch):
+    _, layer = make("int4")
+    pickled = pickle.dumps(layer)
+    monkeypatch.setattr(Kernel, "matmul", None)
+    assert same_state(pickle.loads(pickled), layer)
 
 
 @some_formats

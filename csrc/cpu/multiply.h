@@ -11,7 +11,7 @@ constexpr int64_t SCRATCH_ACC = MOST_ROWS * STRIP * PANEL * 4;
 constexpr int MAX_CHUNK = 32;  // blocks
 constexpr int64_t SCRATCH_SCALES = MAX_CHUNK * STRIP * PANEL * 4;  // and as much for the shifts, and the columns of pairs
 constexpr int64_t CHUNK_CODES = 8 << 10;  // bytes of packed codes: a quarter of L1
-constexpr int64_t PAIR_CODES = 16 << 10;  // bytes of unpacked codes: half of it
+constexpr int64_t PAIR_CODES = 8 << 10;  // bytes of unpacked codes: likewise
 constexpr int64_t SCRATCH_WEIGHTS =
     STRIP * MAX_BLOCK * PANEL * 4;  // bytes: a block of floats, or several of shorter numbers; near L1's size
 

@@ -321,11 +321,13 @@ constexpr auto TILES = []<int... R>(std::integer_sequence<int, R...>) {  // by h
 // All rows m0…m1, in tiles of nearly equal height (so that no M is much dearer than the next).
 template <class Source, int PANELS>
 void rows_of_tiles(const Weight& w, const Activations& x, Chunk& chunk, int64_t m0, int64_t m1, float* acc) {
-  int64_t tiles = (m1 - m0 + MAX_ROWS<Source, PANELS> - 1) / MAX_ROWS<Source, PANELS>;
+  const int64_t tiles = (m1 - m0 + MAX_ROWS<Source, PANELS> - 1) / MAX_ROWS<Source, PANELS>;
   const int64_t tiles_of_k = tiles * chunk.passes * (chunk.k / TILE_K);
   chunk.ahead.per_tile = ((chunk.ahead.end - chunk.ahead.at) / tiles_of_k + 63) / 64 * 64;
-  for (int64_t m = m0, rows; m < m1; m += rows, tiles--) {
-    rows = (m1 - m + tiles - 1) / tiles;
-    TILES<Source, PANELS, false>[size_t(rows - 1)](w, x, chunk, m, acc + (m - m0)* PANELS* PANEL);
+  const int64_t least = (m1 - m0) / tiles, higher = (m1 - m0) % tiles;
+  for (int64_t t = 0, m = m0, rows; t < tiles; t++, m += rows) {
+    rows = least + (t < higher);
+    const auto of_height = TILES<Source, PANELS, false>[size_t(rows - 1)];
+    of_height(w, x, chunk, m, acc + (m - m0) * PANELS * PANEL);
   }
 }
