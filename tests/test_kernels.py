@@ -110,7 +110,7 @@ def test_codebooks_of_one_name_are_kept_apart(kernel):
 def test_the_largest_products_fit(kernel, format, level, isa):
     """Ends of the range of codes against ends of the range of activations: exact, so that a sum that saturates or wraps shows."""
     isa(level)
-    n, k = 48, 256
+    n, k = 96, 256  # four panels that are read together, and two alone
     need(kernel, format, n, k)
     values = torch.tensor(format.code.values, dtype=torch.float64)
     ends = torch.stack([torch.where(values.isfinite(), values, 0).argmin(), torch.where(values.isfinite(), values, 0).argmax()])
@@ -119,8 +119,9 @@ def test_the_largest_products_fit(kernel, format, level, isa):
     codes = torch.cat([ends[signs], ends[1 - signs]]).repeat(n // 12, 1).to(torch.uint8)
     q = dataclasses.replace(q, codes=pack(codes, format.bits))
     x = torch.cat([signs, 1 - signs]).repeat(3, 1).float() * 2 - 1
-    y, weight = kernel.run(x, kernel.prepare(q), None), reference.decode(q, torch.float64)
-    assert_matmul_close(y, x, weight)
+    packed, weight = kernel.prepare(q), reference.decode(q, torch.float64)
+    for rows in (x, x[:1], x[1:7]):
+        assert_matmul_close(kernel.run(rows, packed, None), rows, weight)
 
 
 @pytest.mark.parametrize(("kernel", "format"), PAIRS)
@@ -199,7 +200,8 @@ def test_bits_do_not_depend_on_threads_or_batch(kernel, format, dtype):
         assert torch.equal(kernel.run(x, packed, None), y), threads
     for i in (0, 16, 32):
         assert torch.equal(kernel.run(x[i : i + 1], packed, None), y[i : i + 1]), i
-    assert torch.equal(kernel.run(x[:5], packed, None), y[:5])
+    for m in range(2, 14):  # every height of a tile
+        assert torch.equal(kernel.run(x[:m], packed, None), y[:m]), m
 
 
 def test_opcheck():
