@@ -30,7 +30,13 @@ FormatsOption = Annotated[str, typer.Option("--format", help="Weight formats, co
 ComputesOption = Annotated[str, typer.Option("--compute", help="int8, float, auto; comma-separated.")]
 OUT = "benchmarks/results of a checkout, else benchmarks-results in the current directory"
 OutOption = Annotated[Path, typer.Option(help="Folder of the results.", file_okay=False, writable=True, show_default=OUT)]
+GpuOutOption = Annotated[
+    Path, typer.Option(help="Folder of the results.", file_okay=False, writable=True, show_default="gpu, in that of the CPU's")
+]
 DtypeOption = Annotated[str, typer.Option(help="Activations of our layers: " + ", ".join(DTYPES) + ".")]
+MsOption = Annotated[str, typer.Option("--m", help="Rows of activations, comma-separated.")]
+RoundsOption = Annotated[int, typer.Option(help="Turns that each contestant gets per case.")]
+SaveOption = Annotated[bool, typer.Option(help="Write the JSON and the pictures.")]
 
 
 def split(text: str) -> list[str]:
@@ -64,17 +70,17 @@ def progress_bar():
 def run(
     context: typer.Context,
     shapes: ShapesOption = "4096x4096",
-    m: Annotated[str, typer.Option("--m", help="Rows of activations, comma-separated.")] = "1,16,128,512",
+    m: MsOption = "1,16,128,512",
     formats: FormatsOption = "int4,int8",
     computes: ComputesOption = "int8,float",
     dtype: DtypeOption = "bfloat16",
     threads: ThreadsOption = 0,
     peer: Annotated[str, typer.Option("--peers", help="all, none, or beginnings of names: zentorch,openvino.")] = "all",
-    rounds: Annotated[int, typer.Option(help="Turns that each contestant gets per case.")] = 10,
+    rounds: RoundsOption = 10,
     extras: Annotated[bool, typer.Option(help="Also measure cliff, call overhead and memory.")] = True,
     name: Annotated[str, typer.Option(help="Name of the JSON; default: from the CPU's model.")] = "",
     out: OutOption = report.RESULTS,
-    save: Annotated[bool, typer.Option(help="Write the JSON and the pictures.")] = True,
+    save: SaveOption = True,
 ) -> None:
     """Measure, print, and keep the results as JSON and pictures. Exit code 1 when a result of ours is wrong."""
     if context.invoked_subcommand is not None:
@@ -107,11 +113,11 @@ def usage_errors():
         raise typer.BadParameter(str(error)) from error
 
 
-def keep(record: dict, folder: Path, name: str) -> None:
+def keep(record: dict, folder: Path, name: str, draw: Callable[[dict, Path, str], list[Path]] = plot.plot) -> None:
     """Write JSON and, where matplotlib is installed, pictures."""
     paths = [report.save(record, name, folder)]
     try:
-        paths += plot.plot(record, folder, name)
+        paths += draw(record, folder, name)
     except ImportError:
         console.print("no pictures: matplotlib is not installed (pip install 'qkernels[bench]')", markup=False, highlight=False)
     console.print(f"wrote {', '.join(path.name for path in paths)} in {folder}", markup=False, highlight=False, soft_wrap=True)
@@ -155,6 +161,44 @@ def overhead(
         return [("overhead", measure_overhead(format, compute, dtype)), ("memory", measure_memory(format, compute, dtype, shape))]
 
     each(formats, computes, threads, both)
+
+
+@app.command()
+def gpu(
+    shapes: Annotated[str, typer.Option(help="8b, 70b, 70b-tp8, 8b-head, other models or NxK, comma-separated.")] = "8b,70b",
+    m: MsOption = "1,2,4,8,16,32,64,128,256,1024,8192",
+    formats: FormatsOption = "int4",
+    computes: ComputesOption = "float",
+    dtype: Annotated[str, typer.Option(help="Activations of our layers: bfloat16, float16.")] = "bfloat16",
+    peer: Annotated[str, typer.Option("--peers", help="all, none, or beginnings of names.")] = "all",
+    minutes: Annotated[float, typer.Option(help="Time for all; what could not begin by then is listed.")] = 7,
+    rounds: RoundsOption = 8,
+    smoke: Annotated[bool, typer.Option(help="One small shape, three M and two rounds: does everything run?")] = False,
+    name: Annotated[str, typer.Option(help="Name of the JSON; default: from the GPU's name.")] = "",
+    out: GpuOutOption = report.RESULTS / "gpu",
+    save: SaveOption = True,
+) -> None:
+    """Measure on a CUDA GPU, in graphs over rotating weights. Exit code 1 without one, and when a result of ours is wrong."""
+    from .gpu import command
+    from .gpu.plot import plot as draw
+
+    with usage_errors():
+        options = command.options(shapes, split(m), split(formats), split(computes), dtype, peer, minutes, rounds, smoke)
+    try:
+        device = command.Gpu()
+    except command.NoDevice as error:
+        console.print(f"[red]{error}[/]", highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from error
+    with usage_errors():
+        if save:
+            out.mkdir(parents=True, exist_ok=True)
+    name = name or command.name_of(device, smoke)
+    record = command.measure(options, device, out if save else None, name, Console(width=None if console.is_terminal else command.WIDTH))
+    if save:
+        keep(record, out, name, draw)
+    if reason := command.failed(record):
+        console.print(f"[red]{reason}[/]")
+        raise typer.Exit(1)
 
 
 @app.command(name="readme")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import re
 from dataclasses import dataclass
 
@@ -19,11 +20,13 @@ class Device:
     type    "cpu", "cuda" or "meta"
     isa     CPU: the instruction-set level of the compiled kernels ("avx2", …), or "none" without the compiled library
     sm      CUDA: compute capability times ten (90 = Hopper)
+    triton  CUDA: whether Triton is installed
     """
 
     type: str
     isa: str = "none"
     sm: int = 0
+    triton: bool = True
 
     def __str__(self) -> str:
         return {"cpu": f"cpu:{self.isa}", "cuda": f"cuda:sm{self.sm}"}.get(self.type, self.type)
@@ -55,7 +58,7 @@ def current(device: torch.device | str) -> Device:
         return Device("cpu", isa=library.level())
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
-        return Device("cuda", sm=10 * major + minor)
+        return Device("cuda", sm=10 * major + minor, triton=importlib.util.find_spec("triton") is not None)
     if device.type == "meta":
         return Device("meta")
     raise BackendUnavailable(f"no kernels for device type {device.type!r}; cpu, cuda and meta are known")

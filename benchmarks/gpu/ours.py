@@ -1,0 +1,31 @@
+"""qkernels' own contestants on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from .. import ours
+from ..base import Contestant, Prepared
+
+
+def contestants(formats: list[str], computes: list[str], dtype: str) -> list[Contestant]:
+    """Every format with every kind of arithmetic; each copy of a layer owns all that it reads."""
+    return [replace(c, prepare=_owning(c.prepare)) for c in ours.contestants(formats, computes, dtype)]
+
+
+def _owning(prepare: Callable[[Tensor, int], Prepared]) -> Callable[[Tensor, int], Prepared]:
+    def prepared(weight: Tensor, threads: int) -> Prepared:
+        made = prepare(weight, threads)
+        return replace(made, make=lambda: owning(made.make()))
+
+    return prepared
+
+
+def owning(layer: nn.Module) -> nn.Module:
+    """Give a layer its own memory: a kernel may keep tensors as they were given, and those would be in the cache for all copies."""
+    for parameter in layer.parameters():
+        parameter.data = parameter.data.clone()
+    return layer

@@ -1,0 +1,438 @@
+"""fp16 and bf16 activations against codes of 2, 4 and 8 bits: one tensor-core kernel from decoding to prefill.
+
+The dequantised weight is the left operand of the tensor core's product, which on Hopper comes straight from registers; tokens are its
+columns, in multiples of 16. Sums are float32; a split of K adds its parts in a fixed order, so a result is the same on every run.
+Many rows, and float32 activations, go through `dequantize` and torch's matmul, a slice of the weight at a time.
+
+Layout: see layout.py.
+
+Source: weights as the left operand from registers: Machete and humming; the order of codes after Marlin's; magic-number unpacking as in
+FasterTransformer; grouped rasterisation from Triton's tutorials. Written from scratch.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from qkernels import formats
+from qkernels.formats import Codebook, Float, Int, QuantFormat
+from qkernels.kernels.registry import Kernel, Matmul, Problem, register
+from qkernels.kernels.triton import layout
+from qkernels.kernels.triton.layout import Packed, prepare, restore
+from qkernels.kernels.triton.unpack_asm import base, unpack_asm
+
+SLICE_BYTES = 32 << 20  # of dequantised weight at a time: what the caches of large GPUs hold
+TOKENS_FUSED = 2048  # from here on, dequantising the weight costs less than torch's matmul gains
+SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)  # few: each is a kernel to compile
+
+
+class Tile(NamedTuple):
+    """How one launch cuts its problem."""
+
+    block_n: int
+    block_m: int
+    num_warps: int
+    split_k: int = 1
+    num_stages: int = 3
+    direct: bool = True  # words go to registers without a stay in shared memory
+    sums: bool = True  # scales are applied to the sums, not to the weights, where the format allows it
+    early: int = 0  # 1: begins while the kernel before it ends; 2: and fetches its first weights
+    raster: int = 8  # tiles of weights that are worked on side by side
+
+
+class Gpu(NamedTuple):
+    """What the choice of a tile depends on."""
+
+    processors: int
+    shared_bytes: int  # that one block may have
+    early: bool  # whether a kernel can begin while the one before it ends
+
+
+def choose(n: int, k: int, m: int, tile_k: int, gpu: Gpu) -> Tile:
+    """The tile for x [m, k] and a weight [n, k]: the best of a sweep on an H100 (benchmarks/NOTES.md), by classes of shapes.
+
+    Whatever the tile, two blocks or more on every processor are wanted: while one unpacks weights, the other multiplies.
+    """
+    wide = -(-n // 64) >= 2 * gpu.processors  # enough rows to fill the GPU without splitting K
+    deep = k >= 8192
+    if m <= 16:
+        t = Tile(64, 16, 4, early=2) if wide else Tile(128, 16, 8, early=2)
+    elif m <= 32:
+        t = Tile(128, 32, 4, early=2) if deep and not wide else Tile(64, 32, 4, early=2)
+    elif m <= 64:
+        t = Tile(128, 64, 8, early=2) if wide else Tile(64, 64, 4)
+    elif m <= 128:
+        t = Tile(64, 128, 4) if wide or deep else Tile(64, 64, 4)
+    elif m <= 256 and not wide:
+        t = Tile(64, 128, 4) if -(-n // 64) <= gpu.processors // 2 else Tile(64, 64, 4)
+    elif m <= 512 and not (wide and m <= 256):
+        t = Tile(128, 128, 8) if wide else Tile(64, 128, 4)
+    else:
+        t = Tile(128, 256, 8, sums=False)
+    while 2 * stage_bytes(t, tile_k) > gpu.shared_bytes:
+        t = t._replace(block_m=t.block_m // 2)
+    stages = min(t.num_stages, gpu.shared_bytes // stage_bytes(t, tile_k))
+    blocks, steps = -(-n // t.block_n) * -(-m // t.block_m), -(-k // tile_k)
+    wanted = -(-2 * gpu.processors // blocks) if m <= 256 and blocks <= gpu.processors * 3 // 2 else 1
+    split = max(s for s in SPLITS if s <= max(1, min(wanted, steps // 2)))
+    return t._replace(num_stages=stages, split_k=split, early=t.early if gpu.early else 0)
+
+
+def stage_bytes(t: Tile, tile_k: int) -> int:
+    """Shared memory of one stage of the pipeline, with some for scales."""
+    return 2 * t.block_m * tile_k + (0 if t.direct else 64 * t.block_n) + 8 * t.block_n
+
+
+# -- what a format means to the kernels -----------------------------------------------------------------------------------------------
+
+
+def constants(format: QuantFormat, n: int, k: int) -> dict[str, Any]:
+    """The compile-time constants that a format and a shape decide, but for those of the activations' type."""
+    tile_k, group = layout.tile_columns(format), format.group_extent(n, k)[1]
+    return {
+        "BITS": format.bits,
+        "LUT": not isinstance(format.code, Int),
+        "SCALE": format.scale,
+        "ZERO": format.zero,
+        "BASE": float(base(format.code)),
+        "GROUP_TILES": 1 << 30 if group == k else max(1, group // tile_k),
+        "PER_TILE": layout.groups_per_tile(format, n, k),
+    }
+
+
+def mode(format: QuantFormat, n: int, k: int, sums: bool) -> str:
+    """Where the kernel applies scales: once to a row's sums, to those of every tile, or to the weights."""
+    group = format.group_extent(n, k)[1]
+    if group == k:
+        return "row"
+    return "sum" if sums and group % layout.tile_columns(format) == 0 else "word"
+
+
+@functools.lru_cache(maxsize=64)
+def _table(code: Codebook | Float, device: torch.device) -> Tensor:
+    return torch.tensor(code.values, dtype=torch.float32, device=device)
+
+
+def rest_needed(format: QuantFormat, dtype: torch.dtype) -> bool:
+    """Whether a scale has more bits than activations of `dtype` hold."""
+    exact = {torch.float16: ("f16",), torch.bfloat16: ("bf16", "e4m3", "e8m0"), torch.float32: ("f32", "f16", "bf16", "e4m3", "e8m0")}
+    return format.scale not in exact[dtype]
+
+
+# -- launching ------------------------------------------------------------------------------------------------------------------------
+
+
+def _run(
+    x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor | None, tensor_scale: Tensor | None, bias: Tensor | None, format: str, n: int
+) -> Tensor:
+    """x [..., K] -> [..., N]."""
+    what, k = formats.get(format), x.shape[-1]
+    rows = x.reshape(-1, k)
+    out = x.new_empty((*x.shape[:-1], n))
+    if rows.shape[0] == 0:
+        return out
+    if rows.stride(-1) != 1:
+        rows = rows.contiguous()
+    multiply = _by_slices if x.dtype == torch.float32 or rows.shape[0] >= TOKENS_FUSED else fused
+    if x.is_cuda and x.device.index != torch.cuda.current_device():  # Triton launches on the current one
+        with torch.cuda.device(x.device):
+            multiply(rows, weight, scales, zeros, tensor_scale, bias, what, out.view(-1, n))
+    else:
+        multiply(rows, weight, scales, zeros, tensor_scale, bias, what, out.view(-1, n))
+    return out
+
+
+class Launch(NamedTuple):
+    """What a call needs besides its tensors, once it has been worked out."""
+
+    compiled: Any
+    grid: tuple[int, int, int]
+    tile: Tile
+    table: Tensor | None
+    values: tuple[Any, ...]  # the compile-time constants
+
+
+_LAUNCHES: dict[tuple[Any, ...], Launch] = {}
+
+
+def fused(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    tensor_scale: Tensor | None,
+    bias: Tensor | None,
+    format: QuantFormat,
+    out: Tensor,
+    tile: Tile | None = None,
+) -> None:
+    """out [M, N] = x [M, K] · Ŵᵀ + bias in one kernel; a tile of one's own is for tuning.
+
+    From arguments to a compiled kernel Triton takes longer than most products do; what it finds is kept, by all that it depends on.
+    """
+    (m, k), n = x.shape, out.shape[1]
+    key = (format, n, k, m, x.dtype, x.device, None if bias is None else bias.dtype, tile)
+    launch = _LAUNCHES.get(key) if _regular(x, weight, scales, zeros, tensor_scale, bias) else None
+    if launch is None:
+        return _first_launch(key, x, weight, scales, zeros, tensor_scale, bias, format, out, tile)
+    stream = torch._C._cuda_getCurrentRawStream(x.device.index)
+    parts, counters = _workspace(launch.tile.split_k, m, n, launch.grid[0], x.device, stream)
+    arguments = (x, weight, scales, zeros, tensor_scale, launch.table, bias, out, parts, counters, m, n, k, k)
+    launch.compiled[launch.grid](*arguments, *launch.values, stream=stream)
+    return None
+
+
+def _regular(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor | None, tensor_scale: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether all addresses are multiples of 16, and rows follow each other: Triton compiles other kernels where they are not."""
+    addresses = x.data_ptr() | weight.data_ptr() | scales.data_ptr()
+    for t in (zeros, tensor_scale, bias):
+        if t is not None:
+            addresses |= t.data_ptr()
+    return addresses % 16 == 0 and x.stride(0) == x.shape[1]
+
+
+def _first_launch(
+    key: tuple[Any, ...],
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    tensor_scale: Tensor | None,
+    bias: Tensor | None,
+    format: QuantFormat,
+    out: Tensor,
+    tile: Tile | None,
+) -> None:
+    """Choose, compile and launch; keep what was worked out, if the arguments are as they usually are."""
+    from qkernels.kernels.triton.jit import f16_gemm as jit
+
+    (m, k), n = x.shape, out.shape[1]
+    t = tile or choose(n, k, m, layout.tile_columns(format), gpu_of(x.device))
+    grid = (-(-n // t.block_n) * -(-m // t.block_m), t.split_k, 1)
+    table = None if isinstance(format.code, Int) else _table(format.code, x.device)
+    stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+    parts, counters = _workspace(t.split_k, m, n, grid[0], x.device, stream)
+    arguments = (x, weight, scales, zeros, tensor_scale, table, bias, out, parts, counters, m, n, k, x.stride(0))
+    named = tile_constants(format, n, k, x.dtype, x.device, t)
+    values = tuple(named[name] for name in jit.gemm.arg_names[len(arguments) :])
+    options = {"num_warps": t.num_warps, "num_stages": t.num_stages, **({"launch_pdl": True} if t.early else {})}
+    compiled = jit.gemm[grid](*arguments, *values, **options)
+    if x.is_cuda and _regular(x, weight, scales, zeros, tensor_scale, bias):
+        _LAUNCHES[key] = Launch(compiled, grid, t, table, values)
+
+
+_COUNTERS: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def _workspace(split_k: int, m: int, n: int, tiles: int, device: torch.device, stream: int) -> tuple[Tensor | None, Tensor | None]:
+    """Where the parts of a split K meet: float32 sums [split_k, M, N], and a counter for each tile.
+
+    Counters are zero, and the kernel leaves them so; each stream has its own, as its kernels run one after the other.
+    """
+    if split_k == 1:
+        return None, None
+    counters = _COUNTERS.get((device, stream))
+    if counters is None or counters.numel() < tiles:
+        counters = torch.zeros(max(4096, tiles), dtype=torch.int32, device=device)
+        if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():  # what a graph makes is zero only once it has run
+            _COUNTERS[device, stream] = counters
+    return torch.empty((split_k, m, n), dtype=torch.float32, device=device), counters
+
+
+def tile_constants(format: QuantFormat, n: int, k: int, dtype: torch.dtype, device: torch.device, t: Tile) -> dict[str, Any]:
+    """All compile-time constants of `gemm`."""
+    return {
+        **constants(format, n, k),
+        **_arithmetic(format, dtype, device),
+        "REST": rest_needed(format, dtype),
+        "MODE": mode(format, n, k, t.sums),
+        "EVEN_K": k % layout.tile_columns(format) == 0,
+        "BLOCK_N": t.block_n,
+        "BLOCK_M": t.block_m,
+        "SPLIT_K": t.split_k,
+        "RASTER": t.raster,
+        "DIRECT": t.direct,
+        "LAST": _lanes_last(),
+        "EARLY": t.early,
+    }
+
+
+def _by_slices(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    tensor_scale: Tensor | None,
+    bias: Tensor | None,
+    format: QuantFormat,
+    out: Tensor,
+) -> None:
+    """Dequantise some rows of the weight, multiply, go on in the same memory."""
+    k, n = x.shape[1], out.shape[1]
+    rows = min(n, max(128, SLICE_BYTES // (k * x.itemsize) // 128 * 128))
+    buffer = torch.empty((rows, k), dtype=x.dtype, device=x.device)
+    for first in range(0, n, rows):
+        w = buffer[: min(rows, n - first)]
+        _dequantize_rows(weight, scales, zeros, tensor_scale, format, (n, k), first, w)
+        part = slice(first, first + len(w))
+        if bias is None:
+            torch.mm(x, w.t(), out=out[:, part])
+        else:
+            torch.addmm(bias[part].to(x.dtype), x, w.t(), out=out[:, part])
+
+
+def _dequantize_rows(
+    weight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    tensor_scale: Tensor | None,
+    format: QuantFormat,
+    shape: tuple[int, int],
+    first: int,
+    out: Tensor,
+) -> None:
+    from qkernels.kernels.triton.jit import f16_gemm as jit
+
+    (n, k), block_n = shape, 64
+    exact = torch.float16 if isinstance(format.code, Int) else torch.float32  # codes fit; a table's values may not
+    arithmetic = _arithmetic(format, exact, out.device)
+    jit.dequantize[(-(-len(out) // block_n), weight.shape[0])](
+        weight, scales, zeros, tensor_scale, _table(format.code, out.device) if not isinstance(format.code, Int) else None, out, first,
+        len(out), n, k, **constants(format, n, k), **arithmetic, BLOCK_N=block_n, num_warps=4,
+    )  # fmt: skip
+
+
+def _arithmetic(format: QuantFormat, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """The constants that the activations' type and the GPU decide."""
+    import triton.language as tl
+
+    if device.type == "cpu" or dtype == torch.float32:  # the interpreter, which has no products of bf16
+        return {"ASM": None, "DTYPE": tl.float32}
+    types = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+    return {"ASM": None if torch.version.hip else _asm(format, dtype), "DTYPE": types[dtype]}
+
+
+@functools.lru_cache(maxsize=256)
+def _asm(format: QuantFormat, dtype: torch.dtype) -> str:
+    return unpack_asm(format.code, dtype)
+
+
+@functools.lru_cache(maxsize=16)
+def gpu_of(device: torch.device) -> Gpu:
+    """Of a CUDA device; the interpreter plays an H100."""
+    if device.type != "cuda":
+        return Gpu(132, 227 << 10, early=False)
+    found = torch.cuda.get_device_properties(device)
+    shared = found.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return Gpu(found.multi_processor_count, shared, found.major >= 9 and torch.version.hip is None)
+
+
+@functools.lru_cache(maxsize=1)
+def _lanes_last() -> bool:
+    """Which axis of equal rank Triton gives to lanes first: it changed."""
+    import triton
+
+    return tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 9)
+
+
+# -- the ops and the kernel -----------------------------------------------------------------------------------------------------------
+
+_LIBRARY = torch.library.Library("qkernels", "FRAGMENT")
+_LIBRARY.define(
+    "triton_f16_gemm(Tensor x, Tensor weight, Tensor scales, Tensor? zeros, Tensor? tensor_scale, Tensor? bias, str format, int n)"
+    " -> Tensor"
+)
+_LIBRARY.define("triton_dequantize(Tensor weight, Tensor scales, Tensor? zeros, Tensor? tensor_scale, str format, int n, int k) -> Tensor")
+
+
+def _run_fake(x, weight, scales, zeros, tensor_scale, bias, format, n):  # type: ignore[no-untyped-def]
+    return x.new_empty((*x.shape[:-1], n))
+
+
+def _dequantize(weight: Tensor, scales: Tensor, zeros: Tensor | None, tensor_scale: Tensor | None, format: str, n: int, k: int) -> Tensor:
+    out = torch.empty((n, k), dtype=torch.float32, device=weight.device)
+    _dequantize_rows(weight, scales, zeros, tensor_scale, formats.get(format), (n, k), 0, out)
+    return out
+
+
+def _dequantize_fake(weight, scales, zeros, tensor_scale, format, n, k):  # type: ignore[no-untyped-def]
+    return weight.new_empty((n, k), dtype=torch.float32)
+
+
+_LIBRARY.impl("triton_f16_gemm", _run, "CompositeExplicitAutograd")
+_LIBRARY.impl("triton_dequantize", _dequantize, "CompositeExplicitAutograd")
+torch.library.register_fake("qkernels::triton_f16_gemm", _run_fake, lib=_LIBRARY)
+torch.library.register_fake("qkernels::triton_dequantize", _dequantize_fake, lib=_LIBRARY)
+
+
+def bind(format: QuantFormat, shape: tuple[int, int]) -> Matmul:
+    op, name, n = torch.ops.qkernels.triton_f16_gemm.default, format.name, shape[0]
+
+    def matmul(
+        x: Tensor,
+        weight: Tensor,
+        scales: Tensor,
+        zeros: Tensor | None,
+        tensor_scale: Tensor | None,
+        perm: Tensor | None,
+        bias: Tensor | None,
+    ) -> Tensor:
+        if perm is not None:
+            x = x.index_select(-1, perm)
+        return op(x, weight, scales, zeros, tensor_scale, bias, name, n)
+
+    return matmul
+
+
+def run(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    return bind(packed.format, packed.shape)(x, *packed[2:], bias)
+
+
+def dequantize(packed: Packed) -> Tensor:
+    """[N, K] float32 from the packed form."""
+    format, (n, k), weight, scales, zeros, tensor_scale, perm = packed
+    w = torch.ops.qkernels.triton_dequantize(weight, scales, zeros, tensor_scale, format.name, n, k)
+    return w if perm is None else torch.empty_like(w).index_copy_(1, perm.long(), w)
+
+
+def _why_not(p: Problem) -> str | None:
+    if p.device.type != "cuda":
+        return f"runs on cuda, not {p.device.type}"
+    if p.device.sm < 80:
+        return f"needs sm80 (Ampere), not sm{p.device.sm}"
+    if not p.device.triton:
+        return "Triton is not installed (pip install 'qkernels[gpu]')"
+    if reason := layout.why_not(p):
+        return reason
+    if isinstance(p.format.code, Int) and p.format.zero == "none" and p.format.code.bias != base(p.format.code):
+        return f"code {p.format.code.name}: without zero points, integers of {p.format.bits} bits have the bias {base(p.format.code)}"
+    if not formats.is_known(p.format):
+        return f"the name {p.format.name}, by which its op takes a format, finds another one or none: register the format"
+    return None
+
+
+def _cost(p: Problem) -> float:
+    """A launch, and reading at some 3 TB/s or multiplying at some 600 TFLOP/s."""
+    return 4.0 + max(p.format.nbytes(p.n, p.k) / 3e6, 2 * p.rows * p.n * p.k / 6e8)
+
+
+KERNEL = register(
+    Kernel(
+        name="triton_f16_wN_gemm",
+        backend="triton",
+        source=__doc__.rpartition("Source: ")[2],
+        compute="float",
+        why_not=_why_not,
+        cost=_cost,
+        prepare=prepare,
+        restore=restore,
+        run=run,
+        bind=bind,
+        packed_type=Packed,
+        dequantize=dequantize,
+    )
+)

@@ -1,0 +1,230 @@
+"""y = x · Ŵᵀ with 16-bit activations, and Ŵ itself, over the packed layout of ../layout.py."""
+
+import triton
+import triton.language as tl
+
+from qkernels.kernels.triton.jit.shared import columns, to_float, unpack
+
+
+@triton.jit
+def word_rows(BLOCK_N: tl.constexpr, DIRECT: tl.constexpr, LAST: tl.constexpr):
+    """Rows 0…BLOCK_N - 1 of a tile, in the shape in which its words are loaded.
+
+    DIRECT: in four axes. Loaded so, words lie in registers as the tensor core wants them, without a detour through shared memory: a warp
+    takes 8 rows of 64 bytes. The axis of those 8 has to be the one that Triton gives to lanes first: the first or (LAST) the last but one.
+    """
+    if DIRECT:
+        lanes, warps, halves = tl.arange(0, 8), tl.arange(0, BLOCK_N // 16) * 16, tl.arange(0, 2) * 8
+        if LAST:
+            return halves[:, None, None, None] + warps[None, :, None, None] + lanes[None, None, :, None]
+        else:
+            return lanes[:, None, None, None] + warps[None, :, None, None] + halves[None, None, :, None]
+    else:
+        return tl.arange(0, BLOCK_N)[:, None]
+
+
+@triton.jit
+def word_axis(DIRECT: tl.constexpr):
+    """Words 0…15 of a row, to be added to `word_rows`."""
+    if DIRECT:
+        return tl.arange(0, 16)[None, None, None, :]
+    else:
+        return tl.arange(0, 16)[None, :]
+
+
+@triton.jit
+def as_rows(words, BLOCK_N: tl.constexpr, DIRECT: tl.constexpr, LAST: tl.constexpr):
+    """What was loaded in the shape of `word_rows` -> [BLOCK_N, 16]."""
+    if not DIRECT:
+        return words
+    elif LAST:
+        return tl.reshape(tl.permute(words, [1, 0, 2, 3]), [BLOCK_N, 16])
+    else:
+        return tl.reshape(tl.permute(words, [1, 2, 0, 3]), [BLOCK_N, 16])
+
+
+@triton.jit
+def tile(
+    words, raw_scale, raw_zero, p_table, BLOCK_N: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr, LUT: tl.constexpr,
+    SCALE: tl.constexpr, ZERO: tl.constexpr, SCALED: tl.constexpr, REST: tl.constexpr, BASE: tl.constexpr, PER_TILE: tl.constexpr,
+    DTYPE: tl.constexpr, DIRECT: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    """Words of a tile -> [BLOCK_N, 512 / BITS] of DTYPE: value - zero, and times the scale where SCALED.
+
+    raw_…: [BLOCK_N, PER_TILE] as stored. Numbers of more than 16 bits come in two parts, so that a weight is rounded as if they had not.
+    """
+    w = columns(unpack(as_rows(words, BLOCK_N, DIRECT, LAST), ASM, LUT, p_table, BITS, DTYPE), BLOCK_N, BITS)
+    if ZERO == "none" and not SCALED:
+        return w
+    w = tl.reshape(w, [BLOCK_N, PER_TILE, 512 // BITS // PER_TILE])
+    if ZERO != "none":
+        wide = raw_zero.to(tl.float32) - BASE
+        zero = wide.to(DTYPE)
+        w -= zero[:, :, None]
+        if ZERO == "float":
+            w -= (wide - zero.to(tl.float32)).to(DTYPE)[:, :, None]
+    if SCALED:
+        wide = to_float(raw_scale, SCALE)
+        scale = wide.to(DTYPE)
+        if REST:
+            rest = (wide - scale.to(tl.float32)).to(DTYPE)
+            w = tl.fma(w, tl.broadcast_to(scale[:, :, None], w.shape), w * rest[:, :, None])
+        else:
+            w *= scale[:, :, None]
+    return tl.reshape(w, [BLOCK_N, 512 // BITS])
+
+
+@triton.jit
+def finished(sums, ASM: tl.constexpr):
+    """The same sums, after the tensor core is done with them.
+
+    Triton otherwise lets products of one iteration run into the next, which overwrites the registers that they take weights from:
+    seen on an H100 with Triton 3.6, codes of 8 bits, 300 tokens. An instruction on the sums, which comes to nothing, makes it wait.
+    """
+    if ASM is not None:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [sums], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return sums
+
+
+@triton.jit(do_not_specialize=["M"])
+def gemm(
+    p_x, p_w, p_s, p_z, p_tensor_scale, p_table, p_bias, p_out, p_part, p_count, M, N, K, stride_x,
+    BITS: tl.constexpr, ASM: tl.constexpr, LUT: tl.constexpr, SCALE: tl.constexpr, ZERO: tl.constexpr, BASE: tl.constexpr,
+    REST: tl.constexpr, GROUP_TILES: tl.constexpr, PER_TILE: tl.constexpr, MODE: tl.constexpr, DTYPE: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, SPLIT_K: tl.constexpr, RASTER: tl.constexpr, DIRECT: tl.constexpr, LAST: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
+    """One tile of y [M, N], or its part over a run of K.
+
+    The weight is the left operand, so that the tensor core takes it from registers; the tokens are its columns.
+
+    MODE         where scales are applied: "row" once to the sums, "sum" to every tile's sums, "word" to the weights
+    GROUP_TILES  tiles that share a scale; PER_TILE: scales of one tile
+    SPLIT_K      runs of K; their float32 sums meet in p_part, and the last one to arrive adds them up, always in the same order
+    EARLY        the kernel before this one may still be running: what it wrote is touched only after it has ended; weights are older
+    RASTER       tiles of weights that are worked on side by side for all tokens, for the cache's sake
+    """
+    TILE_K: tl.constexpr = 512 // BITS
+    SCALED: tl.constexpr = MODE == "word"
+    tiles_n, tiles_m = tl.cdiv(N, BLOCK_N), tl.cdiv(M, BLOCK_M)
+    pid, split = tl.program_id(0), tl.program_id(1)
+    first = pid // (RASTER * tiles_m) * RASTER
+    beside = tl.minimum(tiles_n - first, RASTER)
+    tile_n = first + pid % (RASTER * tiles_m) % beside
+    tile_m = pid % (RASTER * tiles_m) // beside
+    tiles_k = tl.cdiv(K, TILE_K)
+    per_split = tl.cdiv(tiles_k, SPLIT_K)
+    begin, end = split * per_split, tl.minimum(split * per_split + per_split, tiles_k)
+
+    o_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_n = o_n < N
+    o_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_m = o_m < M
+    o_k = tl.arange(0, TILE_K)
+    o_rows = tile_n * BLOCK_N + word_rows(BLOCK_N, DIRECT, LAST)
+    o_word = word_axis(DIRECT)
+    m_words = (o_rows < N) & (o_word < 16)
+    p_words = p_w + tl.minimum(begin, tiles_k - 1).to(tl.int64) * N * 16 + o_rows * 16 + o_word
+    p_tokens = p_x + o_m.to(tl.int64)[None, :] * stride_x + begin * TILE_K + o_k[:, None]
+    o_group = o_n[:, None] * PER_TILE + tl.arange(0, PER_TILE)[None, :]
+    m_group = m_n[:, None]
+    sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    if EARLY == 1:
+        tl.extra.cuda.gdc_wait()
+    # what the next tile needs is loaded while this one is worked on; a run of K may be empty, but must not read beyond the weight
+    kt = tl.minimum(begin, tiles_k - 1)
+    if DIRECT:
+        words = tl.load(p_words, m_words, other=0, eviction_policy="evict_first")
+    scale, zero = None, None
+    if SCALED:
+        scale = tl.load(p_s + kt // GROUP_TILES * N * PER_TILE + o_group, m_group, other=0)
+    if ZERO != "none":
+        zero = tl.load(p_z + kt // GROUP_TILES * N * PER_TILE + o_group, m_group, other=0)
+    if EARLY == 2:
+        tl.extra.cuda.gdc_wait()
+    for kt in range(begin, end):
+        if EVEN_K:
+            x = tl.load(p_tokens, m_m[None, :], other=0.0)
+        else:
+            x = tl.load(p_tokens, m_m[None, :] & (kt * TILE_K + o_k < K)[:, None], other=0.0)
+        p_tokens += TILE_K
+        if DIRECT:
+            now = words
+            p_words += tl.where(kt + 1 < end, N * 16, 0)
+            words = tl.load(p_words, m_words, other=0, eviction_policy="evict_first")
+        else:
+            now = tl.load(p_words, m_words, other=0, eviction_policy="evict_first")
+            p_words += N * 16
+        w = tile(
+            now, scale, zero, p_table, BLOCK_N, BITS, ASM, LUT, SCALE, ZERO, SCALED, REST, BASE, PER_TILE, DTYPE, DIRECT, LAST,
+        )  # fmt: skip
+        x = x.to(DTYPE)
+        o_next = tl.minimum(kt + 1, end - 1) // GROUP_TILES * N * PER_TILE + o_group
+        if SCALED:
+            scale = tl.load(p_s + o_next, m_group, other=0)
+        if ZERO != "none":
+            zero = tl.load(p_z + o_next, m_group, other=0)
+        if MODE == "sum":
+            wide = to_float(tl.load(p_s + kt // GROUP_TILES * N + o_n, m_n, other=0), SCALE)
+            sums += tl.dot(w, x, input_precision="ieee") * wide[:, None]
+        else:
+            sums = finished(tl.dot(w, x, sums, input_precision="ieee"), ASM)
+
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+    o_out = o_m.to(tl.int64)[None, :] * N + o_n[:, None]
+    m_out = m_n[:, None] & m_m[None, :]
+    if SPLIT_K > 1:
+        p_own = p_part + o_out
+        tl.store(p_own + split.to(tl.int64) * M * N, sums, m_out)
+        tl.debug_barrier()  # all threads' sums are written before one thread says so
+        if tl.atomic_add(p_count + pid, 1, sem="acq_rel") == SPLIT_K - 1:
+            sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+            for i in tl.static_range(SPLIT_K):
+                sums += tl.load(p_own + tl.cast(M, tl.int64) * N * i, m_out, other=0.0, cache_modifier=".cg")
+            tl.store(p_count + pid, 0)  # as the next call wants it
+            finish(sums, p_s, p_tensor_scale, p_bias, p_out + o_out, o_n, m_n, m_out, SCALE, MODE)
+    else:
+        finish(sums, p_s, p_tensor_scale, p_bias, p_out + o_out, o_n, m_n, m_out, SCALE, MODE)
+
+
+@triton.jit
+def finish(sums, p_s, p_tensor_scale, p_bias, p_out, o_n, m_n, m_out, SCALE: tl.constexpr, MODE: tl.constexpr):
+    """Scale of the row and of the tensor, bias; round and store."""
+    if MODE == "row":
+        sums *= to_float(tl.load(p_s + o_n, m_n, other=0), SCALE)[:, None]
+    if p_tensor_scale is not None:
+        sums *= tl.load(p_tensor_scale)
+    if p_bias is not None:
+        sums += tl.load(p_bias + o_n, m_n, other=0.0).to(tl.float32)[:, None]
+    tl.store(p_out, sums.to(p_out.dtype.element_ty), m_out)
+
+
+@triton.jit
+def dequantize(
+    p_w, p_s, p_z, p_tensor_scale, p_table, p_out, first_row, rows, N, K,
+    BITS: tl.constexpr, ASM: tl.constexpr, LUT: tl.constexpr, SCALE: tl.constexpr, ZERO: tl.constexpr, BASE: tl.constexpr,
+    GROUP_TILES: tl.constexpr, PER_TILE: tl.constexpr, DTYPE: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Rows first_row… of Ŵ, [rows, K], in the type of p_out: exact products in float32, rounded once."""
+    TILE_K: tl.constexpr = 512 // BITS
+    kt = tl.program_id(1)
+    o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_n = o_n < rows
+    o_rows, o_word = first_row + o_n[:, None], tl.arange(0, 16)[None, :]
+    m_words = m_n[:, None] & (o_word < 16)
+    words = tl.load(p_w + kt.to(tl.int64) * N * 16 + o_rows * 16 + o_word, m_words, other=0, eviction_policy="evict_first")
+    w = columns(unpack(words, ASM, LUT, p_table, BITS, DTYPE), BLOCK_N, BITS).to(tl.float32)
+    # one scale per column group: [BLOCK_N, PER_TILE] spread over the columns
+    o_s = (kt // GROUP_TILES * N + first_row + o_n)[:, None] * PER_TILE + tl.arange(0, PER_TILE)[None, :]
+    scale = to_float(tl.load(p_s + o_s, m_n[:, None], other=0), SCALE)
+    w = tl.reshape(w, [BLOCK_N, PER_TILE, TILE_K // PER_TILE])
+    if ZERO != "none":
+        w -= (tl.load(p_z + o_s, m_n[:, None], other=0).to(tl.float32) - BASE)[:, :, None]
+    w *= scale[:, :, None]
+    if p_tensor_scale is not None:
+        w *= tl.load(p_tensor_scale)
+    o_k = kt * TILE_K + tl.arange(0, TILE_K)
+    w = tl.reshape(w, [BLOCK_N, TILE_K])
+    tl.store(p_out + o_n.to(tl.int64)[:, None] * K + o_k[None, :], w.to(p_out.dtype.element_ty), m_n[:, None] & (o_k < K)[None, :])

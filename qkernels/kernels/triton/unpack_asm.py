@@ -1,0 +1,91 @@
+"""PTX that turns a word of codes into 16-bit floats; the kernels take it as a compile-time string. Needs sm_80.
+
+Integers: a code OR-ed into the mantissa of a power of two is that power plus the code, so one `lop3` unpacks the two codes of a register's
+halves and one addition takes the power away: (128 + q) in bf16, (1024 + q) in fp16. What comes out is code - 2^(bits-1), exactly.
+A code of 8 bits is one bit too wide for bf16's mantissa: its highest bit chooses between the constants that are added.
+
+Codebooks: a byte permutation looks four codes up in eight bytes, so two of them, and a choice by the codes' highest bits, look them up in
+sixteen; once for the high and once for the low bytes of the values.
+
+Sources: the magic numbers are FasterTransformer's and Marlin's, looking up by `prmt` is an old trick of table-driven kernels; written anew.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from qkernels.formats import Codebook, Float, Int
+from qkernels.formats.format import Code
+
+_POWER = {torch.bfloat16: (128, "43004300"), torch.float16: (1024, "64006400")}
+_TYPE = {torch.bfloat16: "bf16x2", torch.float16: "f16x2"}
+
+
+def unpack_asm(code: Code, dtype: torch.dtype) -> str:
+    """The body for one word; operands: the V = 32 / bits values in order of the columns, then the word."""
+    if not isinstance(code, Int):
+        pairs = _table(code, dtype)
+    elif code.bits == 8 and dtype == torch.bfloat16:
+        pairs = _int8_bf16()
+    else:
+        pairs = _int(code.bits, dtype)
+    lines = [".reg .b32 s, m, a, b, c, h, l, t, u, one, minus;", f"mov.b32 one, {_pair(1.0, dtype)};"]
+    for i, unpacking in enumerate(pairs):
+        lines += [*unpacking, f"mov.b32 {{${2 * i}, ${2 * i + 1}}}, t;"]
+    return "{\n" + "\n".join(lines) + "\n}"
+
+
+def base(code: Code) -> int:
+    """What the unpacked values of an integer code lack: value = unpacked + base - bias."""
+    return 2 ** (code.bits - 1) if isinstance(code, Int) else 0
+
+
+def _bits(value: float, dtype: torch.dtype) -> int:
+    return int(torch.tensor(value, dtype=dtype).view(torch.int16).item()) & 0xFFFF
+
+
+def _pair(value: float, dtype: torch.dtype) -> str:
+    return f"0x{_bits(value, dtype) * 0x10001:08x}"
+
+
+def _int(bits: int, dtype: torch.dtype) -> list[list[str]]:
+    """For every pair of values, the instructions that leave it in register t."""
+    power, magic = _POWER[dtype]
+    mask, minus = f"0x{(2**bits - 1) * 0x10001:08x}", _pair(-(power + 2.0 ** (bits - 1)), dtype)
+    return [
+        [
+            f"shr.u32 t, ${32 // bits}, {bits * i};",
+            f"lop3.b32 t, t, {mask}, 0x{magic}, 0xea;",  # (t & mask) | magic
+            f"mov.b32 minus, {minus};",
+            f"fma.rn.{_TYPE[dtype]} t, t, one, minus;",
+        ]
+        for i in range(16 // bits)
+    ]
+
+
+def _int8_bf16() -> list[list[str]]:
+    return [
+        [
+            f"shr.u32 u, $4, {8 * i};",
+            "lop3.b32 t, u, 0x007f007f, 0x43004300, 0xea;",
+            "lop3.b32 c, u, 0x00800080, 0xc380c380, 0x6a;",  # (u & mask) ^ -256: -128 where the highest bit is set
+            "fma.rn.bf16x2 t, t, one, c;",
+        ]
+        for i in range(2)
+    ]
+
+
+def _table(code: Codebook | Float, dtype: torch.dtype) -> list[list[str]]:
+    values = [_bits(v, dtype) for v in code.values]
+    pairs = []
+    for half in range(2):  # four codes each
+        # bytes of the mask: 0xff where the highest bit of a code is set; 8 in a selector repeats the sign of a byte
+        lines = [f"shr.u32 s, $8, {16 * half};", "shl.b32 m, s, 4;", "prmt.b32 m, m, s, 0xd9c8;", "and.b32 s, s, 0x7777;"]
+        for name, shift in (("h", 8), ("l", 0)):
+            words = [int.from_bytes(bytes((v >> shift) & 255 for v in values[i : i + 4]), "little") for i in range(0, 16, 4)]
+            lines += [f"mov.b32 a, 0x{words[0]:08x};", f"mov.b32 b, 0x{words[1]:08x};", f"prmt.b32 {name}, a, b, s;"]
+            lines += [f"mov.b32 a, 0x{words[2]:08x};", f"mov.b32 b, 0x{words[3]:08x};", "prmt.b32 a, a, b, s;"]
+            lines.append(f"lop3.b32 {name}, m, a, {name}, 0xca;")  # m ? a : h
+        pairs.append([*lines, "prmt.b32 t, l, h, 0x5140;"])
+        pairs.append(["prmt.b32 t, l, h, 0x7362;"])
+    return pairs

@@ -1,0 +1,144 @@
+"""The Triton kernels under the interpreter. `test_triton.py` runs this in its own process: TRITON_INTERPRET is read at import."""
+
+import itertools
+
+import pytest
+import torch
+from cases import plain, random_quant
+
+from qkernels import formats, reference
+from qkernels.kernels import registry
+from qkernels.kernels.device import Device
+from qkernels.kernels.triton import f16_gemm, layout
+from qkernels.kernels.triton.f16_gemm import Tile
+from qkernels.testing import assert_matmul_close
+
+H100 = Device("cuda", sm=90)
+MORE = [formats.get(n) for n in ("int4_g32", "int4_g-1", "int4_g256", "int8_g32", "u8_g16_zi_sf16", "u4_g64_zi_sbf16", "u2b2_g512_sf32")]
+FORMATS = [f for f in (*plain(formats.all_formats()), *MORE) if layout.why_not(registry.Problem(f, 64, 1024, device=H100)) is None]
+ROWS = (0, 1, 3, 8, 16, 17, 33, 130, 300)
+SHAPES = ((1, 8), (17, 40), (70, 300), (130, 515), (64, 1024))
+every_format = pytest.mark.parametrize("format", FORMATS, ids=lambda f: f.name)
+
+
+def able(format, n, k):
+    return f16_gemm.KERNEL.why_not(registry.Problem(format, n, k, device=H100)) is None
+
+
+def test_formats():
+    assert {f.bits for f in FORMATS} == {2, 4, 8} and len(FORMATS) >= 24
+    assert {f.zero for f in FORMATS} == {"none", "int", "float"} and {f.scale for f in FORMATS} == {"f32", "f16", "bf16", "e4m3", "e8m0"}
+
+
+@every_format
+def test_against_fp64(format):
+    ran = 0
+    for i, ((n, k), m) in enumerate(itertools.product(SHAPES, ROWS)):
+        if not able(format, n, k) or (m > 100 and n > 20):  # many rows are slow here
+            continue
+        dtype = (torch.bfloat16, torch.float16, torch.float32)[i % 3]
+        q = random_quant(format, n, k, seed=i, perm=i % 4 == 1)
+        x = torch.randn(m, 2 * k).to(dtype)
+        x = (x[:, :k], x[:, ::2], x[:, :k].reshape(1, m, k), x[:, :k].contiguous())[i // 2 % 4]
+        bias = torch.randn(n).to(dtype) if i % 5 < 2 else None
+        y = f16_gemm.run(x, f16_gemm.prepare(q), bias)
+        assert_matmul_close(y, x, reference.decode(q, torch.float64), bias)
+        ran += m > 0
+    assert ran > 8
+
+
+@every_format
+def test_layout_is_as_documented(format):
+    """The docstring of layout.py, as a function: where the code of (n, k) lies."""
+    n, k = 5, 2 * layout.tile_columns(format)
+    q = random_quant(format, n, k)
+    codes = torch.stack([torch.tensor([code(layout.prepare(q).weight, format, row, column) for column in range(k)]) for row in range(n)])
+    from qkernels.formats.packing import unpack
+
+    assert torch.equal(codes.to(torch.uint8), unpack(q.codes, format.bits, k))
+
+
+def code(weight, format, n, k):
+    bits, columns = format.bits, layout.tile_columns(format)
+    tile, within, steps = k // columns, k % columns, columns // 64
+    step, h, c, e = within // 16, within % 16 // 8, within % 8 // 2, within % 2
+    word = int(weight[tile, n, 4 * c + step // steps])
+    i = 2 * (step % steps) + h
+    at = bits * i + 16 * e if isinstance(format.code, formats.Int) else bits * (2 * i + e)
+    return (word >> at) & (2**bits - 1)
+
+
+@every_format
+def test_restore_inverts_prepare(format):
+    for (n, k), perm in itertools.product(SHAPES, (False, True)):
+        if able(format, n, k):
+            q = random_quant(format, n, k, perm=perm)
+            packed = f16_gemm.prepare(q)
+            assert f16_gemm.restore(packed).equal(q)
+            torch.testing.assert_close(f16_gemm.dequantize(packed), reference.decode(q), rtol=1e-6, atol=0)
+
+
+@every_format
+def test_nan_and_inf_stay_in_their_row_and_column(format):
+    q = random_quant(format, 48, 300)
+    if not able(format, 48, 300):
+        pytest.skip("not at this K")
+    x = torch.randn(20, 300, dtype=torch.float16)
+    x[7, 5] = float("inf")
+    x[9, 299] = float("nan")
+    y = f16_gemm.run(x, f16_gemm.prepare(q), None)
+    assert not y[7].isfinite().all() and y[9].isnan().all()
+    assert y[[i for i in range(20) if i not in (7, 9)]].isfinite().all()
+    q.scales[3, -1] = torch.nan
+    y = f16_gemm.run(torch.randn(5, 300, dtype=torch.float16), f16_gemm.prepare(q), None)
+    assert y[:, 3].isnan().all() and int(y.isfinite().sum()) == 5 * 47
+
+
+@pytest.mark.parametrize("name", ["int4", "int4_g32", "hqq4", "nvfp4", "int8", "int2"])
+@pytest.mark.parametrize("direct", [False, True])
+@pytest.mark.parametrize("sums", [False, True])
+def test_every_way_of_cutting(name, direct, sums):
+    """Tiles, splits (more than there are tiles of K, too), a way of loading: the sums differ by their order alone."""
+    format, n, k = formats.get(name), 70, 520
+    q = random_quant(format, n, k)
+    packed, weight = f16_gemm.prepare(q), reference.decode(q, torch.float64)
+    for m, (block_n, block_m), split, raster in ((5, (64, 16), 1, 8), (20, (128, 16), 3, 1), (33, (64, 32), 16, 2)):
+        x, out = torch.randn(m, k).to(torch.float16), torch.empty(m, n, dtype=torch.float16)
+        tile = Tile(block_n, block_m, 4, split_k=split, direct=direct, sums=sums, raster=raster)
+        f16_gemm.fused(x, *packed[2:6], None, format, out, tile)
+        assert_matmul_close(out, x, weight)
+        again = torch.empty_like(out)
+        f16_gemm.fused(x, *packed[2:6], None, format, again, tile)  # counters were left as they were found
+        assert torch.equal(out, again)
+
+
+def test_many_rows_go_by_slices(monkeypatch):
+    monkeypatch.setattr(f16_gemm, "TOKENS_FUSED", 8)
+    monkeypatch.setattr(f16_gemm, "SLICE_BYTES", 64)  # 128 rows of the weight at a time
+    q = random_quant(formats.get("int4"), 300, 256)
+    for dtype in (torch.float16, torch.float32):
+        x, bias = torch.randn(9, 256).to(dtype), torch.randn(300).to(dtype)
+        assert_matmul_close(f16_gemm.run(x, f16_gemm.prepare(q), bias), x, reference.decode(q, torch.float64), bias)
+
+
+def test_rows_do_not_depend_on_the_batch():
+    """With one way of cutting, that is; what is chosen for a batch depends on its size."""
+    q = random_quant(formats.get("int4"), 64, 512)
+    packed, x = f16_gemm.prepare(q), torch.randn(33, 512).to(torch.bfloat16)
+    results = []
+    for m in (1, 16, 33):
+        out = torch.empty(m, 64, dtype=torch.bfloat16)
+        f16_gemm.fused(x[:m], *packed[2:6], None, q.format, out, Tile(64, 16, 4, split_k=2))
+        results.append(out)
+    assert torch.equal(results[0], results[2][:1]) and torch.equal(results[1], results[2][:16])
+
+
+def test_opcheck():
+    q = random_quant(formats.get("int4_asym"), 48, 256)
+    packed, x, bias = f16_gemm.prepare(q), torch.randn(3, 256), torch.randn(48)
+    ops = torch.ops.qkernels
+    for op, args in (
+        (ops.triton_f16_gemm.default, (x, *packed[2:6], bias, q.format.name, 48)),
+        (ops.triton_dequantize.default, (*packed[2:6], q.format.name, 48, 256)),
+    ):
+        torch.library.opcheck(op, args)

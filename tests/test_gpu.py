@@ -1,0 +1,132 @@
+"""On a CUDA GPU: `pytest -m gpu`. Every kernel × every format that it takes, layers as users have them, graphs, streams."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from cases import plain, random_quant
+from torch import nn
+
+import qkernels
+from qkernels import QuantLinear, formats, kernels, reference
+from qkernels.kernels import device as devices
+from qkernels.kernels.registry import Problem, why_not
+from qkernels.testing import assert_matmul_close
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+KERNELS = [k for k in kernels.all_kernels() if k.backend in ("triton", "cuda")]
+MORE = [formats.get(n) for n in ("int4_g32", "int4_g-1", "int4_g256", "int8_g32", "u8_g16_zi_sf16", "u4_g64_zi_sbf16")]
+PAIRS = [pytest.param(k, f, id=f"{k.name}-{f.name}") for k in KERNELS for f in (*plain(formats.all_formats()), *MORE)]
+SHAPES = ((1, 8), (70, 300), (130, 515), (512, 1024), (4096, 4096))
+ROWS = (0, 1, 3, 16, 17, 33, 64, 100, 130, 257, 600, 2100)
+
+
+@pytest.mark.parametrize(("kernel", "format"), PAIRS)
+def test_against_fp64(kernel, format):
+    here, ran = devices.current("cuda"), 0
+    for i, ((n, k), m) in enumerate(itertools.product(SHAPES, ROWS)):
+        if i % 4 and n < 4096:  # each tile is compiled, and most of them serve all of these shapes
+            continue
+        dtype = (torch.bfloat16, torch.float16)[(i + i // 12) % 2]
+        if why_not(kernel, Problem(format, n, k, m, dtype, device=here)):
+            continue
+        q = random_quant(format, n, k, seed=i, perm=i % 5 == 1).to("cuda")
+        x = torch.randn(m, 2 * k, device="cuda").to(dtype)
+        x = (x[:, :k], x[:, ::2], x[:, :k].reshape(1, m, k), x[:, :k].contiguous())[i % 4]
+        bias = torch.randn(n, device="cuda").to(dtype) if i % 3 else None
+        packed = kernel.prepare(q)
+        y = kernel.run(x, packed, bias)
+        assert_matmul_close(y, x, reference.decode(q, torch.float64), bias)
+        for _ in range(3):
+            assert torch.equal(kernel.run(x, packed, bias), y), "not the same bits again"
+        ran += 1
+    if not ran:
+        pytest.skip(why_not(kernel, Problem(format, 4096, 4096, device=here)) or "none of these shapes")
+
+
+@pytest.mark.parametrize(("kernel", "format"), PAIRS)
+def test_restore_and_dequantize(kernel, format):
+    if reason := why_not(kernel, Problem(format, 130, 1024, device=devices.current("cuda"))):
+        pytest.skip(reason)
+    for (n, k), perm in itertools.product(((130, 1024), (17, 300)), (False, True)):
+        if why_not(kernel, Problem(format, n, k, device=devices.current("cuda"))) is None:
+            q = random_quant(format, n, k, perm=perm).to("cuda")
+            packed = kernel.prepare(q)
+            assert kernel.restore(packed).equal(q)
+            torch.testing.assert_close(kernel.dequantize(packed), reference.decode(q), rtol=1e-6, atol=0)
+
+
+def linear(n=512, k=1024, dtype=torch.bfloat16):
+    return nn.Linear(k, n, device="cuda", dtype=dtype)
+
+
+@pytest.mark.parametrize("name", ["int4", "int8", "nf4"])
+def test_layers(name):
+    """From a dense layer on the GPU, from the CPU and back: the same codes, and a kernel of the GPU's."""
+    model = nn.Sequential(linear(), nn.ReLU(), linear(256, 512))
+    dense = copy.deepcopy(model)
+    report = qkernels.replace_linear(model, name, progress=False)
+    assert model[0].kernel == "triton_f16_wN_gemm" and "triton_f16_wN_gemm" in str(report)
+    x = torch.randn(40, 1024, device="cuda", dtype=torch.bfloat16)
+    assert (model(x) - dense(x)).float().norm() < 0.3 * dense(x).float().norm()
+    moved = copy.deepcopy(model).to("cpu")
+    assert moved[0].kernel.startswith("cpu") or moved[0].kernel == "reference"
+    for key, value in moved.state_dict().items():
+        assert torch.equal(value.cuda(), model.state_dict()[key])
+    assert torch.equal(moved.to("cuda")(x), model(x))
+
+
+def test_gradients():
+    layer = QuantLinear.from_linear(linear(), "int4")
+    x = torch.randn(5, 1024, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    y = layer(x)
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    assert_matmul_close(x.grad, grad, layer.dequantize(torch.float64).t())
+    torch.testing.assert_close(layer.bias.grad, grad.sum(0))
+
+
+@pytest.mark.parametrize("m", [1, 40, 300])
+def test_cuda_graphs(m):
+    layer = QuantLinear.from_linear(linear(2048, 2048), "int4")
+    x = torch.randn(m, 2048, device="cuda", dtype=torch.bfloat16)
+    with torch.inference_mode():
+        want = [layer(x), layer(-x)]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            layer(x)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            got = [layer(x), layer(layer(x)), layer(-x)]
+        for _ in range(3):
+            graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(got[0], want[0]) and torch.equal(got[2], want[1]) and torch.equal(got[1], layer(want[0]))
+
+
+def test_streams_do_not_share_counters():
+    layer = QuantLinear.from_linear(linear(1024, 4096), "int4")
+    xs = [torch.randn(8, 4096, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
+    with torch.inference_mode():
+        want = [layer(x) for x in xs]
+        streams = [torch.cuda.Stream() for _ in xs]
+        torch.cuda.synchronize()
+        got = [[] for _ in xs]
+        for _ in range(50):
+            for x, stream, ys in zip(xs, streams, got):
+                with torch.cuda.stream(stream):
+                    ys.append(layer(x))
+        torch.cuda.synchronize()
+    assert all(torch.equal(y, w) for ys, w in zip(got, want) for y in ys)
+
+
+def test_compiles():
+    layer = QuantLinear.from_linear(linear(), "int4")
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True)
+    for m in (1, 7, 20):
+        x = torch.randn(m, 1024, device="cuda", dtype=torch.bfloat16)
+        with torch.inference_mode():
+            assert torch.equal(compiled(x), layer(x))
