@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from . import machine, peers, plot, readme, report
 from .cliff import measure_cliff
+from .gpu.readme import markdown as gpu_markdown
 from .ours import DTYPES
 from .overhead import measure_memory, measure_overhead
 from .record import Options, measure
@@ -205,14 +206,18 @@ def gpu(
 def print_readme(
     write: Annotated[bool, typer.Option(help="Rewrite README.md between the markers.")] = False, out: OutOption = report.RESULTS
 ) -> None:
-    """Print the README's benchmark section from all results."""
-    section = readme.markdown(report.load_all(out))
+    """Print the README's benchmark sections from all results: the CPUs', and the GPUs'."""
+    sections = {readme.CPU: readme.markdown(report.load_all(out)), readme.GPU: gpu_markdown(report.load_all(out / "gpu"))}
     if write and not readme.README.exists():
         raise typer.BadParameter(f"--write: there is no {readme.README}; only a checkout of qkernels has one")
+    text = readme.README.read_text() if write else ""
+    for name, section in sections.items():
+        if write:
+            text = readme.replaced(text, section, name)
+        else:
+            print(section, end="\n\n")
     if write:
-        readme.README.write_text(readme.replaced(readme.README.read_text(), section))
-    else:
-        print(section)
+        readme.README.write_text(text)
 
 
 if __name__ == "__main__":

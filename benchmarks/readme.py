@@ -6,7 +6,7 @@ from .goals import INT4, SHAPE, TORCH
 from .machine import ROOT
 from .report import limits_line, noise_line
 
-BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+CPU, GPU = "benchmarks", "gpu"  # sections, between <!-- name:begin --> and <!-- name:end -->
 README = ROOT / "README.md"
 
 
@@ -82,17 +82,22 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rule, *rows))
 
 
-def current(text: str) -> str:
-    """What stands between the markers. Raises: ValueError without markers."""
-    _, begin, rest = text.partition(BEGIN)
-    inside, end, _ = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"no {BEGIN} … {END} in the text")
-    return inside.strip()
+def current(text: str, name: str = CPU) -> str:
+    """What stands between a section's markers. Raises: ValueError without them."""
+    return _split(text, name)[1].strip()
 
 
-def replaced(text: str, section: str) -> str:
+def replaced(text: str, section: str, name: str = CPU) -> str:
     """The text with `section` between the markers."""
-    current(text)
-    head, rest = text.split(BEGIN, 1)
-    return f"{head}{BEGIN}\n{section}\n{END}{rest.split(END, 1)[1]}"
+    head, _, tail = _split(text, name)
+    return f"{head}\n{section}\n{tail}"
+
+
+def _split(text: str, name: str) -> tuple[str, str, str]:
+    """Text up to and with the first marker, between the two, and from the second on."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    head, found, rest = text.partition(begin)
+    inside, also_found, tail = rest.partition(end)
+    if not (found and also_found):
+        raise ValueError(f"no {begin} … {end} in the text")
+    return head + begin, inside, end + tail

@@ -41,7 +41,7 @@ def test_json_round_trip(measured, tmp_path):
 def test_readme_is_replaced_between_the_markers(measured):
     section = readme.markdown([measured])
     assert "Test CPU" in section and "wrong" in section and "| **" in section and "64×256" in section
-    text = f"# head\n{readme.BEGIN}\nold\n{readme.END}\ntail\n"
+    text = "# head\n<!-- benchmarks:begin -->\nold\n<!-- benchmarks:end -->\ntail\n"
     new = readme.replaced(text, section)
     assert new.startswith("# head\n") and new.endswith("tail\n") and "old" not in new
     assert readme.current(new) == section and readme.replaced(new, section) == new

@@ -9,10 +9,18 @@ from torch import Tensor
 from qkernels.formats import Codebook, Int, QuantFormat, QuantTensor
 from qkernels.reference import spread
 
-ACT_GROUP = 256  # the longest run of K that shares one int8 activation scale
+ACT_GROUP = 256  # the longest run of K that shares one int8 activation scale: of the CPU kernels
 
 
-def assert_matmul_close(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, int8: QuantTensor | None = None) -> None:
+def assert_matmul_close(
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    int8: QuantTensor | None = None,
+    act_group: int | None = ACT_GROUP,
+) -> None:
     """Compare y with the fp64 product of the dequantised weight; raise AssertionError beyond the derived bound.
 
     Shapes:
@@ -21,7 +29,7 @@ def assert_matmul_close(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | Non
     The bound is twice the largest error of torch's own matmul in x's dtype, gamma_K |x| |W| in fp32, and one ulp.
 
     int8: the quantised weight, where the kernel quantises activations to int8. Besides, then: half a step of them, for every row and run
-    of K, and of the entries of a codebook that int8 does not hold exactly.
+    of K, and of the entries of a codebook that int8 does not hold exactly. act_group: the longest such run; None: a group of the weight's.
     """
     exact = F.linear(x.double(), weight, None if bias is None else bias.double())
     assert y.shape == exact.shape and y.dtype == x.dtype, f"got {list(y.shape)} {y.dtype}, want {list(exact.shape)} {x.dtype}"
@@ -29,7 +37,7 @@ def assert_matmul_close(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | Non
         return
     allowed = _float_bound(x, weight, bias, exact)
     if int8 is not None:
-        allowed = allowed + _int8_bound(x, weight, int8)
+        allowed = allowed + _int8_bound(x, weight, int8, act_group)
     error = (y.double() - exact).abs()
     bad = ~(error <= allowed)
     if bool(bad.any()):
@@ -45,7 +53,7 @@ def _float_bound(x: Tensor, weight: Tensor, bias: Tensor | None, exact: Tensor) 
     return 2 * torch_error + roundings / (1 - roundings) * magnitude + info.eps * exact.abs() + info.smallest_normal * info.eps
 
 
-def _int8_bound(x: Tensor, weight: Tensor, q: QuantTensor) -> Tensor:
+def _int8_bound(x: Tensor, weight: Tensor, q: QuantTensor, act_group: int | None) -> Tensor:
     n, k = q.shape
     code, extent = q.format.code, q.format.group_extent(n, k)[1]
     rounding = torch.zeros_like(weight)
@@ -54,11 +62,11 @@ def _int8_bound(x: Tensor, weight: Tensor, q: QuantTensor) -> Tensor:
         rounding = 0.5 / 127 * max(abs(v) for v in code.values) * spread(q.scales.double().abs(), q.format, n, k).expand_as(weight)
     if q.perm is not None:  # groups are runs of the permuted columns
         x, weight, rounding = x[..., q.perm.long()], weight[:, q.perm.long()], rounding[:, q.perm.long()]
-    total = F.linear(x.double().abs(), rounding)
+    total, longest = F.linear(x.double().abs(), rounding), act_group or extent
     for start in range(0, k, extent):
         stop = min(start + extent, k)
-        for i in range(start, stop, ACT_GROUP):
-            run = slice(i, min(i + ACT_GROUP, stop))
+        for i in range(start, stop, longest):
+            run = slice(i, min(i + longest, stop))
             step = x[..., run].double().abs().amax(-1, keepdim=True) / act_largest(q.format)
             total = total + 0.5 * step * (weight[:, run].abs() + rounding[:, run]).sum(1)
     return 1.001 * total  # the fp32 arithmetic of the scales

@@ -8,6 +8,7 @@ import torch
 from cases import random_quant
 
 from benchmarks import readme, report
+from benchmarks.gpu.readme import markdown as gpu_markdown
 from qkernels import formats, kernels, reference
 from qkernels.kernels import registry, table
 from qkernels.kernels.registry import Problem
@@ -27,6 +28,7 @@ def test_readme_prints_the_registry():
 def test_readme_prints_the_results():
     """`python -m benchmarks readme --write` after a change of benchmarks/results."""
     assert readme.current(README.read_text()) == readme.markdown(report.load_all())
+    assert readme.current(README.read_text(), readme.GPU) == gpu_markdown(report.load_all(report.PUBLISHED / "gpu"))
 
 
 def test_readme_says_what_the_clip_search_gains():

@@ -37,7 +37,7 @@ def test_against_fp64(kernel, format):
         bias = torch.randn(n, device="cuda").to(dtype) if i % 3 else None
         packed = kernel.prepare(q)
         y = kernel.run(x, packed, bias)
-        assert_matmul_close(y, x, reference.decode(q, torch.float64), bias)
+        assert_matmul_close(y, x, reference.decode(q, torch.float64), bias, int8=q if kernel.compute == "int8" else None, act_group=None)
         for _ in range(3):
             assert torch.equal(kernel.run(x, packed, bias), y), "not the same bits again"
         ran += 1
@@ -88,8 +88,10 @@ def test_gradients():
 
 
 @pytest.mark.parametrize("m", [1, 40, 300])
-def test_cuda_graphs(m):
-    layer = QuantLinear.from_linear(linear(2048, 2048), "int4")
+@pytest.mark.parametrize(("name", "compute"), [("int4", "float"), ("int8", "int8")])
+def test_cuda_graphs(name, compute, m):
+    layer = QuantLinear.from_linear(linear(2048, 2048), name, compute=compute)
+    assert kernels.get(layer.kernel).compute == compute
     x = torch.randn(m, 2048, device="cuda", dtype=torch.bfloat16)
     with torch.inference_mode():
         want = [layer(x), layer(-x)]

@@ -13,7 +13,7 @@ import torch
 from qkernels import formats
 from qkernels.kernels.device import Device
 from qkernels.kernels.registry import explain
-from qkernels.kernels.triton import f16_gemm, layout
+from qkernels.kernels.triton import f16_gemm, layout, s8_gemm
 from qkernels.kernels.triton.unpack_asm import unpack_asm
 
 triton = pytest.importorskip("triton")
@@ -22,7 +22,7 @@ TESTS = Path(__file__).parent
 KIB = 1 << 10
 SHARED = {80: 163 * KIB, 86: 99 * KIB, 89: 99 * KIB, 90: 227 * KIB, 100: 227 * KIB, 120: 99 * KIB}  # of a block
 MATRIX = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "HMMA", 120: "HMMA"}
-FORMATS = ("int4", "int4_g32", "int4_g-1", "int4_asym", "hqq4", "nf4", "mxfp4", "nvfp4", "int8", "int8_asym", "int2")
+FORMATS = ("int4", "int4_g32", "int4_g-1", "int4_asym", "hqq4", "nf4", "mxfp4", "nvfp4", "int8", "int8_asym", "fp8", "fp8_block", "int2")
 ROWS = (1, 64, 128, 1024)
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 SCALES = {"f16": "*fp16", "bf16": "*bf16", "f32": "*fp32", "e4m3": "*u8", "e8m0": "*u8"}
@@ -36,25 +36,41 @@ def test_under_the_interpreter():
     assert re.search(r"\d+ passed", done.stdout) and "failed" not in done.stdout
 
 
+def compiled_for(sm, kernel, types, constants, **options):
+    """A kernel for a GPU; its pointers and integers are multiples of 16, but for M."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature = {arg: types.get(arg) or "constexpr" for arg in kernel.arg_names}
+    values = {(i,): constants.get(arg) for i, arg in enumerate(signature) if signature[arg] == "constexpr"}
+    sixteen = {(i,): [["tt.divisibility", 16]] for i, arg in enumerate(signature) if signature[arg] != "constexpr" and arg != "M"}
+    source = ASTSource(kernel, signature=signature, constexprs=values, attrs=sixteen)
+    return triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
+
+
+def instructions(compiled, tmp_path):
+    """Name -> lines of machine code."""
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+    text = subprocess.run([tool, "-c", cubin], capture_output=True, text=True, check=True).stdout
+    found = collections.defaultdict(list)
+    for m in re.finditer(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?\s*([A-Z][A-Z0-9_]*)(.*)", text, re.MULTILINE):
+        found[m[1]].append(m[1] + m[2])
+    return found
+
+
 class Build:
     """The kernel for x [m, k] and a weight [n, k], compiled for a GPU, and what can be read off it."""
 
     def __init__(self, name, m, sm, dtype=torch.bfloat16, n=4096, k=4096):
-        from triton.backends.compiler import GPUTarget
-        from triton.compiler import ASTSource
-
         from qkernels.kernels.triton.jit.f16_gemm import gemm
 
         self.format = formats.get(name)
         self.tile = f16_gemm.choose(n, k, m, layout.tile_columns(self.format), f16_gemm.Gpu(132, SHARED[sm], sm >= 90))
         constants = f16_gemm.tile_constants(self.format, n, k, dtype, torch.device("cuda"), self.tile)
-        types = self.types(dtype)
-        signature = {arg: types.get(arg) or "constexpr" for arg in gemm.arg_names}
-        values = {(i,): constants.get(arg) for i, arg in enumerate(signature) if signature[arg] == "constexpr"}
-        sixteen = {(i,): [["tt.divisibility", 16]] for i, arg in enumerate(signature) if signature[arg] != "constexpr" and arg != "M"}
         options = {"num_warps": self.tile.num_warps, "num_stages": self.tile.num_stages}
-        source = ASTSource(gemm, signature=signature, constexprs=values, attrs=sixteen)
-        self.compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
+        self.compiled = compiled_for(sm, gemm, self.types(dtype), constants, **options)
 
     def types(self, dtype):
         """Argument -> type, as they are on a launch; None for an argument that is None."""
@@ -67,24 +83,13 @@ class Build:
             "M": "i32", "N": "i32", "K": "i32", "stride_x": "i32",
         }  # fmt: skip
 
-    def instructions(self, tmp_path):
-        """Name -> lines of machine code."""
-        cubin = tmp_path / "kernel.cubin"
-        cubin.write_bytes(self.compiled.asm["cubin"])
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
-        text = subprocess.run([tool, "-c", cubin], capture_output=True, text=True, check=True).stdout
-        found = collections.defaultdict(list)
-        for m in re.finditer(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?\s*([A-Z][A-Z0-9_]*)(.*)", text, re.MULTILINE):
-            found[m[1]].append(m[1] + m[2])
-        return found
-
 
 @pytest.mark.parametrize("m", ROWS)
 @pytest.mark.parametrize("name", FORMATS)
 def test_machine_code_for_hopper(name, m, tmp_path):
     dtype = torch.float16 if m == 64 else torch.bfloat16
     build = Build(name, m, 90, dtype)
-    code = build.instructions(tmp_path)
+    code = instructions(build.compiled, tmp_path)
     assert build.compiled.metadata.shared <= SHARED[90]
     assert not code["LDL"] and not code["STL"], "registers are spilled"
     assert not code["I2F"] or len(code["I2F"]) < 8, "codes become floats one by one"
@@ -103,13 +108,56 @@ def test_machine_code_for_hopper(name, m, tmp_path):
 def test_machine_code_for_other_gpus(name, sm, tmp_path):
     for m in (1, 1024):
         build = Build(name, m, sm)
-        code = build.instructions(tmp_path)
+        code = instructions(build.compiled, tmp_path)
         assert build.compiled.metadata.shared <= SHARED[sm]
         assert code["HMMA"] or code["UTCHMMA"], m
 
 
+def build_s8(sm, m, n=4096, k=4096):
+    """The product in int8, with all that a call may bring along."""
+    from qkernels.kernels.triton.jit.s8_gemm import gemm
+
+    t = s8_gemm.choose(n, k, m, f16_gemm.Gpu(132, SHARED[sm], sm >= 90))
+    types = {
+        "p_x": "*i8", "p_rows": "*fp32", "p_w": "*i8", "p_s": "*fp32", "p_z": "*u8", "p_bias": "*bf16", "p_out": "*bf16",
+        "p_part": "*i32" if t.split_k > 1 else None, "p_count": "*i32" if t.split_k > 1 else None, "M": "i32", "N": "i32", "padded": "i32",
+    }  # fmt: skip
+    return compiled_for(sm, gemm, types, s8_gemm.tile_constants(t), num_warps=t.num_warps, num_stages=t.num_stages)
+
+
+@pytest.mark.parametrize("m", (*ROWS, 32, 512))
+def test_machine_code_of_int8_for_hopper(m, tmp_path):
+    compiled = build_s8(90, m)
+    code = instructions(compiled, tmp_path)
+    assert compiled.metadata.shared <= SHARED[90]
+    assert not code["LDL"] and not code["STL"], "registers are spilled"
+    assert code["IGMMA"] and not code["IMMA"], "no integer matrix instructions of Hopper's"
+    assert all(".S8.S8 R" in i and "gdesc" in i for i in code["IGMMA"]), "an operand is not what it was laid out for"
+    assert all(".128" in i for i in code["LDGSTS"]) and len(code["LDGSTS"]) >= 8, "loads of less than 16 bytes"
+
+
+@pytest.mark.parametrize("sm", [sm for sm in SHARED if sm != 90])
+def test_machine_code_of_int8_for_other_gpus(sm, tmp_path):
+    for m in (1, 1024):
+        compiled = build_s8(sm, m)
+        code = instructions(compiled, tmp_path)
+        assert not code["STL"] or sm == 100, "registers are spilled"
+        assert compiled.metadata.shared <= SHARED[sm] and (code["IMMA"] or code["UTCIMMA"]), m
+
+
+@pytest.mark.parametrize("dtype", ["*bf16", "*fp16", "*fp32"])
+def test_machine_code_of_quantising(dtype, tmp_path):
+    from qkernels.kernels.triton.jit.s8_gemm import quantize_rows
+
+    types = {"p_x": dtype, "p_codes": "*i8", "p_rows": "*fp32", "M": "i32", "K": "i32", "padded": "i32", "stride_x": "i32"}
+    compiled = compiled_for(90, quantize_rows, types, {"BLOCK": s8_gemm.quantize_block(4096), "EARLY": True}, num_warps=8)
+    code = instructions(compiled, tmp_path)
+    assert not code["LDL"] and not code["STL"] and not code["F2I"]
+    assert all(".128" in i for i in code["LDG"]) and any(".128" in i for i in code["STG"])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["int4", "nf4", "mxfp4", "int8", "int2"])
+@pytest.mark.parametrize("name", ["int4", "nf4", "mxfp4", "int8", "fp8", "fp8_e5m2", "int2"])
 def test_every_code_through_the_assembly(name, dtype):
     """The PTX, run here by a model of the few instructions that it has."""
     code = formats.get(name).code
@@ -120,16 +168,16 @@ def test_every_code_through_the_assembly(name, dtype):
         word, expected = 0, []
         for j in range(values):
             c = (first + 37 * j) % 2**code.bits
-            at = code.bits * (j // 2) + 16 * (j % 2) if base else code.bits * j
+            at = code.bits * j if layout.is_table(code) else code.bits * (j // 2) + 16 * (j % 2)
             word |= c << at
             expected.append(want[c])
         got = run_ptx(unpack_asm(code, dtype), word, values, dtype)
-        assert got == torch.tensor(expected, dtype=dtype).tolist(), first
+        torch.testing.assert_close(got, torch.tensor(expected, dtype=dtype).double(), rtol=0, atol=0, equal_nan=True)
 
 
 def run_ptx(text, word, values, dtype):
-    """Interpret shr, shl, and, lop3, prmt, mov and fma on pairs of 16-bit floats."""
-    registers, out = {f"${values}": word}, [0.0] * values
+    """Interpret the integer instructions, and fma on pairs of 16-bit floats."""
+    registers, out = {f"${values}": word}, torch.zeros(values, dtype=torch.float64)
 
     def value(operand):
         return int(operand, 16) if operand.startswith("0x") else int(operand) if operand.isdigit() else registers[operand]
@@ -156,6 +204,12 @@ def run_ptx(text, word, values, dtype):
             result = x << others[0] & 0xFFFFFFFF
         elif name == "and.b32":
             result = x & others[0]
+        elif name == "or.b32":
+            result = x | others[0]
+        elif name == "add.u32":
+            result = (x + others[0]) & 0xFFFFFFFF
+        elif name == "mul.lo.u32":
+            result = (x * others[0]) & 0xFFFFFFFF
         elif name == "lop3.b32":
             b, c, table = others
             result = sum((table >> (4 * (x >> i & 1) + 2 * (b >> i & 1) + (c >> i & 1)) & 1) << i for i in range(32))

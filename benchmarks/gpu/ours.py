@@ -12,8 +12,9 @@ from ..base import Contestant, Prepared
 
 
 def contestants(formats: list[str], computes: list[str], dtype: str) -> list[Contestant]:
-    """Every format with every kind of arithmetic; each copy of a layer owns all that it reads."""
-    return [replace(c, prepare=_owning(c.prepare)) for c in ours.contestants(formats, computes, dtype)]
+    """Every format with every kind of arithmetic, or `format:compute` with that one; each copy of a layer owns all that it reads."""
+    pairs = [pair for f in formats for pair in ([f.split(":")] if ":" in f else [[f, compute] for compute in computes])]
+    return [replace(c, prepare=_owning(c.prepare)) for c in (ours.contestant(*pair, dtype) for pair in pairs)]
 
 
 def _owning(prepare: Callable[[Tensor, int], Prepared]) -> Callable[[Tensor, int], Prepared]:

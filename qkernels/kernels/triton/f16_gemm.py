@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from qkernels import formats
-from qkernels.formats import Codebook, Float, Int, QuantFormat
+from qkernels.formats import Int, QuantFormat
+from qkernels.formats.format import Code
 from qkernels.kernels.registry import Kernel, Matmul, Problem, register
 from qkernels.kernels.triton import layout
 from qkernels.kernels.triton.layout import Packed, prepare, restore
@@ -42,6 +43,8 @@ class Tile(NamedTuple):
     sums: bool = True  # scales are applied to the sums, not to the weights, where the format allows it
     early: int = 0  # 1: begins while the kernel before it ends; 2: and fetches its first weights
     raster: int = 8  # tiles of weights that are worked on side by side
+    step: int = 1  # tiles of K worked on at a time: 1, or where direct 2
+    registers: int = 0  # of a thread, at most; 0: as many as the compiler likes
 
 
 class Gpu(NamedTuple):
@@ -59,8 +62,8 @@ def choose(n: int, k: int, m: int, tile_k: int, gpu: Gpu) -> Tile:
     """
     wide = -(-n // 64) >= 2 * gpu.processors  # enough rows to fill the GPU without splitting K
     deep = k >= 8192
-    if m <= 16:
-        t = Tile(64, 16, 4, early=2) if wide else Tile(128, 16, 8, early=2)
+    if m <= 16:  # as many blocks as fit: what is on its way bounds the bandwidth
+        t = Tile(64, 16, 4, early=2, registers=72) if wide else Tile(64, 16, 4, early=2, step=2) if deep else Tile(128, 16, 8, early=2)
     elif m <= 32:
         t = Tile(128, 32, 4, early=2) if deep and not wide else Tile(64, 32, 4, early=2)
     elif m <= 64:
@@ -77,7 +80,8 @@ def choose(n: int, k: int, m: int, tile_k: int, gpu: Gpu) -> Tile:
         t = t._replace(block_m=t.block_m // 2)
     stages = min(t.num_stages, gpu.shared_bytes // stage_bytes(t, tile_k))
     blocks, steps = -(-n // t.block_n) * -(-m // t.block_m), -(-k // tile_k)
-    wanted = -(-2 * gpu.processors // blocks) if m <= 256 and blocks <= gpu.processors * 3 // 2 else 1
+    per_processor = 2 if m > 16 or not (wide or deep) else 6 if wide else 4
+    wanted = -(-per_processor * gpu.processors // blocks) if m <= 16 or (m <= 256 and 2 * blocks <= 3 * gpu.processors) else 1
     split = max(s for s in SPLITS if s <= max(1, min(wanted, steps // 2)))
     return t._replace(num_stages=stages, split_k=split, early=t.early if gpu.early else 0)
 
@@ -92,13 +96,14 @@ def stage_bytes(t: Tile, tile_k: int) -> int:
 
 def constants(format: QuantFormat, n: int, k: int) -> dict[str, Any]:
     """The compile-time constants that a format and a shape decide, but for those of the activations' type."""
-    tile_k, group = layout.tile_columns(format), format.group_extent(n, k)[1]
+    tile_k, (rows, group) = layout.tile_columns(format), format.group_extent(n, k)
     return {
         "BITS": format.bits,
-        "LUT": not isinstance(format.code, Int),
+        "CODE": "table" if layout.is_table(format.code) else "int" if isinstance(format.code, Int) else format.code.name,
         "SCALE": format.scale,
         "ZERO": format.zero,
         "BASE": float(base(format.code)),
+        "GROUP_ROWS": 1 << 30 if rows == n > 1 else rows,
         "GROUP_TILES": 1 << 30 if group == k else max(1, group // tile_k),
         "PER_TILE": layout.groups_per_tile(format, n, k),
     }
@@ -113,7 +118,9 @@ def mode(format: QuantFormat, n: int, k: int, sums: bool) -> str:
 
 
 @functools.lru_cache(maxsize=64)
-def _table(code: Codebook | Float, device: torch.device) -> Tensor:
+def _table(code: Code, device: torch.device) -> Tensor | None:
+    if not layout.is_table(code):
+        return None
     return torch.tensor(code.values, dtype=torch.float32, device=device)
 
 
@@ -213,13 +220,18 @@ def _first_launch(
     (m, k), n = x.shape, out.shape[1]
     t = tile or choose(n, k, m, layout.tile_columns(format), gpu_of(x.device))
     grid = (-(-n // t.block_n) * -(-m // t.block_m), t.split_k, 1)
-    table = None if isinstance(format.code, Int) else _table(format.code, x.device)
+    table = _table(format.code, x.device)
     stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
     parts, counters = _workspace(t.split_k, m, n, grid[0], x.device, stream)
     arguments = (x, weight, scales, zeros, tensor_scale, table, bias, out, parts, counters, m, n, k, x.stride(0))
     named = tile_constants(format, n, k, x.dtype, x.device, t)
     values = tuple(named[name] for name in jit.gemm.arg_names[len(arguments) :])
-    options = {"num_warps": t.num_warps, "num_stages": t.num_stages, **({"launch_pdl": True} if t.early else {})}
+    options = {
+        "num_warps": t.num_warps,
+        "num_stages": t.num_stages,
+        **({"launch_pdl": True} if t.early else {}),
+        **({"maxnreg": t.registers} if t.registers else {}),
+    }
     compiled = jit.gemm[grid](*arguments, *values, **options)
     if x.is_cuda and _regular(x, weight, scales, zeros, tensor_scale, bias):
         _LAUNCHES[key] = Launch(compiled, grid, t, table, values)
@@ -256,6 +268,7 @@ def tile_constants(format: QuantFormat, n: int, k: int, dtype: torch.dtype, devi
         "SPLIT_K": t.split_k,
         "RASTER": t.raster,
         "DIRECT": t.direct,
+        "STEP": t.step,
         "LAST": _lanes_last(),
         "EARLY": t.early,
     }
@@ -298,10 +311,10 @@ def _dequantize_rows(
     from qkernels.kernels.triton.jit import f16_gemm as jit
 
     (n, k), block_n = shape, 64
-    exact = torch.float16 if isinstance(format.code, Int) else torch.float32  # codes fit; a table's values may not
+    exact = torch.float32 if layout.is_table(format.code) else torch.float16  # which holds all codes, but not all tables' values
     arithmetic = _arithmetic(format, exact, out.device)
     jit.dequantize[(-(-len(out) // block_n), weight.shape[0])](
-        weight, scales, zeros, tensor_scale, _table(format.code, out.device) if not isinstance(format.code, Int) else None, out, first,
+        weight, scales, zeros, tensor_scale, _table(format.code, out.device), out, first,
         len(out), n, k, **constants(format, n, k), **arithmetic, BLOCK_N=block_n, num_warps=4,
     )  # fmt: skip
 

@@ -5,11 +5,11 @@ follow each other without gaps. In what order: that of the left operand of a ten
 16 j + 8 h + 2 c + e of a row. A lane loads its four words as 16 bytes and finds in them the columns that it has to multiply:
 
     column 16 (J s' + s) + 8 h + 2 c + e  ->  word 4 c + s', code 2 (2 s + h) + e           c, s' < 4; h, e < 2; J = T / 64 steps a word
-    integers    code 2 i + e of a word lies at bit bits * i + 16 e    (one mask gives the pair e = 0, 1 in the halves of a register)
-    codebooks   code j at bit 4 j                                     (the selectors of a byte permutation)
+    tables of 4 bits  code j of a word lies at bit 4 j                    (the selectors of a byte permutation)
+    all others        code 2 i + e of a word lies at bit bits * i + 16 e  (one mask gives the pair e = 0, 1 in the halves of a register)
 
 K is padded to whole tiles with code 0. Scales and zeros lie in the same order: for every tile, or for every group if those are wider, one
-run of its groups for each row.
+run of its groups for each row, or for each block of rows that share them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qkernels.formats import Int, QuantFormat, QuantTensor
-from qkernels.formats.format import SCALE_DTYPES
+from qkernels.formats.format import SCALE_DTYPES, Code
 from qkernels.formats.packing import pack, unpack
 from qkernels.kernels.registry import Problem
 
@@ -32,10 +32,10 @@ _INTS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # padding and transpos
 class Packed(NamedTuple):
     """A weight as the Triton kernels read it.
 
-    Shapes, with T = 512 / bits:
+    Shapes, with T = 512 / bits, and R = N rows, or blocks of rows that share scales:
         weight        [ceil(K / T), N, 16]     int32
-        scales        [S, N, P]                uint8 for e4m3 and e8m0, else the scale type; P groups a tile and S tiles, or S groups
-        zeros         [S, N, P]                uint8 or the scale type
+        scales        [S, R, P]                uint8 for e4m3 and e8m0, else the scale type; P groups a tile and S tiles, or S groups
+        zeros         [S, R, P]                uint8 or the scale type
         tensor_scale  [1]                      float32
         perm          [K]                      int32
     """
@@ -58,6 +58,11 @@ def groups_per_tile(format: QuantFormat, n: int, k: int) -> int:
     """Groups of a row within one tile: 1 where a group fills a tile or more."""
     group = format.group_extent(n, k)[1]
     return 1 if group == k else max(1, tile_columns(format) // group)
+
+
+def is_table(code: Code) -> bool:
+    """Whether codes are looked up: codebooks and floats of 4 bits."""
+    return code.bits == 4 and not isinstance(code, Int)
 
 
 def prepare(q: QuantTensor) -> Packed:
@@ -92,24 +97,23 @@ def restore(packed: Packed) -> QuantTensor:
 
 def _bit_order(words: Tensor, format: QuantFormat, invert: bool = False) -> Tensor:
     """Codes of a word [..., 2 i + e] in the order of their bits, or back."""
-    if not isinstance(format.code, Int):
+    if is_table(format.code):
         return words
     pairs = words.unflatten(-1, (2, -1) if invert else (-1, 2))
     return pairs.transpose(-1, -2).flatten(-2)
 
 
 def _tiled(per_group: Tensor, format: QuantFormat, n: int, k: int) -> Tensor:
-    """[N, G] -> [S, N, P]."""
+    """[R, G] -> [S, R, P]."""
     per_tile = groups_per_tile(format, n, k)
     raw = per_group.view(_INTS[per_group.element_size()])
     padded = F.pad(raw, (0, -raw.shape[1] % per_tile))
-    return padded.view(n, -1, per_tile).transpose(0, 1).contiguous().view(per_group.dtype)
+    return padded.view(len(raw), -1, per_tile).transpose(0, 1).contiguous().view(per_group.dtype)
 
 
 def _canonical(tiled: Tensor, format: QuantFormat, n: int, k: int) -> Tensor:
-    raw = tiled.view(_INTS[tiled.element_size()])
-    groups = format.group_shape(n, k)[1]
-    return raw.transpose(0, 1).reshape(n, -1)[:, :groups].contiguous().view(tiled.dtype)
+    raw, (rows, groups) = tiled.view(_INTS[tiled.element_size()]), format.group_shape(n, k)
+    return raw.transpose(0, 1).reshape(rows, -1)[:, :groups].contiguous().view(tiled.dtype)
 
 
 def why_not(p: Problem) -> str | None:
@@ -117,11 +121,9 @@ def why_not(p: Problem) -> str | None:
     if p.format.block is not None:
         return f"{p.format.name} keeps its blocks; codes of one width and groups are held"
     bits, code = p.format.bits, p.format.code
-    if bits not in (2, 4, 8) or (bits != 4 and not isinstance(code, Int)):
-        return f"code {code.name} has {bits} bits; integers of 2, 4 and 8 bits and tables of 4 bits are held"
-    rows, group = p.format.group_extent(p.n, p.k)
-    if rows != 1:
-        return f"{rows} rows share a scale; one row has its own here"
+    if not (isinstance(code, Int) and bits in (2, 4, 8)) and not is_table(code) and code.name not in ("e4m3", "e5m2"):
+        return f"code {code.name} has {bits} bits; integers of 2, 4 and 8 bits, tables of 4 bits, e4m3 and e5m2 are held"
+    group = p.format.group_extent(p.n, p.k)[1]
     tile = tile_columns(p.format)
     least = tile // 4 if bits == 8 else tile // 8  # two groups a word: its columns' halves
     if group < p.k and group % tile and (tile % group or group < least):

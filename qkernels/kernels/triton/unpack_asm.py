@@ -7,6 +7,9 @@ A code of 8 bits is one bit too wide for bf16's mantissa: its highest bit choose
 Codebooks: a byte permutation looks four codes up in eight bytes, so two of them, and a choice by the codes' highest bits, look them up in
 sixteen; once for the high and once for the low bytes of the values.
 
+FP8: moved to where the wider type has its exponent and mantissa, a code is its value over a power of two. The codes of NaN and infinity
+get the exponent of theirs: adding what they lack to the next power of two tells them from the others.
+
 Sources: the magic numbers are FasterTransformer's and Marlin's, looking up by `prmt` is an old trick of table-driven kernels; written anew.
 """
 
@@ -23,7 +26,9 @@ _TYPE = {torch.bfloat16: "bf16x2", torch.float16: "f16x2"}
 
 def unpack_asm(code: Code, dtype: torch.dtype) -> str:
     """The body for one word; operands: the V = 32 / bits values in order of the columns, then the word."""
-    if not isinstance(code, Int):
+    if isinstance(code, Float) and code.bits == 8:
+        pairs = _float8(code, dtype)
+    elif not isinstance(code, Int):
         pairs = _table(code, dtype)
     elif code.bits == 8 and dtype == torch.bfloat16:
         pairs = _int8_bf16()
@@ -70,6 +75,33 @@ def _int8_bf16() -> list[list[str]]:
             "lop3.b32 t, u, 0x007f007f, 0x43004300, 0xea;",
             "lop3.b32 c, u, 0x00800080, 0xc380c380, 0x6a;",  # (u & mask) ^ -256: -128 where the highest bit is set
             "fma.rn.bf16x2 t, t, one, c;",
+        ]
+        for i in range(2)
+    ]
+
+
+def _float8(code: Float, dtype: torch.dtype) -> list[list[str]]:
+    mantissa, bias = (7, 127) if dtype == torch.bfloat16 else (10, 15)
+    shift = mantissa - code.man
+    first_not_finite = 0x7F if code.name == "e4m3" else 0x7C
+    infinity = _bits(float("inf"), dtype) | (_bits(float("nan"), dtype) if code.name == "e4m3" else 0)
+    factor = _pair(2.0 ** (bias - (2 ** (code.exp - 1) - 1)), dtype)
+    if shift + 7 == 15:  # e5m2 in fp16: the same but for the mantissa's length
+        return [[f"shl.b32 t, $4, {8 - 8 * i};" if i == 0 else "mov.b32 t, $4;", "and.b32 t, t, 0xff00ff00;"] for i in range(2)]
+    return [
+        [
+            f"shr.u32 u, $4, {8 * i};",
+            "and.b32 t, u, 0x007f007f;",
+            f"add.u32 c, t, 0x{(0x80 - first_not_finite) * 0x10001:08x};",
+            "and.b32 c, c, 0x00800080;",
+            f"mul.lo.u32 c, c, {infinity // 0x80};",  # every bit of it, where the bit is set
+            f"shl.b32 t, t, {shift};",
+            "shl.b32 u, u, 8;",
+            "lop3.b32 t, u, 0x80008000, t, 0xea;",  # (u & mask) | t
+            "or.b32 t, t, c;",
+            f"mov.b32 c, {factor};",
+            f"mov.b32 u, {_pair(-0.0, dtype)};",
+            f"fma.rn.{_TYPE[dtype]} t, t, c, u;",
         ]
         for i in range(2)
     ]

@@ -45,7 +45,7 @@ def as_rows(words, BLOCK_N: tl.constexpr, DIRECT: tl.constexpr, LAST: tl.constex
 
 @triton.jit
 def tile(
-    words, raw_scale, raw_zero, p_table, BLOCK_N: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr, LUT: tl.constexpr,
+    words, raw_scale, raw_zero, p_table, BLOCK_N: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr, CODE: tl.constexpr,
     SCALE: tl.constexpr, ZERO: tl.constexpr, SCALED: tl.constexpr, REST: tl.constexpr, BASE: tl.constexpr, PER_TILE: tl.constexpr,
     DTYPE: tl.constexpr, DIRECT: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
@@ -53,7 +53,7 @@ def tile(
 
     raw_…: [BLOCK_N, PER_TILE] as stored. Numbers of more than 16 bits come in two parts, so that a weight is rounded as if they had not.
     """
-    w = columns(unpack(as_rows(words, BLOCK_N, DIRECT, LAST), ASM, LUT, p_table, BITS, DTYPE), BLOCK_N, BITS)
+    w = columns(unpack(as_rows(words, BLOCK_N, DIRECT, LAST), ASM, CODE, p_table, BITS, DTYPE), BLOCK_N, BITS)
     if ZERO == "none" and not SCALED:
         return w
     w = tl.reshape(w, [BLOCK_N, PER_TILE, 512 // BITS // PER_TILE])
@@ -87,26 +87,48 @@ def finished(sums, ASM: tl.constexpr):
         return sums
 
 
+@triton.jit
+def add_tile(
+    sums, words, x, p_s, p_z, p_table, kt, o_n, m_n, rows_s, BLOCK_N: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr,
+    CODE: tl.constexpr, SCALE: tl.constexpr, ZERO: tl.constexpr, BASE: tl.constexpr, REST: tl.constexpr, GROUP_ROWS: tl.constexpr,
+    GROUP_TILES: tl.constexpr, PER_TILE: tl.constexpr, MODE: tl.constexpr, DTYPE: tl.constexpr, DIRECT: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    """sums + (words of tile kt, as weights) · x."""
+    SCALED: tl.constexpr = MODE == "word"
+    o_group = (kt // GROUP_TILES * rows_s + o_n // GROUP_ROWS)[:, None] * PER_TILE + tl.arange(0, PER_TILE)[None, :]
+    scale, zero = None, None
+    if SCALED:
+        scale = tl.load(p_s + o_group, m_n[:, None], other=0)
+    if ZERO != "none":
+        zero = tl.load(p_z + o_group, m_n[:, None], other=0)
+    w = tile(words, scale, zero, p_table, BLOCK_N, BITS, ASM, CODE, SCALE, ZERO, SCALED, REST, BASE, PER_TILE, DTYPE, DIRECT, LAST)
+    if MODE == "sum":
+        wide = to_float(tl.load(p_s + kt // GROUP_TILES * rows_s + o_n // GROUP_ROWS, m_n, other=0), SCALE)
+        return sums + tl.dot(w, x, input_precision="ieee") * wide[:, None]
+    else:
+        return finished(tl.dot(w, x, sums, input_precision="ieee"), ASM)
+
+
 @triton.jit(do_not_specialize=["M"])
 def gemm(
     p_x, p_w, p_s, p_z, p_tensor_scale, p_table, p_bias, p_out, p_part, p_count, M, N, K, stride_x,
-    BITS: tl.constexpr, ASM: tl.constexpr, LUT: tl.constexpr, SCALE: tl.constexpr, ZERO: tl.constexpr, BASE: tl.constexpr,
-    REST: tl.constexpr, GROUP_TILES: tl.constexpr, PER_TILE: tl.constexpr, MODE: tl.constexpr, DTYPE: tl.constexpr, EVEN_K: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, SPLIT_K: tl.constexpr, RASTER: tl.constexpr, DIRECT: tl.constexpr, LAST: tl.constexpr,
-    EARLY: tl.constexpr,
+    BITS: tl.constexpr, ASM: tl.constexpr, CODE: tl.constexpr, SCALE: tl.constexpr, ZERO: tl.constexpr, BASE: tl.constexpr,
+    REST: tl.constexpr, GROUP_ROWS: tl.constexpr, GROUP_TILES: tl.constexpr, PER_TILE: tl.constexpr, MODE: tl.constexpr,
+    DTYPE: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, SPLIT_K: tl.constexpr,
+    RASTER: tl.constexpr, DIRECT: tl.constexpr, STEP: tl.constexpr, LAST: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One tile of y [M, N], or its part over a run of K.
 
     The weight is the left operand, so that the tensor core takes it from registers; the tokens are its columns.
 
     MODE         where scales are applied: "row" once to the sums, "sum" to every tile's sums, "word" to the weights
-    GROUP_TILES  tiles that share a scale; PER_TILE: scales of one tile
+    GROUP_ROWS   rows that share scales; GROUP_TILES: tiles that do; PER_TILE: scales of one tile
     SPLIT_K      runs of K; their float32 sums meet in p_part, and the last one to arrive adds them up, always in the same order
     EARLY        the kernel before this one may still be running: what it wrote is touched only after it has ended; weights are older
+    STEP         tiles of K worked on at a time: so many more bytes are on their way meanwhile
     RASTER       tiles of weights that are worked on side by side for all tokens, for the cache's sake
     """
     TILE_K: tl.constexpr = 512 // BITS
-    SCALED: tl.constexpr = MODE == "word"
     tiles_n, tiles_m = tl.cdiv(N, BLOCK_N), tl.cdiv(M, BLOCK_M)
     pid, split = tl.program_id(0), tl.program_id(1)
     first = pid // (RASTER * tiles_m) * RASTER
@@ -127,49 +149,45 @@ def gemm(
     m_words = (o_rows < N) & (o_word < 16)
     p_words = p_w + tl.minimum(begin, tiles_k - 1).to(tl.int64) * N * 16 + o_rows * 16 + o_word
     p_tokens = p_x + o_m.to(tl.int64)[None, :] * stride_x + begin * TILE_K + o_k[:, None]
-    o_group = o_n[:, None] * PER_TILE + tl.arange(0, PER_TILE)[None, :]
-    m_group = m_n[:, None]
+    rows_s = tl.cdiv(N, GROUP_ROWS)  # of the scales
     sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     if EARLY == 1:
         tl.extra.cuda.gdc_wait()
-    # what the next tile needs is loaded while this one is worked on; a run of K may be empty, but must not read beyond the weight
-    kt = tl.minimum(begin, tiles_k - 1)
+    # what the next step needs is loaded while this one is worked on; a run of K may be empty, but must not read beyond the weight
+    last = tl.maximum(end, begin + 1) - 1
     if DIRECT:
         words = tl.load(p_words, m_words, other=0, eviction_policy="evict_first")
-    scale, zero = None, None
-    if SCALED:
-        scale = tl.load(p_s + kt // GROUP_TILES * N * PER_TILE + o_group, m_group, other=0)
-    if ZERO != "none":
-        zero = tl.load(p_z + kt // GROUP_TILES * N * PER_TILE + o_group, m_group, other=0)
+        if STEP == 2:
+            second = tl.load(p_words + tl.where(begin < last, N * 16, 0), m_words, other=0, eviction_policy="evict_first")
     if EARLY == 2:
         tl.extra.cuda.gdc_wait()
-    for kt in range(begin, end):
-        if EVEN_K:
-            x = tl.load(p_tokens, m_m[None, :], other=0.0)
-        else:
-            x = tl.load(p_tokens, m_m[None, :] & (kt * TILE_K + o_k < K)[:, None], other=0.0)
-        p_tokens += TILE_K
+    for kt in range(begin, end, STEP):
+        m_x = m_m[None, :] if EVEN_K else m_m[None, :] & (kt * TILE_K + o_k < K)[:, None]
+        x = tl.load(p_tokens, m_x, other=0.0).to(DTYPE)
+        if STEP == 2:
+            m_second = m_m[None, :] & (kt < last) if EVEN_K else m_m[None, :] & (kt < last) & (kt * TILE_K + TILE_K + o_k < K)[:, None]
+            second_x = tl.load(p_tokens + TILE_K, m_second, other=0.0).to(DTYPE)
+        p_tokens += STEP * TILE_K
         if DIRECT:
             now = words
-            p_words += tl.where(kt + 1 < end, N * 16, 0)
+            p_words += tl.minimum(STEP, last - kt) * (N * 16)
             words = tl.load(p_words, m_words, other=0, eviction_policy="evict_first")
+            if STEP == 2:
+                after = second
+                second = tl.load(p_words + tl.where(kt + 2 < last, N * 16, 0), m_words, other=0, eviction_policy="evict_first")
         else:
+            tl.static_assert(STEP == 1)
             now = tl.load(p_words, m_words, other=0, eviction_policy="evict_first")
             p_words += N * 16
-        w = tile(
-            now, scale, zero, p_table, BLOCK_N, BITS, ASM, LUT, SCALE, ZERO, SCALED, REST, BASE, PER_TILE, DTYPE, DIRECT, LAST,
+        sums = add_tile(
+            sums, now, x, p_s, p_z, p_table, kt, o_n, m_n, rows_s, BLOCK_N, BITS, ASM, CODE, SCALE, ZERO, BASE, REST, GROUP_ROWS,
+            GROUP_TILES, PER_TILE, MODE, DTYPE, DIRECT, LAST,
         )  # fmt: skip
-        x = x.to(DTYPE)
-        o_next = tl.minimum(kt + 1, end - 1) // GROUP_TILES * N * PER_TILE + o_group
-        if SCALED:
-            scale = tl.load(p_s + o_next, m_group, other=0)
-        if ZERO != "none":
-            zero = tl.load(p_z + o_next, m_group, other=0)
-        if MODE == "sum":
-            wide = to_float(tl.load(p_s + kt // GROUP_TILES * N + o_n, m_n, other=0), SCALE)
-            sums += tl.dot(w, x, input_precision="ieee") * wide[:, None]
-        else:
-            sums = finished(tl.dot(w, x, sums, input_precision="ieee"), ASM)
+        if STEP == 2:
+            sums = add_tile(
+                sums, after, second_x, p_s, p_z, p_table, tl.minimum(kt + 1, last), o_n, m_n, rows_s, BLOCK_N, BITS, ASM, CODE, SCALE,
+                ZERO, BASE, REST, GROUP_ROWS, GROUP_TILES, PER_TILE, MODE, DTYPE, DIRECT, LAST,
+            )  # fmt: skip
 
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
@@ -184,16 +202,18 @@ def gemm(
             for i in tl.static_range(SPLIT_K):
                 sums += tl.load(p_own + tl.cast(M, tl.int64) * N * i, m_out, other=0.0, cache_modifier=".cg")
             tl.store(p_count + pid, 0)  # as the next call wants it
-            finish(sums, p_s, p_tensor_scale, p_bias, p_out + o_out, o_n, m_n, m_out, SCALE, MODE)
+            finish(sums, p_s, p_tensor_scale, p_bias, p_out + o_out, o_n, m_n, m_out, SCALE, MODE, GROUP_ROWS)
     else:
-        finish(sums, p_s, p_tensor_scale, p_bias, p_out + o_out, o_n, m_n, m_out, SCALE, MODE)
+        finish(sums, p_s, p_tensor_scale, p_bias, p_out + o_out, o_n, m_n, m_out, SCALE, MODE, GROUP_ROWS)
 
 
 @triton.jit
-def finish(sums, p_s, p_tensor_scale, p_bias, p_out, o_n, m_n, m_out, SCALE: tl.constexpr, MODE: tl.constexpr):
+def finish(
+    sums, p_s, p_tensor_scale, p_bias, p_out, o_n, m_n, m_out, SCALE: tl.constexpr, MODE: tl.constexpr, GROUP_ROWS: tl.constexpr
+):  # fmt: skip
     """Scale of the row and of the tensor, bias; round and store."""
     if MODE == "row":
-        sums *= to_float(tl.load(p_s + o_n, m_n, other=0), SCALE)[:, None]
+        sums *= to_float(tl.load(p_s + o_n // GROUP_ROWS, m_n, other=0), SCALE)[:, None]
     if p_tensor_scale is not None:
         sums *= tl.load(p_tensor_scale)
     if p_bias is not None:
@@ -204,8 +224,8 @@ def finish(sums, p_s, p_tensor_scale, p_bias, p_out, o_n, m_n, m_out, SCALE: tl.
 @triton.jit
 def dequantize(
     p_w, p_s, p_z, p_tensor_scale, p_table, p_out, first_row, rows, N, K,
-    BITS: tl.constexpr, ASM: tl.constexpr, LUT: tl.constexpr, SCALE: tl.constexpr, ZERO: tl.constexpr, BASE: tl.constexpr,
-    GROUP_TILES: tl.constexpr, PER_TILE: tl.constexpr, DTYPE: tl.constexpr, BLOCK_N: tl.constexpr,
+    BITS: tl.constexpr, ASM: tl.constexpr, CODE: tl.constexpr, SCALE: tl.constexpr, ZERO: tl.constexpr, BASE: tl.constexpr,
+    GROUP_ROWS: tl.constexpr, GROUP_TILES: tl.constexpr, PER_TILE: tl.constexpr, DTYPE: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Rows first_row… of Ŵ, [rows, K], in the type of p_out: exact products in float32, rounded once."""
     TILE_K: tl.constexpr = 512 // BITS
@@ -215,9 +235,11 @@ def dequantize(
     o_rows, o_word = first_row + o_n[:, None], tl.arange(0, 16)[None, :]
     m_words = m_n[:, None] & (o_word < 16)
     words = tl.load(p_w + kt.to(tl.int64) * N * 16 + o_rows * 16 + o_word, m_words, other=0, eviction_policy="evict_first")
-    w = columns(unpack(words, ASM, LUT, p_table, BITS, DTYPE), BLOCK_N, BITS).to(tl.float32)
+    w = columns(unpack(words, ASM, CODE, p_table, BITS, DTYPE), BLOCK_N, BITS).to(tl.float32)
     # one scale per column group: [BLOCK_N, PER_TILE] spread over the columns
-    o_s = (kt // GROUP_TILES * N + first_row + o_n)[:, None] * PER_TILE + tl.arange(0, PER_TILE)[None, :]
+    o_s = (kt // GROUP_TILES * tl.cdiv(N, GROUP_ROWS) + (first_row + o_n) // GROUP_ROWS)[:, None] * PER_TILE + tl.arange(0, PER_TILE)[
+        None, :
+    ]
     scale = to_float(tl.load(p_s + o_s, m_n[:, None], other=0), SCALE)
     w = tl.reshape(w, [BLOCK_N, PER_TILE, TILE_K // PER_TILE])
     if ZERO != "none":

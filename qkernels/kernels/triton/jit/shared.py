@@ -7,36 +7,37 @@ import triton.language as tl
 
 
 @triton.jit
-def unpack(words, ASM: tl.constexpr, LUT: tl.constexpr, p_table, BITS: tl.constexpr, DTYPE: tl.constexpr):
-    """Unpack words [..] into 32 / BITS tensors [..] of DTYPE, in order of the columns: code - 2^(BITS - 1), or the table's value.
+def unpack(words, ASM: tl.constexpr, CODE: tl.constexpr, p_table, BITS: tl.constexpr, DTYPE: tl.constexpr):
+    """Unpack words [..] into 32 / BITS tensors [..] of DTYPE, in order of the columns.
 
+    CODE is "int", of which code - 2^(BITS - 1) comes out, "table", "e4m3" or "e5m2".
     ASM is the PTX for one word, see ../unpack_asm.py; without it (the interpreter, other GPUs) shifts do, or the table [16] float32.
     """
     if ASM is not None:
         return by_asm(words, ASM, BITS, DTYPE)
     elif BITS == 8:
         return (
-            value(words, 0, BITS, LUT, p_table, DTYPE), value(words, 1, BITS, LUT, p_table, DTYPE),
-            value(words, 2, BITS, LUT, p_table, DTYPE), value(words, 3, BITS, LUT, p_table, DTYPE),
+            value(words, 0, BITS, CODE, p_table, DTYPE), value(words, 1, BITS, CODE, p_table, DTYPE),
+            value(words, 2, BITS, CODE, p_table, DTYPE), value(words, 3, BITS, CODE, p_table, DTYPE),
         )  # fmt: skip
     elif BITS == 4:
         return (
-            value(words, 0, BITS, LUT, p_table, DTYPE), value(words, 1, BITS, LUT, p_table, DTYPE),
-            value(words, 2, BITS, LUT, p_table, DTYPE), value(words, 3, BITS, LUT, p_table, DTYPE),
-            value(words, 4, BITS, LUT, p_table, DTYPE), value(words, 5, BITS, LUT, p_table, DTYPE),
-            value(words, 6, BITS, LUT, p_table, DTYPE), value(words, 7, BITS, LUT, p_table, DTYPE),
+            value(words, 0, BITS, CODE, p_table, DTYPE), value(words, 1, BITS, CODE, p_table, DTYPE),
+            value(words, 2, BITS, CODE, p_table, DTYPE), value(words, 3, BITS, CODE, p_table, DTYPE),
+            value(words, 4, BITS, CODE, p_table, DTYPE), value(words, 5, BITS, CODE, p_table, DTYPE),
+            value(words, 6, BITS, CODE, p_table, DTYPE), value(words, 7, BITS, CODE, p_table, DTYPE),
         )  # fmt: skip
     else:
         tl.static_assert(BITS == 2)
         return (
-            value(words, 0, BITS, LUT, p_table, DTYPE), value(words, 1, BITS, LUT, p_table, DTYPE),
-            value(words, 2, BITS, LUT, p_table, DTYPE), value(words, 3, BITS, LUT, p_table, DTYPE),
-            value(words, 4, BITS, LUT, p_table, DTYPE), value(words, 5, BITS, LUT, p_table, DTYPE),
-            value(words, 6, BITS, LUT, p_table, DTYPE), value(words, 7, BITS, LUT, p_table, DTYPE),
-            value(words, 8, BITS, LUT, p_table, DTYPE), value(words, 9, BITS, LUT, p_table, DTYPE),
-            value(words, 10, BITS, LUT, p_table, DTYPE), value(words, 11, BITS, LUT, p_table, DTYPE),
-            value(words, 12, BITS, LUT, p_table, DTYPE), value(words, 13, BITS, LUT, p_table, DTYPE),
-            value(words, 14, BITS, LUT, p_table, DTYPE), value(words, 15, BITS, LUT, p_table, DTYPE),
+            value(words, 0, BITS, CODE, p_table, DTYPE), value(words, 1, BITS, CODE, p_table, DTYPE),
+            value(words, 2, BITS, CODE, p_table, DTYPE), value(words, 3, BITS, CODE, p_table, DTYPE),
+            value(words, 4, BITS, CODE, p_table, DTYPE), value(words, 5, BITS, CODE, p_table, DTYPE),
+            value(words, 6, BITS, CODE, p_table, DTYPE), value(words, 7, BITS, CODE, p_table, DTYPE),
+            value(words, 8, BITS, CODE, p_table, DTYPE), value(words, 9, BITS, CODE, p_table, DTYPE),
+            value(words, 10, BITS, CODE, p_table, DTYPE), value(words, 11, BITS, CODE, p_table, DTYPE),
+            value(words, 12, BITS, CODE, p_table, DTYPE), value(words, 13, BITS, CODE, p_table, DTYPE),
+            value(words, 14, BITS, CODE, p_table, DTYPE), value(words, 15, BITS, CODE, p_table, DTYPE),
         )  # fmt: skip
 
 
@@ -52,12 +53,14 @@ def by_asm(words, ASM: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def value(words, J: tl.constexpr, BITS: tl.constexpr, LUT: tl.constexpr, p_table, DTYPE: tl.constexpr):
+def value(words, J: tl.constexpr, BITS: tl.constexpr, CODE: tl.constexpr, p_table, DTYPE: tl.constexpr):
     """Value J of every word."""
-    if LUT:
+    if CODE == "table":
         return tl.load(p_table + ((words >> (BITS * J)) & (2**BITS - 1))).to(DTYPE)
+    code = (words >> (BITS * (J // 2) + 16 * (J % 2))) & (2**BITS - 1)
+    if CODE != "int":
+        return to_float(code, CODE).to(DTYPE)
     else:
-        code = (words >> (BITS * (J // 2) + 16 * (J % 2))) & (2**BITS - 1)
         return (code - 2 ** (BITS - 1)).to(tl.float32).to(DTYPE)
 
 
@@ -84,7 +87,7 @@ def columns(v, ROWS: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def to_float(s, SCALE: tl.constexpr):
-    """A stored scale as float32; SCALE names its type where Triton has none for it on every GPU."""
+    """A stored number as float32; SCALE names its type where Triton has none for it on every GPU."""
     if SCALE == "e8m0":  # 2^(s - 127); 2^-127 is subnormal, 255 is NaN
         bits = tl.where(s == 0, 0x00400000, s.to(tl.int32) << 23)
         return tl.where(s == 255, 0x7FC00000, bits).to(tl.float32, bitcast=True)
@@ -93,5 +96,7 @@ def to_float(s, SCALE: tl.constexpr):
         magnitude = ((wide & 0x7F) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120: the difference of the biases
         signed = tl.where((wide & 0x80) != 0, -magnitude, magnitude)
         return tl.where((wide & 0x7F) == 0x7F, float("nan"), signed)
+    elif SCALE == "e5m2":
+        return (s.to(tl.int32) << 8).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     else:
         return s.to(tl.float32)
