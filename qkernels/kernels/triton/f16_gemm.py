@@ -62,8 +62,10 @@ def choose(n: int, k: int, m: int, tile_k: int, gpu: Gpu) -> Tile:
     """
     wide = -(-n // 64) >= 2 * gpu.processors  # enough rows to fill the GPU without splitting K
     deep = k >= 8192
-    if m <= 16:  # as many blocks as fit: what is on its way bounds the bandwidth
-        t = Tile(64, 16, 4, early=2, registers=72) if wide else Tile(64, 16, 4, early=2, step=2) if deep else Tile(128, 16, 8, early=2)
+    if m <= 16 and wide:  # as many blocks as fit: what is on its way bounds the bandwidth
+        t = Tile(64, 16, 4, early=2, registers=72 if tile_k <= 128 else 0)
+    elif m <= 16:
+        t = Tile(64, 16, 4, early=2, step=2) if deep else Tile(128, 16, 8, early=2)
     elif m <= 32:
         t = Tile(128, 32, 4, early=2) if deep and not wide else Tile(64, 32, 4, early=2)
     elif m <= 64:
