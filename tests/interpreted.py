@@ -34,7 +34,7 @@ def test_formats():
 def test_against_fp64(format):
     ran = 0
     for i, ((n, k), m) in enumerate(itertools.product(SHAPES, ROWS)):
-        if not able(format, n, k) or (m > 100 and n > 20):  # many rows are slow here
+        if not able(format, n, k) or (m > 100 and n > 20) or (i + len(format.name)) % 2:  # slow here: each format half of the cases
             continue
         dtype = (torch.bfloat16, torch.float16, torch.float32)[i % 3]
         q = random_quant(format, n, k, seed=i, perm=i % 4 == 1)
@@ -101,12 +101,12 @@ def test_nan_and_inf_stay_in_their_row_and_column(format):
 @pytest.mark.parametrize("sums", [False, True])
 def test_every_way_of_cutting(name, direct, sums):
     """Tiles, splits (more than there are tiles of K, too), a way of loading: the sums differ by their order alone."""
-    format, n, k = formats.get(name), 70, 520
+    format, n, k = formats.get(name), 70, 400
     q = random_quant(format, n, k)
     packed, weight = f16_gemm.prepare(q), reference.decode(q, torch.float64)
-    for m, (block_n, block_m), split, raster in ((5, (64, 16), 1, 8), (20, (128, 16), 3, 1), (33, (64, 32), 16, 2)):
+    for m, (block_n, block_m), split, raster, step in ((5, (64, 16), 1, 8, 2), (20, (128, 16), 3, 1, 1), (17, (64, 32), 16, 2, 2)):
         x, out = torch.randn(m, k).to(torch.float16), torch.empty(m, n, dtype=torch.float16)
-        tile = Tile(block_n, block_m, 4, split_k=split, direct=direct, sums=sums, raster=raster)
+        tile = Tile(block_n, block_m, 4, split_k=split, direct=direct, sums=sums, raster=raster, step=step if direct else 1)
         f16_gemm.fused(x, *packed[2:6], None, format, out, tile)
         assert_matmul_close(out, x, weight)
         again = torch.empty_like(out)

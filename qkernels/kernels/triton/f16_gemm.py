@@ -83,7 +83,9 @@ def choose(n: int, k: int, m: int, tile_k: int, gpu: Gpu) -> Tile:
     stages = min(t.num_stages, gpu.shared_bytes // stage_bytes(t, tile_k))
     blocks, steps = -(-n // t.block_n) * -(-m // t.block_m), -(-k // tile_k)
     per_processor = 2 if m > 16 or not (wide or deep) else 6 if wide else 4
-    wanted = -(-per_processor * gpu.processors // blocks) if m <= 16 or (m <= 256 and 2 * blocks <= 3 * gpu.processors) else 1
+    wanted = -(-per_processor * gpu.processors // blocks) if m <= 16 or (m <= 128 and 2 * blocks <= 3 * gpu.processors) else 1
+    if 128 < m <= 256:
+        wanted = round(2 * gpu.processors / blocks)  # parts of so many sums cost more than a processor that waits
     split = max(s for s in SPLITS if s <= max(1, min(wanted, steps // 2)))
     return t._replace(num_stages=stages, split_k=split, early=t.early if gpu.early else 0)
 

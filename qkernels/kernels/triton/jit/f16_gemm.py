@@ -88,21 +88,33 @@ def finished(sums, ASM: tl.constexpr):
 
 
 @triton.jit
+def stored(
+    p_s, p_z, kt, o_n, m_n, rows_s, ZERO: tl.constexpr, SCALED: tl.constexpr, GROUP_ROWS: tl.constexpr, GROUP_TILES: tl.constexpr,
+    PER_TILE: tl.constexpr,
+):  # fmt: skip
+    """Scales and zeros of tile kt, [BLOCK_N, PER_TILE] as they are stored; what is not wanted is the other one, which then is not used."""
+    o_group = (kt // GROUP_TILES * rows_s + o_n // GROUP_ROWS)[:, None] * PER_TILE + tl.arange(0, PER_TILE)[None, :]
+    if SCALED and ZERO != "none":
+        return tl.load(p_s + o_group, m_n[:, None], other=0), tl.load(p_z + o_group, m_n[:, None], other=0)
+    elif SCALED:
+        scale = tl.load(p_s + o_group, m_n[:, None], other=0)
+        return scale, scale
+    else:
+        zero = tl.load(p_z + o_group, m_n[:, None], other=0)
+        return zero, zero
+
+
+@triton.jit
 def add_tile(
-    sums, words, x, p_s, p_z, p_table, kt, o_n, m_n, rows_s, BLOCK_N: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr,
+    sums, words, x, scale, zero, p_s, p_table, kt, o_n, m_n, rows_s, BLOCK_N: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr,
     CODE: tl.constexpr, SCALE: tl.constexpr, ZERO: tl.constexpr, BASE: tl.constexpr, REST: tl.constexpr, GROUP_ROWS: tl.constexpr,
     GROUP_TILES: tl.constexpr, PER_TILE: tl.constexpr, MODE: tl.constexpr, DTYPE: tl.constexpr, DIRECT: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """sums + (words of tile kt, as weights) · x."""
-    SCALED: tl.constexpr = MODE == "word"
-    o_group = (kt // GROUP_TILES * rows_s + o_n // GROUP_ROWS)[:, None] * PER_TILE + tl.arange(0, PER_TILE)[None, :]
-    scale, zero = None, None
-    if SCALED:
-        scale = tl.load(p_s + o_group, m_n[:, None], other=0)
-    if ZERO != "none":
-        zero = tl.load(p_z + o_group, m_n[:, None], other=0)
-    w = tile(words, scale, zero, p_table, BLOCK_N, BITS, ASM, CODE, SCALE, ZERO, SCALED, REST, BASE, PER_TILE, DTYPE, DIRECT, LAST)
-    if MODE == "sum":
+    w = tile(
+        words, scale, zero, p_table, BLOCK_N, BITS, ASM, CODE, SCALE, ZERO, MODE == "word", REST, BASE, PER_TILE, DTYPE, DIRECT, LAST
+    )  # fmt: skip
+    if MODE == "sum":  # loaded only now: earlier, with the words, it kept them waiting (NOTES.md)
         wide = to_float(tl.load(p_s + kt // GROUP_TILES * rows_s + o_n // GROUP_ROWS, m_n, other=0), SCALE)
         return sums + tl.dot(w, x, input_precision="ieee") * wide[:, None]
     else:
@@ -159,13 +171,21 @@ def gemm(
         words = tl.load(p_words, m_words, other=0, eviction_policy="evict_first")
         if STEP == 2:
             second = tl.load(p_words + tl.where(begin < last, N * 16, 0), m_words, other=0, eviction_policy="evict_first")
+    NUMBERS: tl.constexpr = MODE == "word" or ZERO != "none"
+    scale, zero, second_scale, second_zero = None, None, None, None
+    if NUMBERS and STEP == 1:
+        scale, zero = stored(
+            p_s, p_z, tl.minimum(begin, tiles_k - 1), o_n, m_n, rows_s, ZERO, MODE == "word", GROUP_ROWS, GROUP_TILES, PER_TILE
+        )  # fmt: skip
     if EARLY == 2:
         tl.extra.cuda.gdc_wait()
     for kt in range(begin, end, STEP):
         m_x = m_m[None, :] if EVEN_K else m_m[None, :] & (kt * TILE_K + o_k < K)[:, None]
         x = tl.load(p_tokens, m_x, other=0.0).to(DTYPE)
         if STEP == 2:
-            m_second = m_m[None, :] & (kt < last) if EVEN_K else m_m[None, :] & (kt < last) & (kt * TILE_K + TILE_K + o_k < K)[:, None]
+            m_second = (o_m < tl.where(kt < last, M, 0))[None, :]
+            if not EVEN_K:
+                m_second = m_second & (kt * TILE_K + TILE_K + o_k < K)[:, None]
             second_x = tl.load(p_tokens + TILE_K, m_second, other=0.0).to(DTYPE)
         p_tokens += STEP * TILE_K
         if DIRECT:
@@ -179,14 +199,28 @@ def gemm(
             tl.static_assert(STEP == 1)
             now = tl.load(p_words, m_words, other=0, eviction_policy="evict_first")
             p_words += N * 16
+        if NUMBERS and STEP == 1:
+            this_scale, this_zero = scale, zero
+            scale, zero = stored(
+                p_s, p_z, tl.minimum(kt + 1, last), o_n, m_n, rows_s, ZERO, MODE == "word", GROUP_ROWS, GROUP_TILES, PER_TILE
+            )  # fmt: skip
+        elif NUMBERS:
+            this_scale, this_zero = stored(
+                p_s, p_z, kt, o_n, m_n, rows_s, ZERO, MODE == "word", GROUP_ROWS, GROUP_TILES, PER_TILE
+            )  # fmt: skip
+            second_scale, second_zero = stored(
+                p_s, p_z, tl.minimum(kt + 1, last), o_n, m_n, rows_s, ZERO, MODE == "word", GROUP_ROWS, GROUP_TILES, PER_TILE
+            )  # fmt: skip
+        else:
+            this_scale, this_zero = None, None
         sums = add_tile(
-            sums, now, x, p_s, p_z, p_table, kt, o_n, m_n, rows_s, BLOCK_N, BITS, ASM, CODE, SCALE, ZERO, BASE, REST, GROUP_ROWS,
-            GROUP_TILES, PER_TILE, MODE, DTYPE, DIRECT, LAST,
+            sums, now, x, this_scale, this_zero, p_s, p_table, kt, o_n, m_n, rows_s, BLOCK_N, BITS, ASM, CODE, SCALE, ZERO, BASE, REST,
+            GROUP_ROWS, GROUP_TILES, PER_TILE, MODE, DTYPE, DIRECT, LAST,
         )  # fmt: skip
         if STEP == 2:
             sums = add_tile(
-                sums, after, second_x, p_s, p_z, p_table, tl.minimum(kt + 1, last), o_n, m_n, rows_s, BLOCK_N, BITS, ASM, CODE, SCALE,
-                ZERO, BASE, REST, GROUP_ROWS, GROUP_TILES, PER_TILE, MODE, DTYPE, DIRECT, LAST,
+                sums, after, second_x, second_scale, second_zero, p_s, p_table, tl.minimum(kt + 1, last), o_n, m_n, rows_s, BLOCK_N,
+                BITS, ASM, CODE, SCALE, ZERO, BASE, REST, GROUP_ROWS, GROUP_TILES, PER_TILE, MODE, DTYPE, DIRECT, LAST,
             )  # fmt: skip
 
     if EARLY:
