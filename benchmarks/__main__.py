@@ -202,6 +202,19 @@ def gpu(
         raise typer.Exit(1)
 
 
+@app.command()
+def static(write: Annotated[bool, typer.Option(help="Write results/static/triton.md; else print.")] = False) -> None:
+    """Compile the Triton kernels for GPUs that need not be here, and table registers, shared memory and instructions."""
+    from .gpu.static import markdown
+
+    if not write:
+        print(markdown())
+        return
+    path = report.RESULTS / "static" / "triton.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(markdown() + "\n")
+
+
 @app.command(name="readme")
 def print_readme(
     write: Annotated[bool, typer.Option(help="Rewrite README.md between the markers.")] = False, out: OutOption = report.RESULTS

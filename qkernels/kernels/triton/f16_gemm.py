@@ -55,15 +55,16 @@ class Gpu(NamedTuple):
     early: bool  # whether a kernel can begin while the one before it ends
 
 
-def choose(n: int, k: int, m: int, tile_k: int, gpu: Gpu) -> Tile:
+def choose(n: int, k: int, m: int, tile_k: int, gpu: Gpu, plain: bool = True) -> Tile:
     """The tile for x [m, k] and a weight [n, k]: the best of a sweep on an H100 (benchmarks/NOTES.md), by classes of shapes.
 
     Whatever the tile, two blocks or more on every processor are wanted: while one unpacks weights, the other multiplies.
+    plain: no zero points, and no scales on the weights, which take registers.
     """
     wide = -(-n // 64) >= 2 * gpu.processors  # enough rows to fill the GPU without splitting K
     deep = k >= 8192
     if m <= 16 and wide:  # as many blocks as fit: what is on its way bounds the bandwidth
-        t = Tile(64, 16, 4, early=2, registers=72 if tile_k <= 128 else 0)
+        t = Tile(64, 16, 4, early=2, registers=(72 if plain else 80) if tile_k <= 128 else 0)
     elif m <= 16:
         t = Tile(64, 16, 4, early=2, step=2) if deep else Tile(128, 16, 8, early=2)
     elif m <= 32:
@@ -88,6 +89,11 @@ def choose(n: int, k: int, m: int, tile_k: int, gpu: Gpu) -> Tile:
         wanted = round(2 * gpu.processors / blocks)  # parts of so many sums cost more than a processor that waits
     split = max(s for s in SPLITS if s <= max(1, min(wanted, steps // 2)))
     return t._replace(num_stages=stages, split_k=split, early=t.early if gpu.early else 0)
+
+
+def choose_for(format: QuantFormat, n: int, k: int, m: int, gpu: Gpu) -> Tile:
+    """`choose`, for a weight in `format`."""
+    return choose(n, k, m, layout.tile_columns(format), gpu, format.zero == "none" and mode(format, n, k, True) != "word")
 
 
 def stage_bytes(t: Tile, tile_k: int) -> int:
@@ -222,7 +228,7 @@ def _first_launch(
     from qkernels.kernels.triton.jit import f16_gemm as jit
 
     (m, k), n = x.shape, out.shape[1]
-    t = tile or choose(n, k, m, layout.tile_columns(format), gpu_of(x.device))
+    t = tile or choose_for(format, n, k, m, gpu_of(x.device))
     grid = (-(-n // t.block_n) * -(-m // t.block_m), t.split_k, 1)
     table = _table(format.code, x.device)
     stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
@@ -257,6 +263,12 @@ def _workspace(split_k: int, m: int, n: int, tiles: int, device: torch.device, s
         if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():  # what a graph makes is zero only once it has run
             _COUNTERS[device, stream] = counters
     return torch.empty((split_k, m, n), dtype=torch.float32, device=device), counters
+
+
+def compile_options(t: Tile) -> dict[str, Any]:
+    """What Triton is told besides the constants."""
+    options: dict[str, Any] = {"num_warps": t.num_warps, "num_stages": t.num_stages}
+    return options | ({"launch_pdl": True} if t.early else {}) | ({"maxnreg": t.registers} if t.registers else {})
 
 
 def tile_constants(format: QuantFormat, n: int, k: int, dtype: torch.dtype, device: torch.device, t: Tile) -> dict[str, Any]:

@@ -1,0 +1,188 @@
+"""What can be read off the Triton kernels without a GPU: compiled for one, its registers, shared memory and machine code.
+
+`python -m benchmarks static` writes the table `results/static/triton.md`, to be looked at where a change of the kernels changes it.
+"""
+
+from __future__ import annotations
+
+import collections
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qkernels import formats
+from qkernels.kernels.triton import f16_gemm, layout, s8_gemm
+
+KIB = 1 << 10
+SHARED = {80: 163 * KIB, 86: 99 * KIB, 89: 99 * KIB, 90: 227 * KIB, 100: 227 * KIB, 120: 99 * KIB}  # bytes that a block may have
+MATRIX = ("HGMMA", "IGMMA", "HMMA", "IMMA", "UTCHMMA", "UTCIMMA")
+POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+SCALES = {"f16": "*fp16", "bf16": "*bf16", "f32": "*fp32", "e4m3": "*u8", "e8m0": "*u8"}
+CASES = tuple(
+    (name, n, m)
+    for name in ("int4", "int4_g32", "nf4", "mxfp4", "int8", "fp8")
+    for n, m in ((4096, 1), (28672, 1), (4096, 64), (4096, 1024))
+)
+
+
+@dataclass(frozen=True)
+class Built:
+    """A compiled kernel, and how many weights a thread multiplies in one turn of its loop."""
+
+    compiled: Any
+    weights: float
+    tile: Any
+
+    def resources(self) -> tuple[int, int]:
+        """(registers of a thread, bytes of its stack)."""
+        text = self._tool("cuobjdump", "--dump-resource-usage")
+        found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+        assert found is not None, text
+        return int(found[1]), int(found[2])
+
+    def code(self) -> list[tuple[str, str]]:
+        """(label or name, the whole instruction) of every line of machine code; a label has no instruction."""
+        lines = []
+        for line in self._tool("nvdisasm", "-c").splitlines():
+            if m := re.match(r"(\.L_x_\d+):", line):
+                lines.append((m[1], ""))
+            elif m := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][A-Z0-9_]*)(.*?);", line):
+                lines.append((m[1], m[1] + m[2]))
+        return lines
+
+    def instructions(self) -> dict[str, list[str]]:
+        """Name -> instructions of that name."""
+        found: dict[str, list[str]] = collections.defaultdict(list)
+        for name, instruction in self.code():
+            if instruction:
+                found[name].append(instruction)
+        return found
+
+    def loop(self) -> int:
+        """Instructions of the shortest loop that has a matrix instruction; 0 where there is none."""
+        lines = self.code()
+        labels = {name: at for at, (name, instruction) in enumerate(lines) if not instruction}
+        lengths = []
+        for at, (name, instruction) in enumerate(lines):
+            target = re.search(r"(\.L_x_\d+)", instruction)
+            start = labels.get(target[1], at) if name == "BRA" and target else at
+            body = [i for i in lines[start:at] if i[1]]
+            if any(i[0] in MATRIX for i in body):
+                lengths.append(len(body) + 1)
+        return min(lengths, default=0)
+
+    def _tool(self, name: str, option: str) -> str:
+        import triton
+
+        path = Path(triton.__file__).parent / "backends/nvidia/bin" / name
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(self.compiled.asm["cubin"])
+            file.flush()
+            return subprocess.run([path, option, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def compiled_for(sm: int, kernel: Any, types: dict[str, str | None], constants: dict[str, Any], **options: Any) -> Any:
+    """Compile for a GPU; pointers and integers are multiples of 16, but for M."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature = {arg: types.get(arg) or "constexpr" for arg in kernel.arg_names}
+    values = {(i,): constants.get(arg) for i, arg in enumerate(signature) if signature[arg] == "constexpr"}
+    sixteen = {(i,): [["tt.divisibility", 16]] for i, arg in enumerate(signature) if signature[arg] != "constexpr" and arg != "M"}
+    source = ASTSource(kernel, signature=signature, constexprs=values, attrs=sixteen)
+    return triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
+
+
+def build_f16(name: str, m: int, sm: int, dtype: torch.dtype = torch.bfloat16, n: int = 4096, k: int = 4096) -> Built:
+    """The kernel for x [m, k] and a weight [n, k], with the tile that is chosen for it."""
+    from qkernels.kernels.triton.jit.f16_gemm import gemm
+
+    f = formats.get(name)
+    t = f16_gemm.choose_for(f, n, k, m, f16_gemm.Gpu(132, SHARED[sm], sm >= 90))
+    scale, split = SCALES[f.scale], t.split_k > 1
+    types: dict[str, str | None] = {
+        "p_x": POINTERS[dtype], "p_w": "*i32", "p_s": scale, "p_z": {"none": None, "int": "*u8", "float": scale}[f.zero],
+        "p_tensor_scale": "*fp32" if f.tensor_scale else None, "p_table": "*fp32" if layout.is_table(f.code) else None,
+        "p_bias": None, "p_out": POINTERS[dtype], "p_part": "*fp32" if split else None, "p_count": "*i32" if split else None,
+        "M": "i32", "N": "i32", "K": "i32", "stride_x": "i32",
+    }  # fmt: skip
+    constants = f16_gemm.tile_constants(f, n, k, dtype, torch.device("cuda"), t)
+    compiled = compiled_for(sm, gemm, types, constants, **f16_gemm.compile_options(t))
+    return Built(compiled, t.block_n * layout.tile_columns(f) * t.step / (32 * t.num_warps), t)
+
+
+def build_s8(m: int, sm: int, n: int = 4096, k: int = 4096) -> Built:
+    """The product in int8, with all that a call may bring along."""
+    from qkernels.kernels.triton.jit.s8_gemm import gemm
+
+    t = s8_gemm.choose(n, k, m, f16_gemm.Gpu(132, SHARED[sm], sm >= 90))
+    types: dict[str, str | None] = {
+        "p_x": "*i8", "p_rows": "*fp32", "p_w": "*i8", "p_s": "*fp32", "p_z": "*u8", "p_bias": "*bf16", "p_out": "*bf16",
+        "p_part": "*i32" if t.split_k > 1 else None, "p_count": "*i32" if t.split_k > 1 else None, "M": "i32", "N": "i32", "padded": "i32",
+    }  # fmt: skip
+    compiled = compiled_for(sm, gemm, types, s8_gemm.tile_constants(t), num_warps=t.num_warps, num_stages=t.num_stages)
+    return Built(compiled, t.block_n * s8_gemm.TILE_K / (32 * t.num_warps), t)
+
+
+def rows() -> Iterator[list[str]]:
+    """One row per kernel, format, shape and GPU."""
+    for sm in SHARED:
+        for name, n, m in CASES if sm == 90 else [case for case in CASES if case[0] == "int4"]:
+            yield _row("triton_f16_wN_gemm", name, n, m, sm, build_f16(name, m, sm, n=n))
+        for m in (1, 64, 1024):
+            yield _row("triton_s8_w8_gemm", "int8", 4096, m, sm, build_s8(m, sm))
+
+
+def _row(kernel: str, name: str, n: int, m: int, sm: int, built: Built) -> list[str]:
+    registers, stack = built.resources()
+    code = built.instructions()
+    matrix = ", ".join(f"{len(code[i])} {i}" for i in MATRIX if code[i])
+    t = built.tile
+    shape = f"{t.block_n}×{t.block_m}, {t.num_warps} warps, {t.split_k} parts, {t.num_stages} stages"
+    loop = built.loop()
+    per_weight = f"{loop / built.weights:.2f}" if loop else "–"
+    return [
+        f"sm_{sm}",
+        kernel,
+        name,
+        f"{n}×4096",
+        str(m),
+        shape,
+        str(registers),
+        str(stack),
+        f"{built.compiled.metadata.shared / KIB:.0f}",
+        matrix,
+        per_weight,
+    ]
+
+
+def markdown() -> str:
+    """The table; compiling all of it takes a minute."""
+    import triton
+
+    head = [
+        "GPU",
+        "Kernel",
+        "Format",
+        "N×K",
+        "M",
+        "Tile",
+        "Registers",
+        "Stack, bytes",
+        "Shared, KiB",
+        "Matrix instructions",
+        "Instructions a weight",
+    ]
+    rule = ["---"] * len(head)
+    lines = ["| " + " | ".join(cells) + " |" for cells in (head, rule, *rows())]
+    return (
+        f"Compiled with Triton {triton.__version__}, bf16 activations; not run on these GPUs. Instructions: of the loop over K, a thread.\n\n"
+        + "\n".join(lines)
+    )
