@@ -12,6 +12,7 @@ from qkernels.formats import QuantFormat, QuantTensor
 from qkernels.kernels.registry import explain
 from qkernels.linear import QuantLinear
 from qkernels.quantizers import rtn
+from qkernels.warmup import warmup
 
 __version__ = "0.1.0"
 
@@ -42,4 +43,5 @@ __all__ = [
     "restore_linear",
     "rtn",
     "save",
+    "warmup",
 ]

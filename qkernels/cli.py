@@ -56,20 +56,32 @@ def info() -> None:
     table.add_row("cpu kernels", library.why_missing() or f"at level {library.level()}")
     for level in config.ISA_LEVELS if library.why_missing() is None else ():
         table.add_row(f"  {level}", "yes" if torch.ops.qkernels.cpu_has_level(level) else "not on this machine")
-    table.add_row("triton, cuda kernels", "none in this version: a model on a GPU runs the reference kernel")
+    table.add_row("triton kernels", _gpus())
     table.add_row("QKERNELS_ISA", config.forced_isa() or "not set")
     console.print(table)
 
 
+def _gpus() -> str:
+    """The GPUs here and whether kernels run on them, or why there are none."""
+    if not torch.cuda.is_available():
+        return "no GPU that torch can use" if torch.version.cuda or torch.version.hip else "torch is built without CUDA"
+    problems = {
+        i: registry.Problem(formats.get("int4"), 4096, 4096, device=devices.current(f"cuda:{i}")) for i in range(torch.cuda.device_count())
+    }
+    why = {i: registry.get("triton_f16_wN_gemm").why_not(p) for i, p in problems.items()}
+    return "; ".join(f"{torch.cuda.get_device_name(i)} ({problems[i].device}): {reason or 'yes'}" for i, reason in why.items())
+
+
 @app.command(name="formats")
 def list_formats() -> None:
-    """Every registered format, and which kernels run it here."""
-    here = devices.current("cpu")
+    """Every registered format, and which kernels run it here: on the CPU, and on the GPU if there is one."""
+    cpu = devices.current("cpu")
+    gpu = devices.current("cuda") if torch.cuda.is_available() else cpu
     table = Table("format", "short names", "bits / weight", *(k.name for k in kernels.all_kernels()))
     for f in formats.all_formats():
         short = ", ".join(alias for alias, name in formats.aliases().items() if name == f.name)
-        problem = registry.Problem(f, 4096, 4096, device=here)
-        able = ("yes" if k.why_not(problem) is None else "-" for k in kernels.all_kernels())
+        here = {k.name: gpu if k.backend == "triton" else cpu for k in kernels.all_kernels()}
+        able = ("yes" if k.why_not(registry.Problem(f, 4096, 4096, device=here[k.name])) is None else "-" for k in kernels.all_kernels())
         table.add_row(f.name, short, f"{f.bits_per_weight():.3f}", *able)
     console.print(table)
 

@@ -12,6 +12,7 @@ from cases import plain, random_quant
 from torch import nn
 from torch.func import functional_call, grad, jacrev, vmap
 
+import qkernels
 from qkernels import FormatError, QuantLinear, QuantTensor, UnsupportedError, config, explain, formats, kernels, reference
 from qkernels.kernels import device as devices
 from qkernels.kernels.cpu import layout
@@ -388,3 +389,18 @@ def test_quantising_stays_on_the_weight_s_device(format):
     index, _ = nearest.best_scales(weight, format, scales, zeros, tensor_scale)
     codes = nearest.codes(weight, format, scales[..., 0], None if zeros is None else zeros[..., 0], tensor_scale)
     assert index.is_meta and codes.is_meta
+
+
+def test_warmup_calls_every_kind_of_layer_once():
+    twice = nn.Linear(64, 48)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 48, bias=False), twice)
+    qkernels.replace_linear(model, "int4", progress=False)
+    called = []
+    for layer in model:
+        layer.register_forward_hook(lambda layer, args, y: called.append((layer, len(args[0]), args[0].dtype)))
+    assert qkernels.warmup(model, [1, 16, 1]) == 6
+    assert sorted(m for _, m, _ in called) == [1, 1, 1, 16, 16, 16] and {dtype for *_, dtype in called} == {torch.float32}
+    assert qkernels.warmup(model, [2], torch.bfloat16) == 3 and called[-1][2] == torch.bfloat16
+    for bad in ([], [0, 4]):
+        with pytest.raises(FormatError, match="batch_sizes are numbers of rows from 1 on"):
+            qkernels.warmup(model, bad)
