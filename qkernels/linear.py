@@ -251,6 +251,8 @@ class QuantLinear(nn.Linear):
         super().__setstate__(state)
         if dtype in _FLOAT8:
             self._hold_one("scales", state["_parameters"]["scales"].detach().view(dtype))
+        if self._kernel is not None and not self.weight.is_meta and not registry.serves(self._kernel, self.weight.device.type):
+            self._prepare(self.quant_tensor())  # unpickled on another kind of device
 
     # -- state_dict: always the canonical tensors --------------------------------------------------------------------------------
 

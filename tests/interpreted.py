@@ -14,7 +14,11 @@ from qkernels.kernels.triton.f16_gemm import Tile
 from qkernels.testing import assert_matmul_close
 
 H100 = Device("cuda", sm=90)
-MORE = [formats.get(n) for n in ("int4_g32", "int4_g-1", "int4_g256", "int8_g32", "u8_g16_zi_sf16", "u4_g64_zi_sbf16", "u2b2_g512_sf32")]
+BIASED = ("u4b8_g64_zf_sf16", "u8b128_g64_zf_sf16", "u4b8_g-1_zf_sf16")  # float zeros of codes that have a bias
+MORE = [
+    formats.get(n)
+    for n in ("int4_g32", "int4_g-1", "int4_g256", "int8_g32", "u8_g16_zi_sf16", "u4_g64_zi_sbf16", "u2b2_g512_sf32", *BIASED)
+]
 FORMATS = [f for f in (*plain(formats.all_formats()), *MORE) if layout.why_not(registry.Problem(f, 64, 1024, device=H100)) is None]
 ROWS = (0, 1, 3, 8, 16, 17, 33, 130, 300)
 SHAPES = ((1, 8), (17, 40), (70, 300), (130, 515), (64, 1024))

@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 KERNELS = [k for k in kernels.all_kernels() if k.backend in ("triton", "cuda")]
 MORE = [formats.get(n) for n in ("int4_g32", "int4_g-1", "int4_g256", "int8_g32", "u8_g16_zi_sf16", "u4_g64_zi_sbf16")]
 PAIRS = [pytest.param(k, f, id=f"{k.name}-{f.name}") for k in KERNELS for f in (*plain(formats.all_formats()), *MORE)]
-SHAPES = ((1, 8), (70, 300), (130, 515), (512, 1024), (4096, 4096))
+SHAPES = ((1, 8), (70, 300), (130, 515), (512, 1024), (512, 8192), (4096, 4096))
 ROWS = (0, 1, 3, 16, 17, 33, 64, 100, 130, 257, 600, 2100)
 
 
@@ -109,6 +109,31 @@ def test_cuda_graphs(name, compute, m):
         assert torch.equal(got[0], want[0]) and torch.equal(got[2], want[1]) and torch.equal(got[1], layer(want[0]))
 
 
+def test_a_graph_on_a_stream_that_never_ran():
+    layer = QuantLinear.from_linear(linear(2048, 2048), "int4")
+    x = torch.randn(2, 2048, device="cuda", dtype=torch.bfloat16)
+    with torch.inference_mode():
+        want, graph = layer(x), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = layer(x)
+        for _ in range(3):
+            graph.replay()
+        torch.cuda.synchronize()
+    assert torch.equal(got, want)
+
+
+def test_x_elsewhere_is_refused():
+    layer = QuantLinear.from_linear(linear(), "int4")
+    with pytest.raises(qkernels.FormatError, match="x is on cpu, the weight on cuda:0"):
+        layer(torch.randn(1, 1024, dtype=torch.bfloat16))
+
+
+def test_fp32():
+    layer = QuantLinear.from_linear(linear(dtype=torch.float32), "int4")
+    x = torch.randn(5, 1024, device="cuda")
+    assert_matmul_close(layer(x), x, layer.dequantize(torch.float64), layer.bias)
+
+
 def test_streams_do_not_share_counters():
     layer = QuantLinear.from_linear(linear(1024, 4096), "int4")
     xs = [torch.randn(8, 4096, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
@@ -125,9 +150,10 @@ def test_streams_do_not_share_counters():
     assert all(torch.equal(y, w) for ys, w in zip(got, want) for y in ys)
 
 
-def test_compiles():
-    layer = QuantLinear.from_linear(linear(), "int4")
-    compiled = torch.compile(layer, fullgraph=True, dynamic=True)
+@pytest.mark.parametrize(("name", "compute", "mode"), [("int4", "auto", None), ("int8", "int8", None), ("int4", "auto", "reduce-overhead")])
+def test_compiles(name, compute, mode):
+    layer = QuantLinear.from_linear(linear(), name, compute=compute)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=mode is None, mode=mode)
     for m in (1, 7, 20):
         x = torch.randn(m, 1024, device="cuda", dtype=torch.bfloat16)
         with torch.inference_mode():

@@ -14,6 +14,7 @@ from torch.func import functional_call, grad, jacrev, vmap
 
 import qkernels
 from qkernels import FormatError, QuantLinear, QuantTensor, UnsupportedError, config, explain, formats, kernels, reference
+from qkernels.formats.tensor import FIELDS
 from qkernels.kernels import device as devices
 from qkernels.kernels.cpu import layout
 from qkernels.kernels.registry import Kernel, Problem, why_not
@@ -404,3 +405,15 @@ def test_warmup_calls_every_kind_of_layer_once():
     for bad in ([], [0, 4]):
         with pytest.raises(FormatError, match="batch_sizes are numbers of rows from 1 on"):
             qkernels.warmup(model, bad)
+
+
+def test_unpickled_on_another_kind_of_device_it_takes_a_kernel_of_that():
+    """As `torch.load(map_location="cpu")` of a GPU's layer does."""
+    from qkernels.kernels.triton import f16_gemm
+
+    layer = QuantLinear.from_linear(nn.Linear(256, 64), "int4")
+    there = copy.deepcopy(layer)
+    there._kernel, packed = f16_gemm.KERNEL.name, f16_gemm.prepare(layer.quant_tensor())
+    there._hold(dict(zip(FIELDS, packed[2:])))
+    loaded, x = pickle.loads(pickle.dumps(there)), torch.randn(3, 256)
+    assert loaded.kernel == layer.kernel and torch.equal(loaded(x), layer(x))

@@ -18,6 +18,7 @@ import torch
 
 from qkernels import formats
 from qkernels.kernels.triton import f16_gemm, layout, s8_gemm
+from qkernels.kernels.triton.launch import Gpu
 
 KIB = 1 << 10
 SHARED = {80: 163 * KIB, 86: 99 * KIB, 89: 99 * KIB, 90: 227 * KIB, 100: 227 * KIB, 120: 99 * KIB}  # bytes that a block may have
@@ -64,18 +65,18 @@ class Built:
                 found[name].append(instruction)
         return found
 
-    def loop(self) -> int:
-        """Instructions of the shortest loop that has a matrix instruction; 0 where there is none."""
+    def loop(self) -> list[str]:
+        """Names of the instructions of the shortest loop that has a matrix instruction; none where there is no such loop."""
         lines = self.code()
         labels = {name: at for at, (name, instruction) in enumerate(lines) if not instruction}
-        lengths = []
+        loops = []
         for at, (name, instruction) in enumerate(lines):
             target = re.search(r"(\.L_x_\d+)", instruction)
             start = labels.get(target[1], at) if name == "BRA" and target else at
-            body = [i for i in lines[start:at] if i[1]]
-            if any(i[0] in MATRIX for i in body):
-                lengths.append(len(body) + 1)
-        return min(lengths, default=0)
+            names = [line[0] for line in lines[start : at + 1] if line[1]]
+            if set(names) & set(MATRIX):
+                loops.append(names)
+        return min((loop for loop in loops if len(loop) > 1), key=len, default=[])
 
     def _tool(self, name: str, option: str) -> str:
         import triton
@@ -105,7 +106,7 @@ def build_f16(name: str, m: int, sm: int, dtype: torch.dtype = torch.bfloat16, n
     from qkernels.kernels.triton.jit.f16_gemm import gemm
 
     f = formats.get(name)
-    t = f16_gemm.choose_for(f, n, k, m, f16_gemm.Gpu(132, SHARED[sm], sm >= 90))
+    t = f16_gemm.choose_for(f, n, k, m, Gpu(132, SHARED[sm], sm >= 90))
     scale, split = SCALES[f.scale], t.split_k > 1
     types: dict[str, str | None] = {
         "p_x": POINTERS[dtype], "p_w": "*i32", "p_s": scale, "p_z": {"none": None, "int": "*u8", "float": scale}[f.zero],
@@ -122,7 +123,7 @@ def build_s8(m: int, sm: int, n: int = 4096, k: int = 4096) -> Built:
     """The product in int8, with all that a call may bring along."""
     from qkernels.kernels.triton.jit.s8_gemm import gemm
 
-    t = s8_gemm.choose(n, k, m, f16_gemm.Gpu(132, SHARED[sm], sm >= 90))
+    t = s8_gemm.choose(n, k, m, Gpu(132, SHARED[sm], sm >= 90))
     types: dict[str, str | None] = {
         "p_x": "*i8", "p_rows": "*fp32", "p_w": "*i8", "p_s": "*fp32", "p_z": "*u8", "p_bias": "*bf16", "p_out": "*bf16",
         "p_part": "*i32" if t.split_k > 1 else None, "p_count": "*i32" if t.split_k > 1 else None, "M": "i32", "N": "i32", "padded": "i32",
@@ -146,7 +147,7 @@ def _row(kernel: str, name: str, n: int, m: int, sm: int, built: Built) -> list[
     matrix = ", ".join(f"{len(code[i])} {i}" for i in MATRIX if code[i])
     t = built.tile
     shape = f"{t.block_n}×{t.block_m}, {t.num_warps} warps, {t.split_k} parts, {t.num_stages} stages"
-    loop = built.loop()
+    loop = len(built.loop())
     per_weight = f"{loop / built.weights:.2f}" if loop else "–"
     return [
         f"sm_{sm}",

@@ -20,7 +20,7 @@ class Device:
     type    "cpu", "cuda" or "meta"
     isa     CPU: the instruction-set level of the compiled kernels ("avx2", …), or "none" without the compiled library
     sm      CUDA: compute capability times ten (90 = Hopper)
-    triton  CUDA: whether Triton is installed
+    triton  CUDA: whether our Triton kernels can run: it is installed, and the GPU is NVIDIA's
     """
 
     type: str
@@ -58,7 +58,7 @@ def current(device: torch.device | str) -> Device:
         return Device("cpu", isa=library.level())
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
-        return Device("cuda", sm=10 * major + minor, triton=importlib.util.find_spec("triton") is not None)
+        return Device("cuda", sm=10 * major + minor, triton=importlib.util.find_spec("triton") is not None and torch.version.hip is None)
     if device.type == "meta":
         return Device("meta")
     raise BackendUnavailable(f"no kernels for device type {device.type!r}; cpu, cuda and meta are known")

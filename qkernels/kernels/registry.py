@@ -126,6 +126,12 @@ def get(name: str) -> Kernel:
     return _KERNELS[name]
 
 
+def serves(name: str, device_type: str) -> bool:
+    """Whether a kernel of that name runs on that type of device, as far as its backend tells; unknown ones do."""
+    backend = _KERNELS[name].backend if name in _KERNELS else ""
+    return {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}.get(backend, device_type) == device_type
+
+
 def why_not(kernel: Kernel, p: Problem) -> str | None:
     """The kernel's own reason, after the one that all share: the way of computing that was asked for."""
     if p.compute == "float" and kernel.compute == "int8":

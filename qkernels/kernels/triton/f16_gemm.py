@@ -13,22 +13,23 @@ FasterTransformer; grouped rasterisation from Triton's tutorials. Written from s
 from __future__ import annotations
 
 import functools
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from qkernels import formats
-from qkernels.formats import Int, QuantFormat
+from qkernels.formats import Int, QuantFormat, QuantTensor
 from qkernels.formats.format import Code
 from qkernels.kernels.registry import Kernel, Matmul, Problem, register
 from qkernels.kernels.triton import layout
-from qkernels.kernels.triton.layout import Packed, prepare, restore
+from qkernels.kernels.triton.launch import SPLITS, Gpu, check, gpu_of, regular, remember, reserve, workspace
+from qkernels.kernels.triton.layout import Packed, restore
 from qkernels.kernels.triton.unpack_asm import base, unpack_asm
 
 SLICE_BYTES = 32 << 20  # of dequantised weight at a time: what the caches of large GPUs hold
 TOKENS_FUSED = 2048  # from here on, dequantising the weight costs less than torch's matmul gains
-SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)  # few: each is a kernel to compile
 
 
 class Tile(NamedTuple):
@@ -47,32 +48,25 @@ class Tile(NamedTuple):
     registers: int = 0  # of a thread, at most; 0: as many as the compiler likes
 
 
-class Gpu(NamedTuple):
-    """What the choice of a tile depends on."""
-
-    processors: int
-    shared_bytes: int  # that one block may have
-    early: bool  # whether a kernel can begin while the one before it ends
-
-
-def choose(n: int, k: int, m: int, tile_k: int, gpu: Gpu, plain: bool = True) -> Tile:
+def choose(n: int, k: int, m: int, tile_k: int, gpu: Gpu, where: str = "sum", zeros: bool = False) -> Tile:
     """The tile for x [m, k] and a weight [n, k]: the best of a sweep on an H100 (benchmarks/NOTES.md), by classes of shapes.
 
     Whatever the tile, two blocks or more on every processor are wanted: while one unpacks weights, the other multiplies.
-    plain: no zero points, and no scales on the weights, which take registers.
+    where: the `mode`; scales on the weights, and zero points, take registers.
     """
+    plain = where != "word" and not zeros
     wide = -(-n // 64) >= 2 * gpu.processors  # enough rows to fill the GPU without splitting K
     deep = k >= 8192
     if m <= 16 and wide:  # as many blocks as fit: what is on its way bounds the bandwidth
-        t = Tile(64, 16, 4, early=2, registers=(72 if plain else 80) if tile_k <= 128 else 0)
+        t = Tile(64, 16, 4, early=2, registers=(72 if plain else 80) if gpu.early and tile_k <= 128 else 0)
     elif m <= 16:
         t = Tile(64, 16, 4, early=2, step=2) if deep else Tile(128, 16, 8, early=2)
     elif m <= 32:
-        t = Tile(128, 32, 4, early=2) if deep and not wide else Tile(64, 32, 4, early=2)
+        t = Tile(128, 32, 4, early=2) if deep and not wide and where == "sum" and not zeros else Tile(64, 32, 4, early=2)
     elif m <= 64:
         t = Tile(128, 64, 8, early=2) if wide else Tile(64, 64, 4)
     elif m <= 128:
-        t = Tile(64, 128, 4) if wide or deep else Tile(64, 64, 4)
+        t = Tile(64, 128, 4) if plain and (wide or deep) else Tile(64, 64, 4)
     elif m <= 256 and not wide:
         t = Tile(64, 128, 4) if -(-n // 64) <= gpu.processors // 2 else Tile(64, 64, 4)
     elif m <= 512 and not (wide and m <= 256):
@@ -93,12 +87,20 @@ def choose(n: int, k: int, m: int, tile_k: int, gpu: Gpu, plain: bool = True) ->
 
 def choose_for(format: QuantFormat, n: int, k: int, m: int, gpu: Gpu) -> Tile:
     """`choose`, for a weight in `format`."""
-    return choose(n, k, m, layout.tile_columns(format), gpu, format.zero == "none" and mode(format, n, k, True) != "word")
+    return choose(n, k, m, layout.tile_columns(format), gpu, mode(format, n, k, True), format.zero != "none")
 
 
 def stage_bytes(t: Tile, tile_k: int) -> int:
     """Shared memory of one stage of the pipeline, with some for scales."""
     return 2 * t.block_m * tile_k + (0 if t.direct else 64 * t.block_n) + 8 * t.block_n
+
+
+def prepare(q: QuantTensor) -> Packed:
+    """`layout.prepare`; and what a launch keeps on the device is made before any CUDA graph is."""
+    if q.codes.is_cuda:
+        reserve(q.codes.device)
+        _table(q.format.code, q.codes.device)
+    return layout.prepare(q)
 
 
 # -- what a format means to the kernels -----------------------------------------------------------------------------------------------
@@ -112,7 +114,7 @@ def constants(format: QuantFormat, n: int, k: int) -> dict[str, Any]:
         "CODE": "table" if layout.is_table(format.code) else "int" if isinstance(format.code, Int) else format.code.name,
         "SCALE": format.scale,
         "ZERO": format.zero,
-        "BASE": float(base(format.code)),
+        "BASE": float(base(format.code) - (format.code.bias if isinstance(format.code, Int) and format.zero == "float" else 0)),
         "GROUP_ROWS": 1 << 30 if rows == n > 1 else rows,
         "GROUP_TILES": 1 << 30 if group == k else max(1, group // tile_k),
         "PER_TILE": layout.groups_per_tile(format, n, k),
@@ -136,7 +138,11 @@ def _table(code: Code, device: torch.device) -> Tensor | None:
 
 def rest_needed(format: QuantFormat, dtype: torch.dtype) -> bool:
     """Whether a scale has more bits than activations of `dtype` hold."""
-    exact = {torch.float16: ("f16",), torch.bfloat16: ("bf16", "e4m3", "e8m0"), torch.float32: ("f32", "f16", "bf16", "e4m3", "e8m0")}
+    exact = {
+        torch.float16: ("f16", "e4m3"),
+        torch.bfloat16: ("bf16", "e4m3", "e8m0"),
+        torch.float32: ("f32", "f16", "bf16", "e4m3", "e8m0"),
+    }
     return format.scale not in exact[dtype]
 
 
@@ -148,6 +154,7 @@ def _run(
 ) -> Tensor:
     """x [..., K] -> [..., N]."""
     what, k = formats.get(format), x.shape[-1]
+    check(x, weight, weight.shape[0] * layout.tile_columns(what))
     rows = x.reshape(-1, k)
     out = x.new_empty((*x.shape[:-1], n))
     if rows.shape[0] == 0:
@@ -193,23 +200,14 @@ def fused(
     """
     (m, k), n = x.shape, out.shape[1]
     key = (format, n, k, m, x.dtype, x.device, None if bias is None else bias.dtype, tile)
-    launch = _LAUNCHES.get(key) if _regular(x, weight, scales, zeros, tensor_scale, bias) else None
+    launch = _LAUNCHES.get(key) if regular(x, weight, scales, zeros, tensor_scale, bias) else None
     if launch is None:
         return _first_launch(key, x, weight, scales, zeros, tensor_scale, bias, format, out, tile)
     stream = torch._C._cuda_getCurrentRawStream(x.device.index)
-    parts, counters = _workspace(launch.tile.split_k, m, n, launch.grid[0], x.device, stream)
+    parts, counters = workspace(launch.tile.split_k, m, n, launch.grid[0], x.device, stream)
     arguments = (x, weight, scales, zeros, tensor_scale, launch.table, bias, out, parts, counters, m, n, k, k)
     launch.compiled[launch.grid](*arguments, *launch.values, stream=stream)
     return None
-
-
-def _regular(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor | None, tensor_scale: Tensor | None, bias: Tensor | None) -> bool:
-    """Whether all addresses are multiples of 16, and rows follow each other: Triton compiles other kernels where they are not."""
-    addresses = x.data_ptr() | weight.data_ptr() | scales.data_ptr()
-    for t in (zeros, tensor_scale, bias):
-        if t is not None:
-            addresses |= t.data_ptr()
-    return addresses % 16 == 0 and x.stride(0) == x.shape[1]
 
 
 def _first_launch(
@@ -232,37 +230,13 @@ def _first_launch(
     grid = (-(-n // t.block_n) * -(-m // t.block_m), t.split_k, 1)
     table = _table(format.code, x.device)
     stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
-    parts, counters = _workspace(t.split_k, m, n, grid[0], x.device, stream)
+    parts, counters = workspace(t.split_k, m, n, grid[0], x.device, stream)
     arguments = (x, weight, scales, zeros, tensor_scale, table, bias, out, parts, counters, m, n, k, x.stride(0))
     named = tile_constants(format, n, k, x.dtype, x.device, t)
     values = tuple(named[name] for name in jit.gemm.arg_names[len(arguments) :])
-    options = {
-        "num_warps": t.num_warps,
-        "num_stages": t.num_stages,
-        **({"launch_pdl": True} if t.early else {}),
-        **({"maxnreg": t.registers} if t.registers else {}),
-    }
-    compiled = jit.gemm[grid](*arguments, *values, **options)
-    if x.is_cuda and _regular(x, weight, scales, zeros, tensor_scale, bias):
-        _LAUNCHES[key] = Launch(compiled, grid, t, table, values)
-
-
-_COUNTERS: dict[tuple[torch.device, int], Tensor] = {}
-
-
-def _workspace(split_k: int, m: int, n: int, tiles: int, device: torch.device, stream: int) -> tuple[Tensor | None, Tensor | None]:
-    """Where the parts of a split K meet: float32 sums [split_k, M, N], and a counter for each tile.
-
-    Counters are zero, and the kernel leaves them so; each stream has its own, as its kernels run one after the other.
-    """
-    if split_k == 1:
-        return None, None
-    counters = _COUNTERS.get((device, stream))
-    if counters is None or counters.numel() < tiles:
-        counters = torch.zeros(max(4096, tiles), dtype=torch.int32, device=device)
-        if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():  # what a graph makes is zero only once it has run
-            _COUNTERS[device, stream] = counters
-    return torch.empty((split_k, m, n), dtype=torch.float32, device=device), counters
+    compiled = jit.gemm[grid](*arguments, *values, **compile_options(t))
+    if x.is_cuda and regular(x, weight, scales, zeros, tensor_scale, bias):
+        remember(_LAUNCHES, key, Launch(compiled, grid, t, table, values))
 
 
 def compile_options(t: Tile) -> dict[str, Any]:
@@ -350,16 +324,6 @@ def _asm(format: QuantFormat, dtype: torch.dtype) -> str:
     return unpack_asm(format.code, dtype)
 
 
-@functools.lru_cache(maxsize=16)
-def gpu_of(device: torch.device) -> Gpu:
-    """Of a CUDA device; the interpreter plays an H100."""
-    if device.type != "cuda":
-        return Gpu(132, 227 << 10, early=False)
-    found = torch.cuda.get_device_properties(device)
-    shared = found.shared_memory_per_block_optin  # type: ignore[attr-defined]
-    return Gpu(found.multi_processor_count, shared, found.major >= 9 and torch.version.hip is None)
-
-
 @functools.lru_cache(maxsize=1)
 def _lanes_last() -> bool:
     """Which axis of equal rank Triton gives to lanes first: it changed."""
@@ -384,7 +348,8 @@ def _run_fake(x, weight, scales, zeros, tensor_scale, bias, format, n):  # type:
 
 def _dequantize(weight: Tensor, scales: Tensor, zeros: Tensor | None, tensor_scale: Tensor | None, format: str, n: int, k: int) -> Tensor:
     out = torch.empty((n, k), dtype=torch.float32, device=weight.device)
-    _dequantize_rows(weight, scales, zeros, tensor_scale, formats.get(format), (n, k), 0, out)
+    with torch.cuda.device(weight.device) if weight.is_cuda else nullcontext():
+        _dequantize_rows(weight, scales, zeros, tensor_scale, formats.get(format), (n, k), 0, out)
     return out
 
 
@@ -434,7 +399,7 @@ def _why_not(p: Problem) -> str | None:
     if p.device.sm < 80:
         return f"needs sm80 (Ampere), not sm{p.device.sm}"
     if not p.device.triton:
-        return "Triton is not installed (pip install 'qkernels[gpu]')"
+        return "Triton is not installed (pip install 'qkernels[gpu]'), or the GPU is not NVIDIA's"
     if reason := layout.why_not(p):
         return reason
     if isinstance(p.format.code, Int) and p.format.zero == "none" and p.format.code.bias != base(p.format.code):

@@ -75,11 +75,12 @@ def prepare(q: QuantTensor) -> Packed:
     words = _bit_order(split.flatten(4).flatten(2, 3), q.format)
     weight = pack(words.contiguous(), bits).view(torch.int32).squeeze(-1)
     scales = _tiled(q.scales, q.format, n, k)
+    zeros = None if q.zeros is None else _tiled(q.zeros, q.format, n, k)
     if weight.is_cuda:  # a kernel may fetch weights while the one before it still ends: that one must not be who writes them
         torch.cuda.current_stream(weight.device).synchronize()
     return Packed(
         q.format, q.shape, weight, scales.view(torch.uint8) if scales.element_size() == 1 else scales,
-        None if q.zeros is None else _tiled(q.zeros, q.format, n, k), q.tensor_scale, q.perm,
+        zeros, q.tensor_scale, q.perm,
     )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from qkernels.formats import Int, QuantFormat, QuantTensor
 from qkernels.kernels.registry import Kernel, Matmul, Problem, register
-from qkernels.kernels.triton.f16_gemm import SPLITS, Gpu, _workspace, gpu_of
+from qkernels.kernels.triton.launch import SPLITS, Gpu, check, gpu_of, regular, remember, reserve, workspace
 
 TILE_K = 128  # columns, and bytes: what a row of a tile in shared memory holds
 
@@ -48,8 +48,10 @@ class Packed(NamedTuple):
 
 
 def prepare(q: QuantTensor) -> Packed:
-    """Make canonical codes signed, and pad their rows."""
+    """Make canonical codes signed, and pad their rows; and what a launch keeps on the device, before any CUDA graph is made."""
     assert q.scales is not None
+    if q.codes.is_cuda:
+        reserve(q.codes.device)
     weight = F.pad((q.codes ^ 128).view(torch.int8), (0, -q.shape[1] % TILE_K))
     return Packed(q.format, q.shape, weight, q.scales.flatten(), None if q.zeros is None else q.zeros.flatten(), None, q.perm)
 
@@ -114,6 +116,7 @@ def quantize_block(k: int) -> int:
 
 def _run(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None) -> Tensor:
     """x [..., K] -> [..., N]."""
+    check(x, weight, weight.shape[1])
     rows, n = x.reshape(-1, x.shape[-1]), weight.shape[0]
     out = x.new_empty((*x.shape[:-1], n))
     if rows.shape[0] == 0:
@@ -151,7 +154,7 @@ def multiply(
     """
     (m, k), (n, padded) = x.shape, weight.shape
     key = (n, k, m, x.dtype, scales.dtype, zeros is None, None if bias is None else bias.dtype, x.device, tile)
-    launch = _LAUNCHES.get(key) if _regular(x, weight, scales, zeros, bias) else None
+    launch = _LAUNCHES.get(key) if regular(x, weight, scales, zeros, bias) else None
     if launch is None:
         return _first_launch(key, x, weight, scales, zeros, bias, out, tile)
     stream = torch._C._cuda_getCurrentRawStream(x.device.index)
@@ -160,15 +163,6 @@ def multiply(
     arguments = (codes, rows, weight, scales, zeros, bias, out, parts, counters, m, n, padded)
     launch.gemm[launch.grid](*arguments, *launch.gemm_values, stream=stream)
     return None
-
-
-def _regular(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None) -> bool:
-    """Whether all addresses are multiples of 16, and rows follow each other: Triton compiles other kernels where they are not."""
-    addresses = x.data_ptr() | weight.data_ptr() | scales.data_ptr()
-    for t in (zeros, bias):
-        if t is not None:
-            addresses |= t.data_ptr()
-    return addresses % 16 == 0 and x.stride(0) == x.shape[1]
 
 
 def _first_launch(
@@ -197,8 +191,8 @@ def _first_launch(
     )
     arguments = (codes, rows, weight, scales, zeros, bias, out, parts, counters, m, n, padded)
     second = jit.gemm[grid](*arguments, *values, num_warps=t.num_warps, num_stages=t.num_stages, **options)
-    if x.is_cuda and _regular(x, weight, scales, zeros, bias):
-        _LAUNCHES[key] = Launch(first, first_values, second, values, grid, t)
+    if x.is_cuda and regular(x, weight, scales, zeros, bias):
+        remember(_LAUNCHES, key, Launch(first, first_values, second, values, grid, t))
 
 
 def _buffers(
@@ -207,7 +201,7 @@ def _buffers(
     """Codes of x, its scales and sums, and where the parts of a split K meet."""
     codes = torch.empty((m, padded), dtype=torch.int8, device=device)
     rows = torch.empty((2, m), dtype=torch.float32, device=device)
-    parts, counters = _workspace(t.split_k, m, n, tiles, device, stream)
+    parts, counters = workspace(t.split_k, m, n, tiles, device, stream)
     return codes, rows, None if parts is None else parts.view(torch.int32), counters
 
 

@@ -46,7 +46,7 @@ def base(code: Code) -> int:
 
 
 def _bits(value: float, dtype: torch.dtype) -> int:
-    return int(torch.tensor(value, dtype=dtype).view(torch.int16).item()) & 0xFFFF
+    return int(torch.tensor(value, dtype=dtype, device="cpu").view(torch.int16).item()) & 0xFFFF
 
 
 def _pair(value: float, dtype: torch.dtype) -> str:

@@ -172,7 +172,7 @@ def gemm(
         if STEP == 2:
             second = tl.load(p_words + tl.where(begin < last, N * 16, 0), m_words, other=0, eviction_policy="evict_first")
     NUMBERS: tl.constexpr = MODE == "word" or ZERO != "none"
-    scale, zero, second_scale, second_zero = None, None, None, None
+    scale, zero = None, None
     if NUMBERS and STEP == 1:
         scale, zero = stored(
             p_s, p_z, tl.minimum(begin, tiles_k - 1), o_n, m_n, rows_s, ZERO, MODE == "word", GROUP_ROWS, GROUP_TILES, PER_TILE
@@ -212,7 +212,7 @@ def gemm(
                 p_s, p_z, tl.minimum(kt + 1, last), o_n, m_n, rows_s, ZERO, MODE == "word", GROUP_ROWS, GROUP_TILES, PER_TILE
             )  # fmt: skip
         else:
-            this_scale, this_zero = None, None
+            this_scale, this_zero, second_scale, second_zero = None, None, None, None
         sums = add_tile(
             sums, now, x, this_scale, this_zero, p_s, p_table, kt, o_n, m_n, rows_s, BLOCK_N, BITS, ASM, CODE, SCALE, ZERO, BASE, REST,
             GROUP_ROWS, GROUP_TILES, PER_TILE, MODE, DTYPE, DIRECT, LAST,

@@ -1,0 +1,85 @@
+"""What launching needs that is no kernel's own: the GPU's numbers, regular arguments, and where the parts of a split K meet."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from qkernels.errors import FormatError
+
+SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)  # parts of K; few: each is a kernel to compile
+MOST_LAUNCHES = 8192  # remembered for a kernel: each number of rows is one
+STREAMS, TILES = 32, 4096  # counters are made for so many streams at a time, and tiles of each
+
+
+class Gpu(NamedTuple):
+    """What the choice of a tile depends on."""
+
+    processors: int
+    shared_bytes: int  # that one block may have
+    early: bool  # whether a kernel can begin while the one before it ends: Hopper and newer
+
+
+@functools.lru_cache(maxsize=16)
+def gpu_of(device: torch.device) -> Gpu:
+    """Of a CUDA device; the interpreter plays an H100."""
+    if device.type != "cuda":
+        return Gpu(132, 227 << 10, early=False)
+    found = torch.cuda.get_device_properties(device)
+    shared = found.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return Gpu(found.multi_processor_count, shared, found.major >= 9)
+
+
+def check(x: Tensor, weight: Tensor, columns: int) -> None:
+    """Raise FormatError unless x [..., K] lies where the weight does and has at most the weight's padded `columns`."""
+    if x.device != weight.device:
+        raise FormatError(f"x is on {x.device}, the weight on {weight.device}: move one of them")
+    if not 0 < x.shape[-1] <= columns:
+        raise FormatError(f"x has {x.shape[-1]} columns; the weight has room for {columns}")
+
+
+def regular(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether all addresses are multiples of 16, and rows of x follow each other: Triton compiles other kernels where they are not."""
+    addresses = x.data_ptr()
+    for t in others:
+        if t is not None:
+            addresses |= t.data_ptr()
+    return addresses % 16 == 0 and x.stride(0) == x.shape[1]
+
+
+def remember(launches: dict[tuple[Any, ...], Any], key: tuple[Any, ...], launch: Any) -> None:
+    if len(launches) >= MOST_LAUNCHES:
+        launches.clear()
+    launches[key] = launch
+
+
+# -- counters: a kernel that splits K finds zeros and leaves zeros -----------------------------------------------------------------------
+
+_FREE: dict[torch.device, list[Tensor]] = {}
+_TAKEN: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def reserve(device: torch.device) -> None:
+    """Make counters for the streams of a device beforehand: what a CUDA graph allocates is zero only while it runs."""
+    if not _FREE.get(device):
+        _FREE[device] = list(torch.zeros((STREAMS, TILES), dtype=torch.int32, device=device))
+
+
+def workspace(split_k: int, m: int, n: int, tiles: int, device: torch.device, stream: int) -> tuple[Tensor | None, Tensor | None]:
+    """Where the parts of a split K meet: float32 sums [split_k, M, N], and a counter for each tile; nothing where K is whole.
+
+    Each stream has counters of its own, as its kernels run one after the other; a graph has those of the stream that it was captured on:
+    do not replay it beside another graph of that stream, or beside that stream.
+    """
+    if split_k == 1:
+        return None, None
+    counters = _TAKEN.get((device, stream))
+    if tiles > TILES:
+        counters = torch.zeros(tiles, dtype=torch.int32, device=device)
+    elif counters is None:
+        reserve(device)
+        counters = _TAKEN[device, stream] = _FREE[device].pop()
+    return torch.empty((split_k, m, n), dtype=torch.float32, device=device), counters
