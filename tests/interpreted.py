@@ -10,7 +10,7 @@ from qkernels import formats, reference
 from qkernels.kernels import registry
 from qkernels.kernels.device import Device
 from qkernels.kernels.triton import f16_gemm, layout, s8_gemm
-from qkernels.kernels.triton.f16_gemm import Tile
+from qkernels.kernels.triton.f16_gemm import Stored, Tile
 from qkernels.testing import assert_matmul_close
 
 H100 = Device("cuda", sm=90)
@@ -101,20 +101,19 @@ def test_nan_and_inf_stay_in_their_row_and_column(format):
 
 
 @pytest.mark.parametrize("name", ["int4", "int4_g32", "hqq4", "nvfp4", "int8", "fp8_block", "int2"])
-@pytest.mark.parametrize("direct", [False, True])
 @pytest.mark.parametrize("sums", [False, True])
-def test_every_way_of_cutting(name, direct, sums):
-    """Tiles, splits (more than there are tiles of K, too), a way of loading: the sums differ by their order alone."""
+def test_every_way_of_cutting(name, sums):
+    """Tiles, splits (more than there are tiles of K, too), steps: the sums differ by their order alone."""
     format, n, k = formats.get(name), 70, 400
     q = random_quant(format, n, k)
     packed, weight = f16_gemm.prepare(q), reference.decode(q, torch.float64)
     for m, (block_n, block_m), split, raster, step in ((5, (64, 16), 1, 8, 2), (20, (128, 16), 3, 1, 1), (17, (64, 32), 16, 2, 2)):
         x, out = torch.randn(m, k).to(torch.float16), torch.empty(m, n, dtype=torch.float16)
-        tile = Tile(block_n, block_m, 4, split_k=split, direct=direct, sums=sums, raster=raster, step=step if direct else 1)
-        f16_gemm.fused(x, *packed[2:6], None, format, out, tile)
+        tile = Tile(block_n, block_m, 4, split_k=split, sums=sums, raster=raster, step=step)
+        f16_gemm.fused(x, Stored(*packed[2:6]), None, format, out, tile)
         assert_matmul_close(out, x, weight)
         again = torch.empty_like(out)
-        f16_gemm.fused(x, *packed[2:6], None, format, again, tile)  # counters were left as they were found
+        f16_gemm.fused(x, Stored(*packed[2:6]), None, format, again, tile)  # counters were left as they were found
         assert torch.equal(out, again)
 
 
@@ -134,7 +133,7 @@ def test_rows_do_not_depend_on_the_batch():
     results = []
     for m in (1, 16, 33):
         out = torch.empty(m, 64, dtype=torch.bfloat16)
-        f16_gemm.fused(x[:m], *packed[2:6], None, q.format, out, Tile(64, 16, 4, split_k=2))
+        f16_gemm.fused(x[:m], Stored(*packed[2:6]), None, q.format, out, Tile(64, 16, 4, split_k=2))
         results.append(out)
     assert torch.equal(results[0], results[2][:1]) and torch.equal(results[1], results[2][:16])
 

@@ -47,9 +47,8 @@ def test_machine_code_for_hopper(name, n, k, m):
     assert set(re.findall(r"warp_group_dot_wait.*?pendings = (\d+)", ir)) == {"0"}, "products overlap with what overwrites their operands"
     if name == "int4" and m == 1:
         assert len(loop) < 3.6 * build.weights, "instructions for a weight: at this many an H100's memory waits for them"
-    if build.tile.direct:
-        stores = len(code["STS"]) + len(code["STSM"])
-        assert stores * 128 * 16 < 2 * 64 * layout.tile_columns(formats.get(name)) * 16, "the unpacked weights go through shared memory"
+    stores = len(code["STS"]) + len(code["STSM"])
+    assert stores * 128 * 16 < 2 * 64 * layout.tile_columns(formats.get(name)) * 16, "the unpacked weights go through shared memory"
 
 
 @pytest.mark.parametrize("sm", [sm for sm in SHARED if sm != 90])

@@ -24,7 +24,7 @@ from qkernels.formats import Int, QuantFormat, QuantTensor
 from qkernels.formats.format import Code
 from qkernels.kernels.registry import Kernel, Matmul, Problem, register
 from qkernels.kernels.triton import layout
-from qkernels.kernels.triton.launch import SPLITS, Gpu, check, gpu_of, regular, remember, reserve, workspace
+from qkernels.kernels.triton.launch import SPLITS, Gpu, check, gpu_of, over_rows, regular, remember, reserve, why_not, workspace
 from qkernels.kernels.triton.layout import Packed, restore
 from qkernels.kernels.triton.unpack_asm import base, unpack_asm
 
@@ -40,11 +40,10 @@ class Tile(NamedTuple):
     num_warps: int
     split_k: int = 1
     num_stages: int = 3
-    direct: bool = True  # words go to registers without a stay in shared memory
     sums: bool = True  # scales are applied to the sums, not to the weights, where the format allows it
-    early: int = 0  # 1: begins while the kernel before it ends; 2: and fetches its first weights
+    early: bool = False  # begins, and fetches its first weights, while the kernel before it ends
     raster: int = 8  # tiles of weights that are worked on side by side
-    step: int = 1  # tiles of K worked on at a time: 1, or where direct 2
+    step: int = 1  # tiles of K worked on at a time: 1 or 2
     registers: int = 0  # of a thread, at most; 0: as many as the compiler likes
 
 
@@ -58,21 +57,21 @@ def choose(n: int, k: int, m: int, tile_k: int, gpu: Gpu, where: str = "sum", ze
     wide = -(-n // 64) >= 2 * gpu.processors  # enough rows to fill the GPU without splitting K
     deep = k >= 8192
     if m <= 16 and wide:  # as many blocks as fit: what is on its way bounds the bandwidth
-        t = Tile(64, 16, 4, early=2, registers=(72 if plain else 80) if gpu.early and tile_k <= 128 else 0)
+        t = Tile(64, 16, 4, early=True, registers=(72 if plain else 80) if gpu.early and tile_k <= 128 else 0)
     elif m <= 16:
-        t = Tile(64, 16, 4, early=2, step=2) if deep else Tile(128, 16, 8, early=2)
+        t = Tile(64, 16, 4, early=True, step=2) if deep else Tile(128, 16, 8, early=True)
     elif m <= 32:
-        t = Tile(128, 32, 4, early=2) if deep and not wide and where == "sum" and not zeros else Tile(64, 32, 4, early=2)
+        t = Tile(128, 32, 4, early=True) if deep and not wide and where == "sum" and not zeros else Tile(64, 32, 4, early=True)
     elif m <= 64:
-        t = Tile(128, 64, 8, early=2) if wide else Tile(64, 64, 4)
+        t = Tile(128, 64, 8, early=True) if wide else Tile(64, 64, 4)
     elif m <= 128:
         t = Tile(64, 128, 4) if plain and (wide or deep) else Tile(64, 64, 4)
-    elif m <= 256 and not wide:
-        t = Tile(64, 128, 4) if -(-n // 64) <= gpu.processors // 2 else Tile(64, 64, 4)
-    elif m <= 512 and not (wide and m <= 256):
-        t = Tile(128, 128, 8) if wide else Tile(64, 128, 4)
-    else:
+    elif m > 512 or (m <= 256 and wide):
         t = Tile(128, 256, 8, sums=False)
+    elif m <= 256:
+        t = Tile(64, 128, 4) if -(-n // 64) <= gpu.processors // 2 else Tile(64, 64, 4)
+    else:
+        t = Tile(128, 128, 8) if wide else Tile(64, 128, 4)
     while 2 * stage_bytes(t, tile_k) > gpu.shared_bytes:
         t = t._replace(block_m=t.block_m // 2)
     stages = min(t.num_stages, gpu.shared_bytes // stage_bytes(t, tile_k))
@@ -82,7 +81,7 @@ def choose(n: int, k: int, m: int, tile_k: int, gpu: Gpu, where: str = "sum", ze
     if 128 < m <= 256:
         wanted = round(2 * gpu.processors / blocks)  # parts of so many sums cost more than a processor that waits
     split = max(s for s in SPLITS if s <= max(1, min(wanted, steps // 2)))
-    return t._replace(num_stages=stages, split_k=split, early=t.early if gpu.early else 0)
+    return t._replace(num_stages=stages, split_k=split, early=t.early and gpu.early)
 
 
 def choose_for(format: QuantFormat, n: int, k: int, m: int, gpu: Gpu) -> Tile:
@@ -92,7 +91,7 @@ def choose_for(format: QuantFormat, n: int, k: int, m: int, gpu: Gpu) -> Tile:
 
 def stage_bytes(t: Tile, tile_k: int) -> int:
     """Shared memory of one stage of the pipeline, with some for scales."""
-    return 2 * t.block_m * tile_k + (0 if t.direct else 64 * t.block_n) + 8 * t.block_n
+    return 2 * t.block_m * tile_k + 8 * t.block_n
 
 
 def prepare(q: QuantTensor) -> Packed:
@@ -153,21 +152,23 @@ def _run(
     x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor | None, tensor_scale: Tensor | None, bias: Tensor | None, format: str, n: int
 ) -> Tensor:
     """x [..., K] -> [..., N]."""
-    what, k = formats.get(format), x.shape[-1]
+    what, stored = formats.get(format), Stored(weight, scales, zeros, tensor_scale)
     check(x, weight, weight.shape[0] * layout.tile_columns(what))
-    rows = x.reshape(-1, k)
-    out = x.new_empty((*x.shape[:-1], n))
-    if rows.shape[0] == 0:
-        return out
-    if rows.stride(-1) != 1:
-        rows = rows.contiguous()
-    multiply = _by_slices if x.dtype == torch.float32 or rows.shape[0] >= TOKENS_FUSED else fused
-    if x.is_cuda and x.device.index != torch.cuda.current_device():  # Triton launches on the current one
-        with torch.cuda.device(x.device):
-            multiply(rows, weight, scales, zeros, tensor_scale, bias, what, out.view(-1, n))
-    else:
-        multiply(rows, weight, scales, zeros, tensor_scale, bias, what, out.view(-1, n))
-    return out
+
+    def multiply(rows: Tensor, out: Tensor) -> None:
+        by_slices = x.dtype == torch.float32 or rows.shape[0] >= TOKENS_FUSED
+        (_by_slices if by_slices else fused)(rows, stored, bias, what, out)
+
+    return over_rows(x, n, multiply)
+
+
+class Stored(NamedTuple):
+    """The tensors of a packed weight, but for the permutation."""
+
+    weight: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    tensor_scale: Tensor | None
 
 
 class Launch(NamedTuple):
@@ -183,44 +184,25 @@ class Launch(NamedTuple):
 _LAUNCHES: dict[tuple[Any, ...], Launch] = {}
 
 
-def fused(
-    x: Tensor,
-    weight: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    tensor_scale: Tensor | None,
-    bias: Tensor | None,
-    format: QuantFormat,
-    out: Tensor,
-    tile: Tile | None = None,
-) -> None:
+def fused(x: Tensor, stored: Stored, bias: Tensor | None, format: QuantFormat, out: Tensor, tile: Tile | None = None) -> None:
     """out [M, N] = x [M, K] · Ŵᵀ + bias in one kernel; a tile of one's own is for tuning.
 
     From arguments to a compiled kernel Triton takes longer than most products do; what it finds is kept, by all that it depends on.
     """
     (m, k), n = x.shape, out.shape[1]
     key = (format, n, k, m, x.dtype, x.device, None if bias is None else bias.dtype, tile)
-    launch = _LAUNCHES.get(key) if regular(x, weight, scales, zeros, tensor_scale, bias) else None
+    launch = _LAUNCHES.get(key) if regular(x, *stored, bias) else None
     if launch is None:
-        return _first_launch(key, x, weight, scales, zeros, tensor_scale, bias, format, out, tile)
+        return _first_launch(key, x, stored, bias, format, out, tile)
     stream = torch._C._cuda_getCurrentRawStream(x.device.index)
     parts, counters = workspace(launch.tile.split_k, m, n, launch.grid[0], x.device, stream)
-    arguments = (x, weight, scales, zeros, tensor_scale, launch.table, bias, out, parts, counters, m, n, k, k)
+    arguments = (x, *stored, launch.table, bias, out, parts, counters, m, n, k, k)
     launch.compiled[launch.grid](*arguments, *launch.values, stream=stream)
     return None
 
 
 def _first_launch(
-    key: tuple[Any, ...],
-    x: Tensor,
-    weight: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    tensor_scale: Tensor | None,
-    bias: Tensor | None,
-    format: QuantFormat,
-    out: Tensor,
-    tile: Tile | None,
+    key: tuple[Any, ...], x: Tensor, stored: Stored, bias: Tensor | None, format: QuantFormat, out: Tensor, tile: Tile | None
 ) -> None:
     """Choose, compile and launch; keep what was worked out, if the arguments are as they usually are."""
     from qkernels.kernels.triton.jit import f16_gemm as jit
@@ -231,11 +213,11 @@ def _first_launch(
     table = _table(format.code, x.device)
     stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
     parts, counters = workspace(t.split_k, m, n, grid[0], x.device, stream)
-    arguments = (x, weight, scales, zeros, tensor_scale, table, bias, out, parts, counters, m, n, k, x.stride(0))
+    arguments = (x, *stored, table, bias, out, parts, counters, m, n, k, x.stride(0))
     named = tile_constants(format, n, k, x.dtype, x.device, t)
     values = tuple(named[name] for name in jit.gemm.arg_names[len(arguments) :])
     compiled = jit.gemm[grid](*arguments, *values, **compile_options(t))
-    if x.is_cuda and regular(x, weight, scales, zeros, tensor_scale, bias):
+    if x.is_cuda and regular(x, *stored, bias):
         remember(_LAUNCHES, key, Launch(compiled, grid, t, table, values))
 
 
@@ -257,30 +239,20 @@ def tile_constants(format: QuantFormat, n: int, k: int, dtype: torch.dtype, devi
         "BLOCK_M": t.block_m,
         "SPLIT_K": t.split_k,
         "RASTER": t.raster,
-        "DIRECT": t.direct,
         "STEP": t.step,
         "LAST": _lanes_last(),
         "EARLY": t.early,
     }
 
 
-def _by_slices(
-    x: Tensor,
-    weight: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    tensor_scale: Tensor | None,
-    bias: Tensor | None,
-    format: QuantFormat,
-    out: Tensor,
-) -> None:
+def _by_slices(x: Tensor, stored: Stored, bias: Tensor | None, format: QuantFormat, out: Tensor) -> None:
     """Dequantise some rows of the weight, multiply, go on in the same memory."""
     k, n = x.shape[1], out.shape[1]
     rows = min(n, max(128, SLICE_BYTES // (k * x.itemsize) // 128 * 128))
     buffer = torch.empty((rows, k), dtype=x.dtype, device=x.device)
     for first in range(0, n, rows):
         w = buffer[: min(rows, n - first)]
-        _dequantize_rows(weight, scales, zeros, tensor_scale, format, (n, k), first, w)
+        _dequantize_rows(stored, format, (n, k), first, w)
         part = slice(first, first + len(w))
         if bias is None:
             torch.mm(x, w.t(), out=out[:, part])
@@ -288,24 +260,16 @@ def _by_slices(
             torch.addmm(bias[part].to(x.dtype), x, w.t(), out=out[:, part])
 
 
-def _dequantize_rows(
-    weight: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    tensor_scale: Tensor | None,
-    format: QuantFormat,
-    shape: tuple[int, int],
-    first: int,
-    out: Tensor,
-) -> None:
+def _dequantize_rows(stored: Stored, format: QuantFormat, shape: tuple[int, int], first: int, out: Tensor) -> None:
+    """Rows first… of the weight [N, K], as many as `out` has."""
     from qkernels.kernels.triton.jit import f16_gemm as jit
 
     (n, k), block_n = shape, 64
     exact = torch.float32 if layout.is_table(format.code) else torch.float16  # which holds all codes, but not all tables' values
     arithmetic = _arithmetic(format, exact, out.device)
-    jit.dequantize[(-(-len(out) // block_n), weight.shape[0])](
-        weight, scales, zeros, tensor_scale, _table(format.code, out.device), out, first,
-        len(out), n, k, **constants(format, n, k), **arithmetic, BLOCK_N=block_n, num_warps=4,
+    jit.dequantize[(-(-len(out) // block_n), stored.weight.shape[0])](
+        *stored, _table(format.code, out.device), out, first, len(out), n, k,
+        **constants(format, n, k), **arithmetic, BLOCK_N=block_n, num_warps=4,
     )  # fmt: skip
 
 
@@ -316,7 +280,7 @@ def _arithmetic(format: QuantFormat, dtype: torch.dtype, device: torch.device) -
     if device.type == "cpu" or dtype == torch.float32:  # the interpreter, which has no products of bf16
         return {"ASM": None, "DTYPE": tl.float32}
     types = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-    return {"ASM": None if torch.version.hip else _asm(format, dtype), "DTYPE": types[dtype]}
+    return {"ASM": _asm(format, dtype), "DTYPE": types[dtype]}
 
 
 @functools.lru_cache(maxsize=256)
@@ -349,7 +313,7 @@ def _run_fake(x, weight, scales, zeros, tensor_scale, bias, format, n):  # type:
 def _dequantize(weight: Tensor, scales: Tensor, zeros: Tensor | None, tensor_scale: Tensor | None, format: str, n: int, k: int) -> Tensor:
     out = torch.empty((n, k), dtype=torch.float32, device=weight.device)
     with torch.cuda.device(weight.device) if weight.is_cuda else nullcontext():
-        _dequantize_rows(weight, scales, zeros, tensor_scale, formats.get(format), (n, k), 0, out)
+        _dequantize_rows(Stored(weight, scales, zeros, tensor_scale), formats.get(format), (n, k), 0, out)
     return out
 
 
@@ -394,13 +358,7 @@ def dequantize(packed: Packed) -> Tensor:
 
 
 def _why_not(p: Problem) -> str | None:
-    if p.device.type != "cuda":
-        return f"runs on cuda, not {p.device.type}"
-    if p.device.sm < 80:
-        return f"needs sm80 (Ampere), not sm{p.device.sm}"
-    if not p.device.triton:
-        return "Triton is not installed (pip install 'qkernels[gpu]'), or the GPU is not NVIDIA's"
-    if reason := layout.why_not(p):
+    if reason := why_not(p) or layout.why_not(p):
         return reason
     if isinstance(p.format.code, Int) and p.format.zero == "none" and p.format.code.bias != base(p.format.code):
         return f"code {p.format.code.name}: without zero points, integers of {p.format.bits} bits have the bias {base(p.format.code)}"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from qkernels.errors import FormatError
+from qkernels.kernels.registry import Problem
 
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)  # parts of K; few: each is a kernel to compile
 MOST_LAUNCHES = 8192  # remembered for a kernel: each number of rows is one
@@ -31,6 +33,30 @@ def gpu_of(device: torch.device) -> Gpu:
     found = torch.cuda.get_device_properties(device)
     shared = found.shared_memory_per_block_optin  # type: ignore[attr-defined]
     return Gpu(found.multi_processor_count, shared, found.major >= 9)
+
+
+def why_not(p: Problem) -> str | None:
+    """What no Triton kernel of ours can do."""
+    if p.device.type != "cuda":
+        return f"runs on cuda, not {p.device.type}"
+    if p.device.sm < 80:
+        return f"needs sm80 (Ampere), not sm{p.device.sm}"
+    return None if p.device.triton else "Triton is not installed (pip install 'qkernels[gpu]'), or the GPU is not NVIDIA's"
+
+
+def over_rows(x: Tensor, n: int, multiply: Callable[[Tensor, Tensor], None]) -> Tensor:
+    """x [..., K] -> [..., n]: `multiply(rows [M, K], out [M, n])` with dense rows, on x's device, where there are rows at all."""
+    rows, out = x.reshape(-1, x.shape[-1]), x.new_empty((*x.shape[:-1], n))
+    if rows.shape[0] == 0:
+        return out
+    if rows.stride(-1) != 1:
+        rows = rows.contiguous()
+    if x.is_cuda and x.device.index != torch.cuda.current_device():  # Triton launches on the current one
+        with torch.cuda.device(x.device):
+            multiply(rows, out.view(-1, n))
+    else:
+        multiply(rows, out.view(-1, n))
+    return out
 
 
 def check(x: Tensor, weight: Tensor, columns: int) -> None:

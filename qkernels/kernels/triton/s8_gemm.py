@@ -22,7 +22,7 @@ from torch import Tensor
 
 from qkernels.formats import Int, QuantFormat, QuantTensor
 from qkernels.kernels.registry import Kernel, Matmul, Problem, register
-from qkernels.kernels.triton.launch import SPLITS, Gpu, check, gpu_of, regular, remember, reserve, workspace
+from qkernels.kernels.triton.launch import SPLITS, Gpu, check, gpu_of, over_rows, regular, remember, reserve, why_not, workspace
 
 TILE_K = 128  # columns, and bytes: what a row of a tile in shared memory holds
 
@@ -117,18 +117,7 @@ def quantize_block(k: int) -> int:
 def _run(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None) -> Tensor:
     """x [..., K] -> [..., N]."""
     check(x, weight, weight.shape[1])
-    rows, n = x.reshape(-1, x.shape[-1]), weight.shape[0]
-    out = x.new_empty((*x.shape[:-1], n))
-    if rows.shape[0] == 0:
-        return out
-    if rows.stride(-1) != 1:
-        rows = rows.contiguous()
-    if x.is_cuda and x.device.index != torch.cuda.current_device():  # Triton launches on the current one
-        with torch.cuda.device(x.device):
-            multiply(rows, weight, scales, zeros, bias, out.view(-1, n))
-    else:
-        multiply(rows, weight, scales, zeros, bias, out.view(-1, n))
-    return out
+    return over_rows(x, weight.shape[0], lambda rows, out: multiply(rows, weight, scales, zeros, bias, out))
 
 
 class Launch(NamedTuple):
@@ -259,16 +248,6 @@ def dequantize(packed: Packed) -> Tensor:
     return w if perm is None else torch.empty_like(w).index_copy_(1, perm.long(), w)
 
 
-def _why_not(p: Problem) -> str | None:
-    if p.device.type != "cuda":
-        return f"runs on cuda, not {p.device.type}"
-    if p.device.sm < 80:
-        return f"needs sm80 (Ampere), not sm{p.device.sm}"
-    if not p.device.triton:
-        return "Triton is not installed (pip install 'qkernels[gpu]')"
-    return _format_why_not(p.format, p.n, p.k)
-
-
 def _format_why_not(f: QuantFormat, n: int, k: int) -> str | None:
     if f.block is not None:
         return f"{f.name} keeps its blocks; 8-bit integers with one scale a row are taken"
@@ -296,7 +275,7 @@ KERNEL = register(
         backend="triton",
         source=__doc__.rpartition("Source: ")[2],
         compute="int8",
-        why_not=_why_not,
+        why_not=lambda p: why_not(p) or _format_why_not(p.format, p.n, p.k),
         cost=_cost,
         prepare=prepare,
         restore=restore,

@@ -3,57 +3,40 @@
 import triton
 import triton.language as tl
 
-from qkernels.kernels.triton.jit.shared import columns, to_float, unpack
+from qkernels.kernels.triton.jit.shared import columns, place, to_float, unpack
 
 
 @triton.jit
-def word_rows(BLOCK_N: tl.constexpr, DIRECT: tl.constexpr, LAST: tl.constexpr):
-    """Rows 0…BLOCK_N - 1 of a tile, in the shape in which its words are loaded.
+def word_rows(BLOCK_N: tl.constexpr, LAST: tl.constexpr):
+    """Rows 0…BLOCK_N - 1 of a tile, in the four axes in which its words are loaded: to be broadcast with words 0…15.
 
-    DIRECT: in four axes. Loaded so, words lie in registers as the tensor core wants them, without a detour through shared memory: a warp
-    takes 8 rows of 64 bytes. The axis of those 8 has to be the one that Triton gives to lanes first: the first or (LAST) the last but one.
+    Loaded so, words lie in registers as the tensor core wants them, without a detour through shared memory: a warp takes 8 rows of 64
+    bytes. The axis of those 8 has to be the one that Triton gives to lanes first: the first or (LAST) the last but one.
     """
-    if DIRECT:
-        lanes, warps, halves = tl.arange(0, 8), tl.arange(0, BLOCK_N // 16) * 16, tl.arange(0, 2) * 8
-        if LAST:
-            return halves[:, None, None, None] + warps[None, :, None, None] + lanes[None, None, :, None]
-        else:
-            return lanes[:, None, None, None] + warps[None, :, None, None] + halves[None, None, :, None]
+    lanes, warps, halves = tl.arange(0, 8), tl.arange(0, BLOCK_N // 16) * 16, tl.arange(0, 2) * 8
+    if LAST:
+        return halves[:, None, None, None] + warps[None, :, None, None] + lanes[None, None, :, None]
     else:
-        return tl.arange(0, BLOCK_N)[:, None]
+        return lanes[:, None, None, None] + warps[None, :, None, None] + halves[None, None, :, None]
 
 
 @triton.jit
-def word_axis(DIRECT: tl.constexpr):
-    """Words 0…15 of a row, to be added to `word_rows`."""
-    if DIRECT:
-        return tl.arange(0, 16)[None, None, None, :]
-    else:
-        return tl.arange(0, 16)[None, :]
-
-
-@triton.jit
-def as_rows(words, BLOCK_N: tl.constexpr, DIRECT: tl.constexpr, LAST: tl.constexpr):
-    """What was loaded in the shape of `word_rows` -> [BLOCK_N, 16]."""
-    if not DIRECT:
-        return words
-    elif LAST:
-        return tl.reshape(tl.permute(words, [1, 0, 2, 3]), [BLOCK_N, 16])
-    else:
-        return tl.reshape(tl.permute(words, [1, 2, 0, 3]), [BLOCK_N, 16])
+def as_rows(words, BLOCK_N: tl.constexpr, LAST: tl.constexpr):
+    """Words in the axes of `word_rows` -> [BLOCK_N, 16]."""
+    return tl.reshape(tl.permute(words, [1, 0, 2, 3] if LAST else [1, 2, 0, 3]), [BLOCK_N, 16])
 
 
 @triton.jit
 def tile(
     words, raw_scale, raw_zero, p_table, BLOCK_N: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr, CODE: tl.constexpr,
     SCALE: tl.constexpr, ZERO: tl.constexpr, SCALED: tl.constexpr, REST: tl.constexpr, BASE: tl.constexpr, PER_TILE: tl.constexpr,
-    DTYPE: tl.constexpr, DIRECT: tl.constexpr, LAST: tl.constexpr,
+    DTYPE: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """Words of a tile -> [BLOCK_N, 512 / BITS] of DTYPE: value - zero, and times the scale where SCALED.
 
     raw_…: [BLOCK_N, PER_TILE] as stored. Numbers of more than 16 bits come in two parts, so that a weight is rounded as if they had not.
     """
-    w = columns(unpack(as_rows(words, BLOCK_N, DIRECT, LAST), ASM, CODE, p_table, BITS, DTYPE), BLOCK_N, BITS)
+    w = columns(unpack(as_rows(words, BLOCK_N, LAST), ASM, CODE, p_table, BITS, DTYPE), BLOCK_N, BITS)
     if ZERO == "none" and not SCALED:
         return w
     w = tl.reshape(w, [BLOCK_N, PER_TILE, 512 // BITS // PER_TILE])
@@ -108,11 +91,11 @@ def stored(
 def add_tile(
     sums, words, x, scale, zero, p_s, p_table, kt, o_n, m_n, rows_s, BLOCK_N: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr,
     CODE: tl.constexpr, SCALE: tl.constexpr, ZERO: tl.constexpr, BASE: tl.constexpr, REST: tl.constexpr, GROUP_ROWS: tl.constexpr,
-    GROUP_TILES: tl.constexpr, PER_TILE: tl.constexpr, MODE: tl.constexpr, DTYPE: tl.constexpr, DIRECT: tl.constexpr, LAST: tl.constexpr,
+    GROUP_TILES: tl.constexpr, PER_TILE: tl.constexpr, MODE: tl.constexpr, DTYPE: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """sums + (words of tile kt, as weights) · x."""
     w = tile(
-        words, scale, zero, p_table, BLOCK_N, BITS, ASM, CODE, SCALE, ZERO, MODE == "word", REST, BASE, PER_TILE, DTYPE, DIRECT, LAST
+        words, scale, zero, p_table, BLOCK_N, BITS, ASM, CODE, SCALE, ZERO, MODE == "word", REST, BASE, PER_TILE, DTYPE, LAST
     )  # fmt: skip
     if MODE == "sum":  # loaded only now: earlier, with the words, it kept them waiting (NOTES.md)
         wide = to_float(tl.load(p_s + kt // GROUP_TILES * rows_s + o_n // GROUP_ROWS, m_n, other=0), SCALE)
@@ -127,7 +110,7 @@ def gemm(
     BITS: tl.constexpr, ASM: tl.constexpr, CODE: tl.constexpr, SCALE: tl.constexpr, ZERO: tl.constexpr, BASE: tl.constexpr,
     REST: tl.constexpr, GROUP_ROWS: tl.constexpr, GROUP_TILES: tl.constexpr, PER_TILE: tl.constexpr, MODE: tl.constexpr,
     DTYPE: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, SPLIT_K: tl.constexpr,
-    RASTER: tl.constexpr, DIRECT: tl.constexpr, STEP: tl.constexpr, LAST: tl.constexpr, EARLY: tl.constexpr,
+    RASTER: tl.constexpr, STEP: tl.constexpr, LAST: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One tile of y [M, N], or its part over a run of K.
 
@@ -136,17 +119,14 @@ def gemm(
     MODE         where scales are applied: "row" once to the sums, "sum" to every tile's sums, "word" to the weights
     GROUP_ROWS   rows that share scales; GROUP_TILES: tiles that do; PER_TILE: scales of one tile
     SPLIT_K      runs of K; their float32 sums meet in p_part, and the last one to arrive adds them up, always in the same order
-    EARLY        the kernel before this one may still be running: what it wrote is touched only after it has ended; weights are older
+    EARLY        the kernel before this one may still be running: what it wrote is touched only after it has ended; weights are older,
+                 and the first of them are fetched meanwhile
     STEP         tiles of K worked on at a time: so many more bytes are on their way meanwhile
     RASTER       tiles of weights that are worked on side by side for all tokens, for the cache's sake
     """
     TILE_K: tl.constexpr = 512 // BITS
-    tiles_n, tiles_m = tl.cdiv(N, BLOCK_N), tl.cdiv(M, BLOCK_M)
     pid, split = tl.program_id(0), tl.program_id(1)
-    first = pid // (RASTER * tiles_m) * RASTER
-    beside = tl.minimum(tiles_n - first, RASTER)
-    tile_n = first + pid % (RASTER * tiles_m) % beside
-    tile_m = pid % (RASTER * tiles_m) // beside
+    tile_n, tile_m = place(pid, tl.cdiv(N, BLOCK_N), tl.cdiv(M, BLOCK_M), RASTER)
     tiles_k = tl.cdiv(K, TILE_K)
     per_split = tl.cdiv(tiles_k, SPLIT_K)
     begin, end = split * per_split, tl.minimum(split * per_split + per_split, tiles_k)
@@ -156,28 +136,24 @@ def gemm(
     o_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     m_m = o_m < M
     o_k = tl.arange(0, TILE_K)
-    o_rows = tile_n * BLOCK_N + word_rows(BLOCK_N, DIRECT, LAST)
-    o_word = word_axis(DIRECT)
+    o_rows, o_word = tile_n * BLOCK_N + word_rows(BLOCK_N, LAST), tl.arange(0, 16)[None, None, None, :]
     m_words = (o_rows < N) & (o_word < 16)
     p_words = p_w + tl.minimum(begin, tiles_k - 1).to(tl.int64) * N * 16 + o_rows * 16 + o_word
     p_tokens = p_x + o_m.to(tl.int64)[None, :] * stride_x + begin * TILE_K + o_k[:, None]
     rows_s = tl.cdiv(N, GROUP_ROWS)  # of the scales
     sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    if EARLY == 1:
-        tl.extra.cuda.gdc_wait()
     # what the next step needs is loaded while this one is worked on; a run of K may be empty, but must not read beyond the weight
     last = tl.maximum(end, begin + 1) - 1
-    if DIRECT:
-        words = tl.load(p_words, m_words, other=0, eviction_policy="evict_first")
-        if STEP == 2:
-            second = tl.load(p_words + tl.where(begin < last, N * 16, 0), m_words, other=0, eviction_policy="evict_first")
+    words = tl.load(p_words, m_words, other=0, eviction_policy="evict_first")
+    if STEP == 2:
+        second = tl.load(p_words + tl.where(begin < last, N * 16, 0), m_words, other=0, eviction_policy="evict_first")
     NUMBERS: tl.constexpr = MODE == "word" or ZERO != "none"
     scale, zero = None, None
     if NUMBERS and STEP == 1:
         scale, zero = stored(
             p_s, p_z, tl.minimum(begin, tiles_k - 1), o_n, m_n, rows_s, ZERO, MODE == "word", GROUP_ROWS, GROUP_TILES, PER_TILE
         )  # fmt: skip
-    if EARLY == 2:
+    if EARLY:
         tl.extra.cuda.gdc_wait()
     for kt in range(begin, end, STEP):
         m_x = m_m[None, :] if EVEN_K else m_m[None, :] & (kt * TILE_K + o_k < K)[:, None]
@@ -188,17 +164,12 @@ def gemm(
                 m_second = m_second & (kt * TILE_K + TILE_K + o_k < K)[:, None]
             second_x = tl.load(p_tokens + TILE_K, m_second, other=0.0).to(DTYPE)
         p_tokens += STEP * TILE_K
-        if DIRECT:
-            now = words
-            p_words += tl.minimum(STEP, last - kt) * (N * 16)
-            words = tl.load(p_words, m_words, other=0, eviction_policy="evict_first")
-            if STEP == 2:
-                after = second
-                second = tl.load(p_words + tl.where(kt + 2 < last, N * 16, 0), m_words, other=0, eviction_policy="evict_first")
-        else:
-            tl.static_assert(STEP == 1)
-            now = tl.load(p_words, m_words, other=0, eviction_policy="evict_first")
-            p_words += N * 16
+        now = words
+        p_words += tl.minimum(STEP, last - kt) * (N * 16)
+        words = tl.load(p_words, m_words, other=0, eviction_policy="evict_first")
+        if STEP == 2:
+            after = second
+            second = tl.load(p_words + tl.where(kt + 2 < last, N * 16, 0), m_words, other=0, eviction_policy="evict_first")
         if NUMBERS and STEP == 1:
             this_scale, this_zero = scale, zero
             scale, zero = stored(
@@ -215,12 +186,12 @@ def gemm(
             this_scale, this_zero, second_scale, second_zero = None, None, None, None
         sums = add_tile(
             sums, now, x, this_scale, this_zero, p_s, p_table, kt, o_n, m_n, rows_s, BLOCK_N, BITS, ASM, CODE, SCALE, ZERO, BASE, REST,
-            GROUP_ROWS, GROUP_TILES, PER_TILE, MODE, DTYPE, DIRECT, LAST,
+            GROUP_ROWS, GROUP_TILES, PER_TILE, MODE, DTYPE, LAST,
         )  # fmt: skip
         if STEP == 2:
             sums = add_tile(
                 sums, after, second_x, second_scale, second_zero, p_s, p_table, tl.minimum(kt + 1, last), o_n, m_n, rows_s, BLOCK_N,
-                BITS, ASM, CODE, SCALE, ZERO, BASE, REST, GROUP_ROWS, GROUP_TILES, PER_TILE, MODE, DTYPE, DIRECT, LAST,
+                BITS, ASM, CODE, SCALE, ZERO, BASE, REST, GROUP_ROWS, GROUP_TILES, PER_TILE, MODE, DTYPE, LAST,
             )  # fmt: skip
 
     if EARLY:
@@ -271,9 +242,8 @@ def dequantize(
     words = tl.load(p_w + kt.to(tl.int64) * N * 16 + o_rows * 16 + o_word, m_words, other=0, eviction_policy="evict_first")
     w = columns(unpack(words, ASM, CODE, p_table, BITS, DTYPE), BLOCK_N, BITS).to(tl.float32)
     # one scale per column group: [BLOCK_N, PER_TILE] spread over the columns
-    o_s = (kt // GROUP_TILES * tl.cdiv(N, GROUP_ROWS) + (first_row + o_n) // GROUP_ROWS)[:, None] * PER_TILE + tl.arange(0, PER_TILE)[
-        None, :
-    ]
+    o_group = kt // GROUP_TILES * tl.cdiv(N, GROUP_ROWS) + (first_row + o_n) // GROUP_ROWS
+    o_s = o_group[:, None] * PER_TILE + tl.arange(0, PER_TILE)[None, :]
     scale = to_float(tl.load(p_s + o_s, m_n[:, None], other=0), SCALE)
     w = tl.reshape(w, [BLOCK_N, PER_TILE, TILE_K // PER_TILE])
     if ZERO != "none":

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from qkernels.kernels.triton.jit.shared import place
+
 
 @triton.jit(do_not_specialize=["M"])
 def quantize_rows(p_x, p_codes, p_rows, M, K, padded, stride_x, BLOCK: tl.constexpr, EARLY: tl.constexpr):
@@ -48,12 +50,8 @@ def gemm(
     EARLY        the kernel before this one may still be running: nothing of its is touched before it has ended
     RASTER       tiles of weights that are worked on side by side for all tokens, for the cache's sake
     """
-    tiles_n, tiles_m = tl.cdiv(N, BLOCK_N), tl.cdiv(M, BLOCK_M)
     pid, split = tl.program_id(0), tl.program_id(1)
-    first = pid // (RASTER * tiles_m) * RASTER
-    beside = tl.minimum(tiles_n - first, RASTER)
-    tile_n = first + pid % (RASTER * tiles_m) % beside
-    tile_m = pid % (RASTER * tiles_m) // beside
+    tile_n, tile_m = place(pid, tl.cdiv(N, BLOCK_N), tl.cdiv(M, BLOCK_M), RASTER)
     tiles_k = tl.cdiv(padded, BLOCK_K)
     per_split = tl.cdiv(tiles_k, SPLIT_K)
     begin, end = split * per_split, tl.minimum(split * per_split + per_split, tiles_k)

@@ -100,3 +100,11 @@ def to_float(s, SCALE: tl.constexpr):
         return (s.to(tl.int32) << 8).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     else:
         return s.to(tl.float32)
+
+
+@triton.jit
+def place(pid, tiles_n, tiles_m, RASTER: tl.constexpr):
+    """(tile of weights, tile of tokens) of a program: RASTER tiles of weights side by side, for all tokens, for the cache's sake."""
+    first = pid // (RASTER * tiles_m) * RASTER
+    beside = tl.minimum(tiles_n - first, RASTER)
+    return first + pid % (RASTER * tiles_m) % beside, pid % (RASTER * tiles_m) // beside
