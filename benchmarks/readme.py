@@ -23,7 +23,7 @@ def _machine_section(record: dict) -> str:
         parts.append(_shapes_table(record, shapes))
     if missing := record.get("missing_peers"):
         parts.append("Not measured here: " + "; ".join(f"{name} ({reason})" for name, reason in missing.items()) + ".")
-    parts.append(_table(["Goal", "Bound", "Measured", ""], [_goal_row(g) for g in record["goals"]]))
+    parts.append(table(["Goal", "Bound", "Measured", ""], [_goal_row(g) for g in record["goals"]]))
     return "\n\n".join(parts)
 
 
@@ -47,7 +47,7 @@ def _times_table(record: dict, shape: str) -> str:
         by_m = {r["m"]: r for r in rows if r["contestant"] == name}
         weights = next(iter(by_m.values()))["weights"]
         body.append([name, weights, *(_time_cell(by_m.get(m), fastest[m]) for m in ms)])
-    return _table([f"{shape.replace('x', '×')}, ms (share of the limit)", "Weights", *(f"M={m}" for m in ms)], body)
+    return table([f"{shape.replace('x', '×')}, ms (share of the limit)", "Weights", *(f"M={m}" for m in ms)], body)
 
 
 def _time_cell(row: dict | None, fastest_us: float | None) -> str:
@@ -66,7 +66,7 @@ def _shapes_table(record: dict, shapes: list[str]) -> str:
     ms = sorted({r["m"] for r in record["results"]})
     times = {(r["shape"], r["m"]): r["times_over"].get(TORCH) for r in record["results"] if r["contestant"] == INT4}
     cells = [[shape.replace("x", "×"), *(_times_cell(times.get((shape, m))) for m in ms)] for shape in shapes]
-    return _table([f"{INT4}, × over {TORCH}", *(f"M={m}" for m in ms)], cells)
+    return table([f"{INT4}, × over {TORCH}", *(f"M={m}" for m in ms)], cells)
 
 
 def _times_cell(times: float | None) -> str:
@@ -77,7 +77,7 @@ def _goal_row(goal: dict) -> list[str]:
     return [goal["goal"], goal["bound"], goal["value"], {True: "met", False: "**missed**", None: "–"}[goal["met"]]]
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
+def table(head: list[str], rows: list[list[str]]) -> str:
     rule = ["---", *(["---:"] * (len(head) - 1))]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rule, *rows))
 

@@ -99,17 +99,17 @@ def _show_case(title: str, rows: list[dict], console: Console) -> None:
         if row["ok"]:
             table.add_row(row["contestant"], *_speed_cells(row), error)
         else:
-            table.add_row(f"[{_color(row)}]{row['contestant']}[/]", f"[{_color(row)}]{_verdict(row)}[/]", *[""] * 6, error)
+            table.add_row(f"[{color(row)}]{row['contestant']}[/]", f"[{color(row)}]{verdict(row)}[/]", *[""] * 6, error)
     console.print(table)
     for row in (r for r in rows if not r["ok"]):
-        console.print(f"[{_color(row)}]{row['contestant']}: {escape(row['reason'])}[/]", highlight=False)
+        console.print(f"[{color(row)}]{row['contestant']}: {escape(row['reason'])}[/]", highlight=False)
 
 
-def _color(row: dict) -> str:
+def color(row: dict) -> str:
     return "yellow" if row["skipped"] else "red"
 
 
-def _verdict(row: dict) -> str:
+def verdict(row: dict) -> str:
     if row["skipped"]:
         return "skipped"
     return "WRONG" if row["reason"].startswith("CheckFailed") else "FAILED"

@@ -95,7 +95,7 @@ def enter(contestant: Contestant, weight: Tensor, xs: dict[int, Tensor], threads
         entrant.nbytes, entrant.kernel = prepared.nbytes, prepared.kernel
         layer = prepared.make()
     except Exception as error:
-        entrant.unprepared = _first_line(error)
+        entrant.unprepared = first_line(error)
         entrant.unsupported = type(error).__name__ == "UnsupportedError"
         return entrant
     for m, x in xs.items():
@@ -109,10 +109,10 @@ def _check_at(entrant: Entrant, prepared: Prepared, layer: Layer, m: int, x: Ten
     try:
         entrant.deviations[m] = check(prepared, entrant.arithmetic, x, layer(x))
     except Exception as error:
-        entrant.faults[m] = _first_line(error)
+        entrant.faults[m] = first_line(error)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
@@ -151,9 +151,9 @@ def _measure_m(
     reading = {name: timings.pop(name) for name in rotations if name.startswith(READER)}
     for entrant in entrants:
         if isinstance(error := timings.get(entrant.contestant.name), Exception):
-            entrant.faults[m] = _first_line(error)
+            entrant.faults[m] = first_line(error)
     good = {name: t for name, t in timings.items() if isinstance(t, Timing)}
-    results = [_result(shape, m, entrant, good) for entrant in entrants]
+    results = [result_of(shape, m, entrant, good) for entrant in entrants]
     return [_with_reading(result, reading.get(READER + result.contestant)) for result in results]
 
 
@@ -172,7 +172,7 @@ def _rotation(entrant: Entrant, x: Tensor) -> Rotation:
     return Rotation([lambda copy=copy: copy(x) for copy in entrant.copies])
 
 
-def _result(shape: LayerShape, m: int, entrant: Entrant, timings: dict[str, Timing]) -> Result:
+def result_of(shape: LayerShape, m: int, entrant: Entrant, timings: dict[str, Timing]) -> Result:
     """Join what is known of one contestant at one M."""
     name, contestant = entrant.contestant.name, entrant.contestant
     base = Result(

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from .. import report as files
 from ..ours import DTYPES
+from ..peers import select
 from . import machine, peers, record, report
 from .device import Gpu, NoDevice
 from .report import WIDTH
@@ -35,7 +36,7 @@ def options(
     if not rows or min(rows) < 1 or rounds < 1:
         raise ValueError(f"every M and the number of rounds are at least 1, not {', '.join(ms) or 'nothing'} and {rounds}")
     pace = replace(PACE, rounds=rounds)
-    return record.Options(parse_shapes(shapes), rows, formats, computes, dtype, record.select(names, peers.OTHERS), minutes, pace)
+    return record.Options(parse_shapes(shapes), rows, formats, computes, dtype, select(names, peers.OTHERS), minutes, pace)
 
 
 def name_of(gpu: Gpu, smoke: bool) -> str:

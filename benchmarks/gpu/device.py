@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ..run import _first_line as first_line
+from ..run import first_line
 
 Call = Callable[[], Tensor]
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from ..base import Arithmetic
-from ..run import _first_line as first_line
+from ..run import first_line
 from .device import Gpu
 
 SMI_FIELDS = ("uuid", "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "power.limit", "temperature.gpu")

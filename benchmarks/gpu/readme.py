@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..readme import _table as table
+from ..readme import table
 from .report import best_rows, driver, limits_text, microseconds, title
 
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 
 import torch
 
 from .. import machine as host
 from ..base import Contestant
-from ..peers import _matches as matches
-from ..run import Say
-from ..run import _first_line as first_line
+from ..run import Say, first_line
 from ..shapes import LayerShape
 from ..timing import Pace
 from . import machine, peers
@@ -34,20 +32,6 @@ class Options:
     peers: list[Contestant]
     minutes: float = 7
     pace: Pace = field(default_factory=lambda: PACE)
-
-
-def select(names: str, known: Sequence[Contestant]) -> list[Contestant]:
-    """Pick peers by `"all"`, `"none"`, or a comma-separated list of beginnings of their names or packages.
-
-    Raises: ValueError when a part matches nothing.
-    """
-    if names in ("all", "none"):
-        return list(known) if names == "all" else []
-    parts = [part.strip().lower() for part in names.split(",") if part.strip()]
-    for part in parts:
-        if not any(matches(peer, part) for peer in known):
-            raise ValueError(f"no peer matches {part!r}; known: {', '.join(peer.name for peer in known)}")
-    return [peer for peer in known if any(matches(peer, part) for part in parts)]
 
 
 def measure(options: Options, gpu: Gpu, say: Say = lambda _: None, keep: Callable[[dict], object] = lambda _: None) -> dict:

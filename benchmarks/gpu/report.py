@@ -11,8 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..report import _color as color
-from ..report import _verdict as verdict
+from ..report import color, verdict
 from .shapes import CLASSES, class_of
 
 WIDTH = 250  # of a table with eleven M in a file

@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from ..base import Contestant
-from ..run import Entrant, Result, Say, enter
-from ..run import _first_line as first_line
-from ..run import _result as result_of
+from ..run import Entrant, Result, Say, enter, first_line, result_of
 from ..shapes import LayerShape
 from ..timing import Pace, Timing
 from .device import Gpu

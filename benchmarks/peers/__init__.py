@@ -10,6 +10,7 @@ import importlib.util
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..base import Contestant
@@ -22,18 +23,18 @@ ALL = TORCH + OTHERS
 PROBE_TIMEOUT_S = 120
 
 
-def select(names: str) -> list[Contestant]:
+def select(names: str, known: Sequence[Contestant] = OTHERS) -> list[Contestant]:
     """Pick peers by `"all"`, `"none"`, or a comma-separated list of beginnings of their names or packages.
 
     Raises: ValueError when a part matches nothing.
     """
     if names in ("all", "none"):
-        return list(OTHERS) if names == "all" else []
+        return list(known) if names == "all" else []
     parts = [part.strip().lower() for part in names.split(",") if part.strip()]
     for part in parts:
-        if not any(_matches(peer, part) for peer in OTHERS):
-            raise ValueError(f"no peer matches {part!r}; known: {', '.join(peer.name for peer in OTHERS)}")
-    return [peer for peer in OTHERS if any(_matches(peer, part) for part in parts)]
+        if not any(_matches(peer, part) for peer in known):
+            raise ValueError(f"no peer matches {part!r}; known: {', '.join(peer.name for peer in known)}")
+    return [peer for peer in known if any(_matches(peer, part) for part in parts)]
 
 
 def _matches(peer: Contestant, part: str) -> bool:
