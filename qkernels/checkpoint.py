@@ -72,12 +72,13 @@ def stored_names(state: Mapping[str, torch.Tensor], layers: Mapping[str, Mapping
     return names, tied
 
 
-def load(model: nn.Module, path: str | os.PathLike[str], *, progress: bool = True) -> nn.Module:
+def load(model: nn.Module, path: str | os.PathLike[str], *, batch_invariant: bool = False, progress: bool = True) -> nn.Module:
     """Load a directory that `save` wrote into a skeleton of the same architecture (also one on the meta device); return it.
 
     The linears that were quantised are replaced. What was saved is what the model gets, bit for bit, on the skeleton's device (the CPU
     for meta): as with `load_state_dict(assign=True)`, parameters become new ones of the saved dtype, whatever the skeleton's. So a
     skeleton in float32 becomes a bfloat16 model if that was saved; `.float()` afterwards makes it a float32 one.
+    batch_invariant asks for it as in `replace_linear`: it is not saved.
     Raises CheckpointError, and leaves the model as it was, when the directory is truncated or edited, or does not fit the model.
     """
     tensors, layers, tied = native.read(path, progress)
@@ -89,7 +90,8 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, progress: bool = Tru
         if (shared_with := entry.get("shared_with")) in made:
             made[name] = made[shared_with]
         else:
-            made[name] = _layer(model, name, entry, {leaf: tensors[f"{name}.{leaf}"] for leaf in leaves.get(name, ())})
+            mine = {leaf: tensors[f"{name}.{leaf}"] for leaf in leaves.get(name, ())}
+            made[name] = _layer(model, name, entry, mine, batch_invariant)
     own = {name: t for name, t in model.state_dict().items() if name.rpartition(".")[0] not in made}
     rest = {name: tensors[name] for name in tensors if name.rpartition(".")[0] not in made}
     _check_rest(own, rest, tied)
@@ -143,7 +145,7 @@ def _tie(model: nn.Module, name: str, source: str) -> None:
     setattr(model.get_submodule(parent), leaf, getattr(model.get_submodule(source_parent), source_leaf))
 
 
-def _layer(model: nn.Module, name: str, entry: dict[str, Any], mine: dict[str, torch.Tensor]) -> QuantLinear:
+def _layer(model: nn.Module, name: str, entry: dict[str, Any], mine: dict[str, torch.Tensor], batch_invariant: bool) -> QuantLinear:
     try:
         linear = model.get_submodule(name)
     except AttributeError:
@@ -160,6 +162,7 @@ def _layer(model: nn.Module, name: str, entry: dict[str, Any], mine: dict[str, t
             "bias" in mine,
             formats.get(entry["format"]),
             compute=entry["compute"],
+            batch_invariant=batch_invariant,
             device="meta",
             dtype=getattr(torch, entry["dtype"]) if "dtype" in entry else None,
         )

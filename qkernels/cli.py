@@ -95,12 +95,14 @@ def explain(
     m: Annotated[str, typer.Option(help="rows of x, separated by commas")] = "1,16,256",
     dtype: str = "bfloat16",
     compute: str = "auto",
+    batch_invariant: bool = False,
 ) -> None:
     """Which kernel would run, what each would cost, and why the others cannot. Needs no such device."""
     n, k = _numbers(nk, "--nk", "x", 2)
     kind = next((known for known in registry.DTYPES if str(known) == f"torch.{dtype.removeprefix('torch.')}"), dtype)
     for rows in _numbers(m, "--m"):
-        plan = qkernels.explain(name or format, (n, k), rows, device=device, dtype=kind, compute=compute)  # type: ignore[arg-type]
+        asked: dict[str, Any] = {"device": device, "dtype": kind, "compute": compute, "batch_invariant": batch_invariant}
+        plan = qkernels.explain(name or format, (n, k), rows, **asked)
         console.print(str(plan), highlight=False, markup=False, soft_wrap=True)
 
 

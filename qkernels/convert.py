@@ -75,6 +75,7 @@ def replace_linear(
     *,
     quantizer: str | quantizers.Quantizer = "rtn",
     compute: Compute = "auto",
+    batch_invariant: bool = False,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] = ("lm_head",),
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
@@ -85,6 +86,7 @@ def replace_linear(
     format            name or QuantFormat ("int4", "int8", "nf4", "int4_g32", "mxfp4", …)
     quantizer         "rtn", "absmax", or a function (weight, format) -> QuantTensor
     compute           "auto", "float" or "int8"; the report names the kernel that this led to
+    batch_invariant   a row of a layer's result has the same bits whatever other rows there are; an error where no kernel can
     include, exclude  fnmatch globs on a module's full name, or on its last part where the glob has no dot; include=None takes all
     filter_fn         (module, name) -> bool, asked last
     Plain `nn.Linear`s alone are taken: a subclass may compute something else (a parametrised weight, a router's softmax) even where it
@@ -100,7 +102,9 @@ def replace_linear(
     for name, linear in track(linears, progress, f"quantizing to {fmt.name}"):
         if id(linear) not in made:
             try:
-                made[id(linear)] = QuantLinear.from_linear(linear, fmt, quantizer=quantize, compute=compute)
+                made[id(linear)] = QuantLinear.from_linear(
+                    linear, fmt, quantizer=quantize, compute=compute, batch_invariant=batch_invariant
+                )
             except (FormatError, UnsupportedError) as error:
                 raise type(error)(f"layer {name}: {error}; the model is unchanged") from None
             layer = made[id(linear)]

@@ -32,6 +32,7 @@ class QuantLinear(nn.Linear):
     format      name or QuantFormat
     compute     "float", "int8" or "auto" (see Problem)
     kernel      name of a kernel to force; None takes the cheapest
+    batch_invariant   take a kernel whose result for a row of x has the same bits whatever other rows there are
     dtype       of the bias, and of the weight that `to_linear` gives back (attribute dense_dtype; `.to(dtype)` changes both)
     x           under torch.autocast is cast as nn.Linear's is; torch.func's grad, vmap and jacrev work
     A new layer's weight is all code 0: fill it by `load_state_dict`, or make it by `from_linear` / `from_quant_tensor`.
@@ -46,13 +47,14 @@ class QuantLinear(nn.Linear):
         *,
         compute: Compute = "auto",
         kernel: str | None = None,
+        batch_invariant: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         nn.Module.__init__(self)  # not nn.Linear's: it would allocate the dense weight
         self.in_features, self.out_features = in_features, out_features
         self.format = formats.get(format)
-        self.compute, self.forced_kernel, self.dense_dtype = compute, kernel, dtype
+        self.compute, self.forced_kernel, self.batch_invariant, self.dense_dtype = compute, kernel, batch_invariant, dtype
         Problem(self.format, out_features, in_features, compute=compute)  # checks compute
         if kernel is not None:
             registry.get(kernel)  # checks the name
@@ -76,14 +78,16 @@ class QuantLinear(nn.Linear):
         quantizer: str | quantizers.Quantizer = "rtn",
         compute: Compute = "auto",
         kernel: str | None = None,
+        batch_invariant: bool = False,
     ) -> QuantLinear:
         """Quantise an `nn.Linear`. The bias is shared, not copied; on the meta device there is nothing to quantise yet.
 
         Raises FormatError on NaN or infinite weights, and when a quantizer of one's own returns something else than was asked for.
         """
+        asked: dict[str, Any] = {"compute": compute, "kernel": kernel, "batch_invariant": batch_invariant, "dtype": linear.weight.dtype}
         if linear.weight.is_meta:
             n, k = linear.weight.shape
-            layer = cls(k, n, False, format, compute=compute, kernel=kernel, device="meta", dtype=linear.weight.dtype)
+            layer = cls(k, n, False, format, **asked, device="meta")
             layer.bias = linear.bias
             return layer.train(linear.training)
         wanted = formats.get(format), tuple(linear.weight.shape)
@@ -91,7 +95,7 @@ class QuantLinear(nn.Linear):
         if not isinstance(q, QuantTensor) or (q.format, q.shape) != wanted:
             made = f"{q.format.name} {list(q.shape)}" if isinstance(q, QuantTensor) else f"a {type(q).__name__}"
             raise FormatError(f"the quantizer returned {made}; a QuantTensor {wanted[0].name} {list(wanted[1])} was asked for")
-        return cls.from_quant_tensor(q, linear.bias, compute=compute, kernel=kernel, dtype=linear.weight.dtype).train(linear.training)
+        return cls.from_quant_tensor(q, linear.bias, **asked).train(linear.training)
 
     @classmethod
     def from_quant_tensor(
@@ -101,11 +105,12 @@ class QuantLinear(nn.Linear):
         *,
         compute: Compute = "auto",
         kernel: str | None = None,
+        batch_invariant: bool = False,
         dtype: torch.dtype | None = None,
     ) -> QuantLinear:
         """Wrap a canonical weight."""
         n, k = q.shape
-        layer = cls(k, n, False, q.format, compute=compute, kernel=kernel, device="meta", dtype=dtype)
+        layer = cls(k, n, False, q.format, compute=compute, kernel=kernel, batch_invariant=batch_invariant, device="meta", dtype=dtype)
         if bias is not None:
             layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
         layer._prepare(q, dtype)
@@ -197,8 +202,13 @@ class QuantLinear(nn.Linear):
             dtype = self.bias.dtype if self.bias is not None else torch.bfloat16
         if dtype not in registry.DTYPES:
             dtype = torch.float32
-        problem = Problem(self.format, self.out_features, self.in_features, m, dtype, self.compute, self.bias is not None, perm, device)
-        return registry.plan(problem, self.forced_kernel)
+        return registry.plan(
+            Problem(
+                self.format, self.out_features, self.in_features, m, dtype, self.compute, self.bias is not None, perm, device,
+                self.batch_invariant,
+            ),
+            self.forced_kernel,
+        )  # fmt: skip
 
     def _prepare(self, q: QuantTensor, dtype: torch.dtype | None = None) -> None:
         """Choose a kernel for where `q` lies and hold the weight in that kernel's form."""

@@ -6,11 +6,12 @@ import pytest
 import torch
 from cases import plain, random_quant
 
-from qkernels import formats, reference
+from qkernels import UnsupportedError, formats, reference
 from qkernels.kernels import registry
 from qkernels.kernels.device import Device
 from qkernels.kernels.triton import f16_gemm, layout, s8_gemm
 from qkernels.kernels.triton.f16_gemm import Stored, Tile
+from qkernels.kernels.triton.launch import Gpu
 from qkernels.testing import assert_matmul_close
 
 H100 = Device("cuda", sm=90)
@@ -126,16 +127,51 @@ def test_many_rows_go_by_slices(monkeypatch):
         assert_matmul_close(f16_gemm.run(x, f16_gemm.prepare(q), bias), x, reference.decode(q, torch.float64), bias)
 
 
-def test_rows_do_not_depend_on_the_batch():
-    """With one way of cutting, that is; what is chosen for a batch depends on its size."""
-    q = random_quant(formats.get("int4"), 64, 512)
-    packed, x = f16_gemm.prepare(q), torch.randn(33, 512).to(torch.bfloat16)
-    results = []
-    for m in (1, 16, 33):
-        out = torch.empty(m, 64, dtype=torch.bfloat16)
-        f16_gemm.fused(x[:m], Stored(*packed[2:6]), None, q.format, out, Tile(64, 16, 4, split_k=2))
-        results.append(out)
-    assert torch.equal(results[0], results[2][:1]) and torch.equal(results[1], results[2][:16])
+@pytest.mark.parametrize(("name", "k"), [("u4b8_g128_sf32", 1024), ("u4_g128_zi_sf32", 700), ("int4_g-1", 700), ("u8b128_g128_sf32", 600)])
+def test_rows_do_not_depend_on_the_batch(name, k, monkeypatch):
+    monkeypatch.setattr(f16_gemm, "ROWS_INVARIANT", 50)
+    monkeypatch.setattr(f16_gemm, "gpu_of", lambda device: Gpu(4, 227 << 10, early=False))  # so small that K is cut by the number of rows
+    q, x = random_quant(formats.get(name), 70, k), whole_numbers(140, k)
+    y = unrounded(f16_gemm._invariant, x, q)
+    assert_matmul_close(f16_gemm.INVARIANT.run(x, f16_gemm.prepare(q), None), x, reference.decode(q, torch.float64))
+    for first, m in ((0, 1), (50, 1), (139, 1), (7, 16), (40, 17), (90, 33), (1, 139)):
+        rows = slice(first, first + m)
+        assert torch.equal(unrounded(f16_gemm._invariant, x[rows], q), y[rows]), (first, m)
+    if k == 1024:  # where it may, the batch shows
+        assert not torch.equal(unrounded(f16_gemm.fused, x[:1], q), unrounded(f16_gemm.fused, x, q)[:1])
+
+
+def whole_numbers(m, k):
+    """x of which the products with codes are summed exactly within a tile: the last bits tell in what order tiles are scaled and summed."""
+    return torch.randint(-3, 4, (m, k), generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+
+
+def unrounded(multiply, x, q):
+    """The float32 sums, before they are rounded to the type of x."""
+    out = torch.empty(len(x), q.shape[0])
+    multiply(x, Stored(*f16_gemm.prepare(q)[2:6]), None, q.format, out)
+    return out
+
+
+@pytest.mark.parametrize("name", ["int4", "int4_g32", "int4_g-1", "int4_asym", "nf4", "int8", "int2", "fp8_block"])
+def test_invariant_tiles(name):
+    """One split of K and one place of scales for all m; and they fit every GPU."""
+    format = formats.get(name)
+    for n, k in ((4096, 4096), (28672, 4096), (4096, 14336), (1024, 8192), (70, 300)):
+        for gpu in (Gpu(132, 227 << 10, True), Gpu(84, 99 << 10, False)):
+            tiles = [f16_gemm.choose_invariant(format, n, k, m, gpu) for m in (*range(1, 300), 512, 1024, 2048, 100000)]
+            assert len({(t.split_k, t.sums) for t in tiles}) == 1
+            assert tiles[0].split_k == f16_gemm.choose_for(format, n, k, 1, gpu).split_k
+            assert all(t.num_stages * f16_gemm.stage_bytes(t, layout.tile_columns(format)) <= gpu.shared_bytes for t in tiles)
+
+
+def test_invariant_says_why_not():
+    problem = registry.Problem(formats.get("int4"), 64, 512, dtype=torch.float32, device=H100, batch_invariant=True)
+    assert "float32" in f16_gemm.INVARIANT.why_not(problem)
+    assert "batch_invariant=True" in registry.why_not(f16_gemm.KERNEL, problem)
+    packed = f16_gemm.prepare(random_quant(formats.get("int4"), 64, 512))
+    with pytest.raises(UnsupportedError, match="float32"):
+        f16_gemm.INVARIANT.run(torch.randn(2, 512), packed, None)
 
 
 def test_opcheck():
@@ -144,6 +180,7 @@ def test_opcheck():
     ops = torch.ops.qkernels
     for op, args in (
         (ops.triton_f16_gemm.default, (x, *packed[2:6], bias, q.format.name, 48)),
+        (ops.triton_f16_gemm.default, (x.half(), *packed[2:6], None, q.format.name, 48, True)),
         (ops.triton_dequantize.default, (*packed[2:6], q.format.name, 48, 256)),
     ):
         torch.library.opcheck(op, args)

@@ -1,5 +1,8 @@
 """replace_linear and restore_linear: all or nothing."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from net import IDS, Net, fingerprint, quantized, unchanged
@@ -7,6 +10,9 @@ from torch import nn
 
 import qkernels
 from qkernels import FormatError, QuantLinear, UnsupportedError, replace_linear, restore_linear
+from qkernels.kernels import device as devices
+from qkernels.kernels.cpu import library
+from qkernels.kernels.device import Device
 
 
 def names(report):
@@ -38,6 +44,28 @@ def test_what_is_replaced():
 )
 def test_choosing(options, expected):
     assert names(quantized(**options)[1]) == expected
+
+
+@pytest.mark.skipif(library.why_missing() is not None, reason=f"{library.why_missing()}")
+def test_batch_invariance(tmp_path):
+    """The CPU's kernels have it in any case; here that it is asked for wherever layers are made."""
+    model, _ = quantized(batch_invariant=True)
+    qkernels.save(model, tmp_path / "m")
+    loaded = qkernels.load(Net(), tmp_path / "m", batch_invariant=True, progress=False)
+    for layer in (model.shared, loaded.shared, copy.deepcopy(model).shared, pickle.loads(pickle.dumps(model)).shared):
+        assert layer.batch_invariant and layer.plan().problem.batch_invariant
+    assert not qkernels.load(Net(), tmp_path / "m", progress=False).shared.batch_invariant
+    with torch.device("meta"):
+        assert QuantLinear.from_linear(nn.Linear(8, 8), batch_invariant=True).batch_invariant
+
+
+def test_batch_invariance_that_no_kernel_has(monkeypatch):
+    monkeypatch.setattr(devices, "current", lambda device: Device("cpu", isa="none"))
+    model = Net()
+    before = fingerprint(model)
+    with pytest.raises(UnsupportedError, match=r"(?s)layer blocks\.0\.0: .*reference: a row's .*batch_invariant=True.*is unchanged"):
+        replace_linear(model, batch_invariant=True, progress=False)
+    unchanged(model, before)
 
 
 def test_report():

@@ -45,6 +45,20 @@ def test_against_fp64(kernel, format):
         pytest.skip(why_not(kernel, Problem(format, 4096, 4096, device=here)) or "none of these shapes")
 
 
+@pytest.mark.parametrize("kernel", [k for k in KERNELS if k.batch_invariant], ids=lambda k: k.name)
+@pytest.mark.parametrize("name", ["int4", "int4_g32", "int4_asym", "nf4", "int8", "int8_asym"])
+@pytest.mark.parametrize(("n", "k"), [(4096, 4096), (28672, 1024), (512, 8192), (70, 300)])
+def test_rows_do_not_depend_on_the_batch(kernel, name, n, k):
+    format = formats.get(name)
+    if reason := why_not(kernel, Problem(format, n, k, device=devices.current("cuda"), batch_invariant=True)):
+        pytest.skip(reason)
+    packed = kernel.prepare(random_quant(format, n, k).to("cuda"))
+    x = torch.randn(2100, k, device="cuda", dtype=torch.bfloat16)
+    y = kernel.run(x, packed, None)
+    for first, m in ((0, 1), (2099, 1), (7, 16), (40, 17), (90, 33), (1, 64), (1000, 100), (50, 200), (1024, 600)):
+        assert torch.equal(kernel.run(x[first : first + m], packed, None), y[first : first + m]), (first, m)
+
+
 @pytest.mark.parametrize(("kernel", "format"), PAIRS)
 def test_restore_and_dequantize(kernel, format):
     if reason := why_not(kernel, Problem(format, 130, 1024, device=devices.current("cuda"))):

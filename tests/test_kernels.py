@@ -11,7 +11,7 @@ import pytest
 import torch
 from cases import plain, random_quant
 
-from qkernels import FormatError, config, formats, kernels, reference, rtn
+from qkernels import FormatError, UnsupportedError, config, formats, kernels, reference, rtn
 from qkernels.formats import Codebook
 from qkernels.formats.packing import pack
 from qkernels.kernels import device as devices
@@ -190,9 +190,7 @@ def test_more_rows_than_are_worked_on_at_a_time(kernel, name):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("kernel", "format"), PAIRS)
 def test_bits_do_not_depend_on_threads_or_batch(kernel, format, dtype):
-    if kernel.name == "reference":
-        pytest.skip("torch's own matmul promises neither")
-    need(kernel, format, 130, 515, dtype=dtype)
+    need(kernel, format, 130, 515, dtype=dtype, batch_invariant=True)
     packed, x = kernel.prepare(random_quant(format, 130, 515)), torch.randn(33, 515).to(dtype)
     y = kernel.run(x, packed, None)
     for threads in (1, 7, 2):  # 7: more than there are strips of the weight, so that the rows are cut
@@ -251,6 +249,12 @@ def test_opcheck():
 def test_explain_says_what_would_have_worked(options, text):
     with pytest.raises(FormatError, match=re.escape(text)):
         kernels.registry.explain(**options)
+
+
+def test_batch_invariance_is_no_wish_but_a_condition():
+    with pytest.raises(UnsupportedError, match="reference: a row's last bits depend on how many rows there are; batch_invariant=True"):
+        kernels.registry.explain("int4", device="cpu:none", batch_invariant=True)
+    assert "batch invariant" in str(kernels.registry.explain("int4", device="cpu:avx2", batch_invariant=True))
 
 
 def test_explain_takes_any_spelling_of_a_device():

@@ -13,7 +13,7 @@ from benchmarks.gpu.static import SHARED, Built, build_f16, build_s8, compiled_f
 from qkernels import formats
 from qkernels.kernels.device import Device
 from qkernels.kernels.registry import explain
-from qkernels.kernels.triton import layout, s8_gemm
+from qkernels.kernels.triton import f16_gemm, layout, s8_gemm
 from qkernels.kernels.triton.unpack_asm import unpack_asm
 
 pytest.importorskip("triton")
@@ -49,6 +49,14 @@ def test_machine_code_for_hopper(name, n, k, m):
         assert len(loop) < 3.6 * build.weights, "instructions for a weight: at this many an H100's memory waits for them"
     stores = len(code["STS"]) + len(code["STSM"])
     assert stores * 128 * 16 < 2 * 64 * layout.tile_columns(formats.get(name)) * 16, "the unpacked weights go through shared memory"
+
+
+@pytest.mark.parametrize(("n", "m"), [(4096, 1024), (28672, 128), (28672, 1024)])
+@pytest.mark.parametrize("name", ["int4", "int4_g32", "int4_asym", "nf4", "int8"])
+def test_machine_code_of_invariant_tiles(name, n, m):
+    build = build_f16(name, m, 90, n=n, choose=f16_gemm.choose_invariant)
+    assert build.compiled.metadata.shared <= SHARED[90] and build.instructions()["HGMMA"]
+    assert not {"LDL", "STL"} & set(build.loop()) and build.resources()[1] <= 8, "registers are spilled"
 
 
 @pytest.mark.parametrize("sm", [sm for sm in SHARED if sm != 90])
@@ -164,6 +172,7 @@ def run_ptx(text, word, values, dtype):
 def test_explain_needs_no_gpu():
     plan = explain("int4", (4096, 4096), 16, device="cuda:sm90")
     assert plan.kernel.name == "triton_f16_wN_gemm" and "cuda:sm90" in str(plan)
+    assert explain("int4", m=4096, device="cuda:sm90", batch_invariant=True).kernel.name == "triton_f16_wN_gemm_invariant"
     assert "needs sm80" in explain("int4", device="cuda:sm75").rejected["triton_f16_wN_gemm"]
     assert "Triton is not installed" in explain("int4", device=Device("cuda", sm=90, triton=False)).rejected["triton_f16_wN_gemm"]
     assert "groups of 12" in explain("int4_g12", device="cuda:sm90").rejected["triton_f16_wN_gemm"]

@@ -9,7 +9,7 @@ import collections
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,12 +101,20 @@ def compiled_for(sm: int, kernel: Any, types: dict[str, str | None], constants: 
     return triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
 
 
-def build_f16(name: str, m: int, sm: int, dtype: torch.dtype = torch.bfloat16, n: int = 4096, k: int = 4096) -> Built:
+def build_f16(
+    name: str,
+    m: int,
+    sm: int,
+    dtype: torch.dtype = torch.bfloat16,
+    n: int = 4096,
+    k: int = 4096,
+    choose: Callable[..., f16_gemm.Tile] = f16_gemm.choose_for,
+) -> Built:
     """The kernel for x [m, k] and a weight [n, k], with the tile that is chosen for it."""
     from qkernels.kernels.triton.jit.f16_gemm import gemm
 
     f = formats.get(name)
-    t = f16_gemm.choose_for(f, n, k, m, Gpu(132, SHARED[sm], sm >= 90))
+    t = choose(f, n, k, m, Gpu(132, SHARED[sm], sm >= 90))
     scale, split = SCALES[f.scale], t.split_k > 1
     types: dict[str, str | None] = {
         "p_x": POINTERS[dtype], "p_w": "*i32", "p_s": scale, "p_z": {"none": None, "int": "*u8", "float": scale}[f.zero],

@@ -27,6 +27,7 @@ class Problem:
 
     m        rows of x; None: not known yet (a layer that is being loaded)
     compute  "float": the exact dequantise-multiply; "int8": activations quantised on the fly; "auto": whichever is faster
+    batch_invariant   a row of the result has to have the same bits whatever other rows there are
     """
 
     format: QuantFormat
@@ -38,6 +39,7 @@ class Problem:
     bias: bool = False
     perm: bool = False
     device: Device = field(default_factory=lambda: Device("cpu"))
+    batch_invariant: bool = False
 
     def __post_init__(self) -> None:
         if self.n < 1 or self.k < 1:
@@ -63,6 +65,7 @@ class Kernel:
     prepare   canonical -> packed; restore is its exact inverse
     run       (x [..., K], packed, bias [N] or None) -> [..., N]
     bind      optional, for `matmul`: what is known of a format and shape [N, K] is worked out beforehand
+    batch_invariant   whether a row of the result has the same bits whatever other rows there are
     """
 
     name: str
@@ -77,6 +80,7 @@ class Kernel:
     packed_type: type
     dequantize: Callable[[Packed], Tensor] | None = None
     bind: Callable[[QuantFormat, tuple[int, int]], Matmul] | None = None
+    batch_invariant: bool = False
 
     def matmul(self, format: QuantFormat, shape: tuple[int, int]) -> Matmul:
         """`run` for weights [N, K] of one format, which takes the tensors of a packed weight one by one."""
@@ -97,7 +101,7 @@ class Plan:
     def __str__(self) -> str:
         p = self.problem
         shape = f"{'?' if p.m is None else p.m} x {p.n} x {p.k}"
-        activations = f"{str(p.dtype).removeprefix('torch.')}, compute={p.compute}"
+        activations = f"{str(p.dtype).removeprefix('torch.')}, compute={p.compute}{', batch invariant' if p.batch_invariant else ''}"
         head = f"{p.format.name}, M x N x K = {shape}, {activations}, {p.device}: {self.kernel.name}"
         ranked = sorted(self.costs.items(), key=lambda item: (item[1], item[0]))
         rows = [f"  {'->' if name == self.kernel.name else '  '} {name}: {cost:.1f} us estimated" for name, cost in ranked]
@@ -133,10 +137,14 @@ def serves(name: str, device_type: str) -> bool:
 
 
 def why_not(kernel: Kernel, p: Problem) -> str | None:
-    """The kernel's own reason, after the one that all share: the way of computing that was asked for."""
+    """The kernel's own reason, between those that all share: the way of computing that was asked for."""
     if p.compute == "float" and kernel.compute == "int8":
         return "computes with int8 activations; compute='float' was asked for"
-    return kernel.why_not(p)
+    if reason := kernel.why_not(p):
+        return reason
+    if p.batch_invariant and not kernel.batch_invariant:
+        return "a row's last bits depend on how many rows there are; batch_invariant=True was asked for"
+    return None
 
 
 def plan(p: Problem, kernel: str | None = None) -> Plan:
@@ -165,6 +173,7 @@ def explain(
     device: str | torch.device | Device = "cpu",
     dtype: torch.dtype = torch.bfloat16,
     compute: Compute = "auto",
+    batch_invariant: bool = False,
 ) -> Plan:
     """Say which kernel would run a matmul and why; needs no such device. `print` the result.
 
@@ -174,4 +183,4 @@ def explain(
     from qkernels.kernels import device as devices
 
     where = device if isinstance(device, Device) else devices.parse(str(device))
-    return plan(Problem(formats.get(format), *nk, m=m, dtype=dtype, compute=compute, device=where))
+    return plan(Problem(formats.get(format), *nk, m=m, dtype=dtype, compute=compute, device=where, batch_invariant=batch_invariant))

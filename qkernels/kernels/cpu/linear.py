@@ -108,6 +108,7 @@ S8 = register(
         bind=_bind_s8,
         packed_type=Packed,
         dequantize=dequantize,
+        batch_invariant=True,
     )
 )
 
@@ -125,5 +126,6 @@ F32 = register(
         bind=_bind_f32,
         packed_type=Packed,
         dequantize=dequantize,
+        batch_invariant=True,
     )
 )

@@ -1,7 +1,8 @@
 """fp16 and bf16 activations against codes of 2, 4 and 8 bits: one tensor-core kernel from decoding to prefill.
 
 The dequantised weight is the left operand of the tensor core's product, which on Hopper comes straight from registers; tokens are its
-columns, in multiples of 16. Sums are float32; a split of K adds its parts in a fixed order, so a result is the same on every run.
+columns, in multiples of 16. Sums are float32; a split of K adds its parts in a fixed order, so a result is the same on every run. How K is
+split depends on the number of rows, but for `triton_f16_wN_gemm_invariant`, the same kernel cut in one way for all of them.
 Many rows, and float32 activations, go through `dequantize` and torch's matmul, a slice of the weight at a time.
 
 Layout: see layout.py.
@@ -14,12 +15,14 @@ from __future__ import annotations
 
 import functools
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from qkernels import formats
+from qkernels.errors import UnsupportedError
 from qkernels.formats import Int, QuantFormat, QuantTensor
 from qkernels.formats.format import Code
 from qkernels.kernels.registry import Kernel, Matmul, Problem, register
@@ -30,6 +33,7 @@ from qkernels.kernels.triton.unpack_asm import base, unpack_asm
 
 SLICE_BYTES = 32 << 20  # of dequantised weight at a time: what the caches of large GPUs hold
 TOKENS_FUSED = 2048  # from here on, dequantising the weight costs less than torch's matmul gains
+ROWS_INVARIANT = 1024  # a launch, where K is split for any M: the parts of more rows would take too much memory
 
 
 class Tile(NamedTuple):
@@ -87,6 +91,17 @@ def choose(n: int, k: int, m: int, tile_k: int, gpu: Gpu, where: str = "sum", ze
 def choose_for(format: QuantFormat, n: int, k: int, m: int, gpu: Gpu) -> Tile:
     """`choose`, for a weight in `format`."""
     return choose(n, k, m, layout.tile_columns(format), gpu, mode(format, n, k, True), format.zero != "none")
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_invariant(format: QuantFormat, n: int, k: int, m: int, gpu: Gpu) -> Tile:
+    """`choose_for`, under the condition that every sum is formed in the same order at every m.
+
+    What makes up that order is the split of K and the place of the scales, which are those of a few rows; the width of a tile is free.
+    """
+    few = choose_for(format, n, k, 16, gpu)
+    t = choose_for(format, n, k, m if m <= 128 else 512, gpu)  # in between, and above, tiles may be too wide for scales on sums
+    return t._replace(split_k=few.split_k, sums=True)
 
 
 def stage_bytes(t: Tile, tile_k: int) -> int:
@@ -149,7 +164,15 @@ def rest_needed(format: QuantFormat, dtype: torch.dtype) -> bool:
 
 
 def _run(
-    x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor | None, tensor_scale: Tensor | None, bias: Tensor | None, format: str, n: int
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    tensor_scale: Tensor | None,
+    bias: Tensor | None,
+    format: str,
+    n: int,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """x [..., K] -> [..., N]."""
     what, stored = formats.get(format), Stored(weight, scales, zeros, tensor_scale)
@@ -157,9 +180,22 @@ def _run(
 
     def multiply(rows: Tensor, out: Tensor) -> None:
         by_slices = x.dtype == torch.float32 or rows.shape[0] >= TOKENS_FUSED
-        (_by_slices if by_slices else fused)(rows, stored, bias, what, out)
+        (_invariant if batch_invariant else _by_slices if by_slices else fused)(rows, stored, bias, what, out)
 
     return over_rows(x, n, multiply)
+
+
+def _invariant(x: Tensor, stored: Stored, bias: Tensor | None, format: QuantFormat, out: Tensor) -> None:
+    """out [M, N] = x [M, K] · Ŵᵀ + bias, each row as if it were alone."""
+    if x.dtype == torch.float32:
+        raise UnsupportedError("no kernel multiplies float32 activations batch-invariantly on a GPU", {"x.dtype": _FLOAT32})
+    (m, k), n, gpu = x.shape, out.shape[1], gpu_of(x.device)
+    tile = choose_invariant(format, n, k, m, gpu)
+    if tile.split_k == 1 or m <= ROWS_INVARIANT:
+        return fused(x, stored, bias, format, out, tile)
+    for rows, part in zip(x.split(ROWS_INVARIANT), out.split(ROWS_INVARIANT)):
+        fused(rows, stored, bias, format, part, choose_invariant(format, n, k, len(rows), gpu))
+    return None
 
 
 class Stored(NamedTuple):
@@ -300,13 +336,13 @@ def _lanes_last() -> bool:
 
 _LIBRARY = torch.library.Library("qkernels", "FRAGMENT")
 _LIBRARY.define(
-    "triton_f16_gemm(Tensor x, Tensor weight, Tensor scales, Tensor? zeros, Tensor? tensor_scale, Tensor? bias, str format, int n)"
-    " -> Tensor"
+    "triton_f16_gemm(Tensor x, Tensor weight, Tensor scales, Tensor? zeros, Tensor? tensor_scale, Tensor? bias, str format, int n"
+    ", bool batch_invariant=False) -> Tensor"
 )
 _LIBRARY.define("triton_dequantize(Tensor weight, Tensor scales, Tensor? zeros, Tensor? tensor_scale, str format, int n, int k) -> Tensor")
 
 
-def _run_fake(x, weight, scales, zeros, tensor_scale, bias, format, n):  # type: ignore[no-untyped-def]
+def _run_fake(x, weight, scales, zeros, tensor_scale, bias, format, n, batch_invariant=False):  # type: ignore[no-untyped-def]
     return x.new_empty((*x.shape[:-1], n))
 
 
@@ -327,7 +363,7 @@ torch.library.register_fake("qkernels::triton_f16_gemm", _run_fake, lib=_LIBRARY
 torch.library.register_fake("qkernels::triton_dequantize", _dequantize_fake, lib=_LIBRARY)
 
 
-def bind(format: QuantFormat, shape: tuple[int, int]) -> Matmul:
+def bind(format: QuantFormat, shape: tuple[int, int], batch_invariant: bool = False) -> Matmul:
     op, name, n = torch.ops.qkernels.triton_f16_gemm.default, format.name, shape[0]
 
     def matmul(
@@ -341,13 +377,13 @@ def bind(format: QuantFormat, shape: tuple[int, int]) -> Matmul:
     ) -> Tensor:
         if perm is not None:
             x = x.index_select(-1, perm)
-        return op(x, weight, scales, zeros, tensor_scale, bias, name, n)
+        return op(x, weight, scales, zeros, tensor_scale, bias, name, n, batch_invariant)
 
     return matmul
 
 
-def run(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
-    return bind(packed.format, packed.shape)(x, *packed[2:], bias)
+def run(x: Tensor, packed: Packed, bias: Tensor | None, batch_invariant: bool = False) -> Tensor:
+    return bind(packed.format, packed.shape, batch_invariant)(x, *packed[2:], bias)
 
 
 def dequantize(packed: Packed) -> Tensor:
@@ -365,6 +401,13 @@ def _why_not(p: Problem) -> str | None:
     if not formats.is_known(p.format):
         return f"the name {p.format.name}, by which its op takes a format, finds another one or none: register the format"
     return None
+
+
+_FLOAT32 = "float32 goes through torch's matmul, of which the order of sums is not known; give bfloat16 or float16"
+
+
+def _why_not_invariant(p: Problem) -> str | None:
+    return _why_not(p) or (_FLOAT32 if p.dtype == torch.float32 else None)
 
 
 def _cost(p: Problem) -> float:
@@ -386,5 +429,16 @@ KERNEL = register(
         bind=bind,
         packed_type=Packed,
         dequantize=dequantize,
+    )
+)
+INVARIANT = register(
+    replace(
+        KERNEL,
+        name="triton_f16_wN_gemm_invariant",
+        why_not=_why_not_invariant,
+        cost=lambda p: 1.2 * _cost(p),  # a guess: one split for all M, and no way through torch's matmul
+        run=functools.partial(run, batch_invariant=True),
+        bind=functools.partial(bind, batch_invariant=True),
+        batch_invariant=True,
     )
 )

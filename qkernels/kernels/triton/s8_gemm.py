@@ -283,5 +283,6 @@ KERNEL = register(
         bind=bind,
         packed_type=Packed,
         dequantize=dequantize,
+        batch_invariant=True,
     )
 )

@@ -204,7 +204,9 @@ def gemm(
         tl.debug_barrier()  # all threads' sums are written before one thread says so
         if tl.atomic_add(p_count + pid, 1, sem="acq_rel") == SPLIT_K - 1:
             sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-            for i in tl.static_range(SPLIT_K):
+            # all parts at once, where registers hold their addresses
+            UNROLL: tl.constexpr = SPLIT_K if BLOCK_N * BLOCK_M * SPLIT_K <= 32768 else 1
+            for i in tl.range(0, SPLIT_K, num_stages=1, loop_unroll_factor=UNROLL):
                 sums += tl.load(p_own + tl.cast(M, tl.int64) * N * i, m_out, other=0.0, cache_modifier=".cg")
             tl.store(p_count + pid, 0)  # as the next call wants it
             finish(sums, p_s, p_tensor_scale, p_bias, p_out + o_out, o_n, m_n, m_out, SCALE, MODE, GROUP_ROWS)
