@@ -336,8 +336,11 @@ class _Matmul(torch.autograd.Function):
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
             kernel = registry.get(ctx.kernel)
-            weight = kernel.dequantize(ctx.packed) if kernel.dequantize else reference.decode(kernel.restore(ctx.packed))
-            grad_x = grad_y @ weight.to(grad_y.dtype)
+            if kernel.backward is not None:
+                grad_x = kernel.backward(grad_y, ctx.packed)
+            else:
+                weight = kernel.dequantize(ctx.packed) if kernel.dequantize else reference.decode(kernel.restore(ctx.packed))
+                grad_x = grad_y @ weight.to(grad_y.dtype)
         if ctx.needs_input_grad[1]:
             grad_bias = grad_y.flatten(0, -2).sum(0) if grad_y.dim() > 1 else grad_y
         return grad_x, grad_bias, None, None

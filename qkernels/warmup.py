@@ -14,7 +14,7 @@ from qkernels.linear import QuantLinear
 def warmup(model: nn.Module, batch_sizes: Iterable[int], dtype: torch.dtype | None = None) -> int:
     """Run every kind of QuantLinear in `model` once for each number of rows, so that such calls compile nothing later.
 
-    What stays to be compiled: x that is strided or not aligned to 16 bytes, and the backward's dequantising.
+    What stays to be compiled: x that is strided or not aligned to 16 bytes, and gradients.
 
     batch_sizes  rows of x, tokens of a batch together, as they will come: each may want another kernel
     dtype        of x; None: that of the bias, of the dense weight before, or bfloat16

@@ -9,8 +9,10 @@ from cases import plain, random_quant
 from qkernels import UnsupportedError, formats, reference
 from qkernels.kernels import registry
 from qkernels.kernels.device import Device
-from qkernels.kernels.triton import f16_gemm, layout, s8_gemm
-from qkernels.kernels.triton.f16_gemm import Stored, Tile
+from qkernels.kernels.triton import f16_backward, f16_dequantize, f16_gemm, layout, s8_gemm
+from qkernels.kernels.triton.f16_backward import Tile as GradTile
+from qkernels.kernels.triton.f16_format import Stored
+from qkernels.kernels.triton.f16_gemm import Tile
 from qkernels.kernels.triton.launch import Gpu
 from qkernels.testing import assert_matmul_close
 
@@ -118,9 +120,62 @@ def test_every_way_of_cutting(name, sums):
         assert torch.equal(out, again)
 
 
+@every_format
+def test_gradients_against_fp64(format):
+    ran = 0
+    for i, ((n, k), m) in enumerate(itertools.product(SHAPES, (0, 1, 3, 17, 33, 70))):
+        if not able(format, n, k) or (m and (i + len(format.name)) % 3):
+            continue
+        dtype = (torch.bfloat16, torch.float16, torch.float32)[i % 3]
+        q, grad = random_quant(format, n, k, seed=i, perm=i % 4 == 1), torch.randn(m, 2 * n).to(dtype)
+        grad = (grad[:, :n], grad[:, ::2], grad[:, :n].reshape(1, m, n), grad[:, :n].contiguous())[i // 2 % 4]
+        got = f16_gemm.KERNEL.backward(grad, f16_gemm.prepare(q))
+        assert_matmul_close(got, grad, reference.decode(q, torch.float64).t())
+        ran += m > 0
+    assert ran > 3
+
+
+@pytest.mark.parametrize("name", ["int4_g32", "hqq4", "int8"])
+def test_every_way_of_cutting_gradients(name):
+    """Splits of N, more than there are blocks of it, too; counters are left as they were found."""
+    format, n, k = formats.get(name), 200, 300
+    q = random_quant(format, n, k)
+    stored, weight = Stored(*f16_gemm.prepare(q)[2:6]), reference.decode(q, torch.float64)
+    for m, tile in ((5, GradTile(16, 64, split_n=3)), (20, GradTile(32, 64, raster=1, split_n=6)), (70, GradTile(64, 128))):
+        grad = torch.randn(m, n).to(torch.float16)
+        out, again = torch.empty(2, m, k, dtype=torch.float16)
+        for result in (out, again):
+            f16_backward.fused(grad, stored, format, result, tile)
+        assert_matmul_close(out, grad, weight.t())
+        assert torch.equal(out, again)
+
+
+def test_many_rows_of_gradients_go_by_slices(monkeypatch):
+    monkeypatch.setattr(f16_backward, "TOKENS_FUSED", 8)
+    monkeypatch.setattr(f16_dequantize, "SLICE_BYTES", 1)  # a tile of columns at a time
+    for name in ("int4", "int4_g-1", "int2", "int8_g32", "fp8_block"):
+        q = random_quant(formats.get(name), 70, 600)
+        for dtype in (torch.float16, torch.float32):
+            grad = torch.randn(9, 70).to(dtype)
+            got = f16_gemm.KERNEL.backward(grad, f16_gemm.prepare(q))
+            assert_matmul_close(got, grad, reference.decode(q, torch.float64).t())
+
+
+@every_format
+def test_nan_and_inf_stay_in_their_row_of_gradients(format):
+    q = random_quant(format, 70, 300)
+    if not able(format, 70, 300):
+        pytest.skip("not at this K")
+    grad = torch.randn(20, 70, dtype=torch.float16)
+    grad[7, 5], grad[9, 69] = float("inf"), float("nan")
+    got = f16_gemm.KERNEL.backward(grad, f16_gemm.prepare(q))
+    assert not got[7].isfinite().all() and got[9].isnan().all()
+    assert got[[i for i in range(20) if i not in (7, 9)]].isfinite().all()
+
+
 def test_many_rows_go_by_slices(monkeypatch):
     monkeypatch.setattr(f16_gemm, "TOKENS_FUSED", 8)
-    monkeypatch.setattr(f16_gemm, "SLICE_BYTES", 64)  # 128 rows of the weight at a time
+    monkeypatch.setattr(f16_dequantize, "SLICE_BYTES", 64)  # 128 rows of the weight at a time
     q = random_quant(formats.get("int4"), 300, 256)
     for dtype in (torch.float16, torch.float32):
         x, bias = torch.randn(9, 256).to(dtype), torch.randn(300).to(dtype)
@@ -182,6 +237,7 @@ def test_opcheck():
         (ops.triton_f16_gemm.default, (x, *packed[2:6], bias, q.format.name, 48)),
         (ops.triton_f16_gemm.default, (x.half(), *packed[2:6], None, q.format.name, 48, True)),
         (ops.triton_dequantize.default, (*packed[2:6], q.format.name, 48, 256)),
+        (ops.triton_f16_backward.default, (torch.randn(3, 48).half(), *packed[2:6], q.format.name, 48, 256)),
     ):
         torch.library.opcheck(op, args)
 

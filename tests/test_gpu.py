@@ -91,9 +91,26 @@ def test_layers(name):
     assert torch.equal(moved.to("cuda")(x), model(x))
 
 
-def test_gradients():
+@pytest.mark.parametrize(("kernel", "format"), [p for p in PAIRS if p.values[0].backward is not None])
+def test_gradients_against_fp64(kernel, format):
+    here, ran = devices.current("cuda"), 0
+    for i, ((n, k), m) in enumerate(itertools.product(((70, 300), (512, 1024), (4096, 4096)), (0, 1, 17, 64, 100, 300, 600))):
+        if why_not(kernel, Problem(format, n, k, m, device=here)):
+            continue
+        q = random_quant(format, n, k, seed=i, perm=i % 5 == 1).to("cuda")
+        grad, packed = torch.randn(m, n, device="cuda").to((torch.bfloat16, torch.float16)[i % 2]), kernel.prepare(q)
+        got = kernel.backward(grad, packed)
+        assert_matmul_close(got, grad, reference.decode(q, torch.float64).t())
+        assert torch.equal(kernel.backward(grad, packed), got), "not the same bits again"
+        ran += 1
+    if not ran:
+        pytest.skip(why_not(kernel, Problem(format, 4096, 4096, device=here)) or "none of these shapes")
+
+
+@pytest.mark.parametrize("m", [5, 100, 2000])
+def test_gradients(m):
     layer = QuantLinear.from_linear(linear(), "int4")
-    x = torch.randn(5, 1024, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    x = torch.randn(m, 1024, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     y = layer(x)
     grad = torch.randn_like(y)
     y.backward(grad)

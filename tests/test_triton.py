@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu.static import SHARED, Built, build_f16, build_s8, compiled_for
+from benchmarks.gpu.static import SHARED, Built, build_backward, build_f16, build_s8, compiled_for
 from qkernels import formats
 from qkernels.kernels.device import Device
 from qkernels.kernels.registry import explain
@@ -57,6 +57,23 @@ def test_machine_code_of_invariant_tiles(name, n, m):
     build = build_f16(name, m, 90, n=n, choose=f16_gemm.choose_invariant)
     assert build.compiled.metadata.shared <= SHARED[90] and build.instructions()["HGMMA"]
     assert not {"LDL", "STL"} & set(build.loop()) and build.resources()[1] <= 8, "registers are spilled"
+
+
+@pytest.mark.parametrize(("sm", "m"), [(90, 1), (90, 32), (90, 64), (90, 256), *((sm, 256) for sm in SHARED if sm != 90)])
+@pytest.mark.parametrize("name", ["int4", "int4_g32", "nf4", "int8"])
+def test_machine_code_of_gradients(name, sm, m):
+    if sm != 90 and name not in ("int4", "nf4"):
+        pytest.skip("two formats do for other GPUs")
+    build = build_backward(name, m, sm)
+    code, loop = build.instructions(), build.loop()
+    assert build.compiled.metadata.shared <= SHARED[sm]
+    assert not {"LDL", "STL"} & set(loop) and build.resources()[1] <= 8, "registers are spilled"
+    assert code["UTCHMMA" if sm == 100 else "HGMMA" if sm == 90 and m >= 64 else "HMMA"]
+    assert len(code["SHFL"]) <= 1 and len(code["I2F"]) < 8, "weights move between threads, or become floats one by one"
+    if sm == 90:
+        assert len(code["STSM"]) * 128 <= layout.tile_columns(formats.get(name)) * 8, "weights are stored to shared memory more than once"
+        pendings = re.findall(r"warp_group_dot_wait.*?pendings = (\d+)", build.compiled.asm["ttgir"])
+        assert set(pendings) <= {"0"}, "products overlap with what overwrites their operands"
 
 
 @pytest.mark.parametrize("sm", [sm for sm in SHARED if sm != 90])

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from qkernels import formats
-from qkernels.kernels.triton import f16_gemm, layout, s8_gemm
+from qkernels.formats import QuantFormat
+from qkernels.kernels.triton import f16_backward, f16_gemm, layout, s8_gemm
 from qkernels.kernels.triton.launch import Gpu
 
 KIB = 1 << 10
@@ -115,16 +116,33 @@ def build_f16(
 
     f = formats.get(name)
     t = choose(f, n, k, m, Gpu(132, SHARED[sm], sm >= 90))
-    scale, split = SCALES[f.scale], t.split_k > 1
-    types: dict[str, str | None] = {
-        "p_x": POINTERS[dtype], "p_w": "*i32", "p_s": scale, "p_z": {"none": None, "int": "*u8", "float": scale}[f.zero],
-        "p_tensor_scale": "*fp32" if f.tensor_scale else None, "p_table": "*fp32" if layout.is_table(f.code) else None,
-        "p_bias": None, "p_out": POINTERS[dtype], "p_part": "*fp32" if split else None, "p_count": "*i32" if split else None,
-        "M": "i32", "N": "i32", "K": "i32", "stride_x": "i32",
-    }  # fmt: skip
+    types = {**_types(f, dtype, t.split_k), "p_x": POINTERS[dtype], "p_bias": None, "stride_x": "i32"}
     constants = f16_gemm.tile_constants(f, n, k, dtype, torch.device("cuda"), t)
     compiled = compiled_for(sm, gemm, types, constants, **f16_gemm.compile_options(t))
     return Built(compiled, t.block_n * layout.tile_columns(f) * t.step / (32 * t.num_warps), t)
+
+
+def build_backward(name: str, m: int, sm: int, dtype: torch.dtype = torch.bfloat16, n: int = 4096, k: int = 4096) -> Built:
+    """The kernel for the gradient of x [m, k], and a weight [n, k]."""
+    from qkernels.kernels.triton.jit.f16_backward import gemm
+
+    f = formats.get(name)
+    t = f16_backward.choose(n, k, m, layout.tile_columns(f), Gpu(132, SHARED[sm], sm >= 90))
+    types = {**_types(f, dtype, t.split_n), "p_y": POINTERS[dtype], "stride_y": "i32"}
+    constants = f16_backward.tile_constants(f, n, k, dtype, torch.device("cuda"), t)
+    compiled = compiled_for(sm, gemm, types, constants, num_warps=t.num_warps, num_stages=t.num_stages)
+    return Built(compiled, t.block_n * layout.tile_columns(f) / (32 * t.num_warps), t)
+
+
+def _types(f: QuantFormat, dtype: torch.dtype, parts: int) -> dict[str, str | None]:
+    """Of the arguments that products with 16-bit activations share."""
+    scale, split = SCALES[f.scale], parts > 1
+    return {
+        "p_w": "*i32", "p_s": scale, "p_z": {"none": None, "int": "*u8", "float": scale}[f.zero],
+        "p_tensor_scale": "*fp32" if f.tensor_scale else None, "p_table": "*fp32" if layout.is_table(f.code) else None,
+        "p_out": POINTERS[dtype], "p_part": "*fp32" if split else None, "p_count": "*i32" if split else None,
+        "M": "i32", "N": "i32", "K": "i32",
+    }  # fmt: skip
 
 
 def build_s8(m: int, sm: int, n: int = 4096, k: int = 4096) -> Built:
@@ -145,6 +163,8 @@ def rows() -> Iterator[list[str]]:
     for sm in SHARED:
         for name, n, m in CASES if sm == 90 else [case for case in CASES if case[0] == "int4"]:
             yield _row("triton_f16_wN_gemm", name, n, m, sm, build_f16(name, m, sm, n=n))
+        for m in (64, 256):
+            yield _row("triton_f16_wN_gemm, gradient", "int4", 4096, m, sm, build_backward("int4", m, sm))
         for m in (1, 64, 1024):
             yield _row("triton_s8_w8_gemm", "int8", 4096, m, sm, build_s8(m, sm))
 
@@ -154,7 +174,8 @@ def _row(kernel: str, name: str, n: int, m: int, sm: int, built: Built) -> list[
     code = built.instructions()
     matrix = ", ".join(f"{len(code[i])} {i}" for i in MATRIX if code[i])
     t = built.tile
-    shape = f"{t.block_n}×{t.block_m}, {t.num_warps} warps, {t.split_k} parts, {t.num_stages} stages"
+    parts = t.split_n if isinstance(t, f16_backward.Tile) else t.split_k
+    shape = f"{t.block_n}×{t.block_m}, {t.num_warps} warps, {parts} parts, {t.num_stages} stages"
     loop = len(built.loop())
     per_weight = f"{loop / built.weights:.2f}" if loop else "–"
     return [

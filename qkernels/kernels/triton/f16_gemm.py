@@ -3,7 +3,7 @@
 The dequantised weight is the left operand of the tensor core's product, which on Hopper comes straight from registers; tokens are its
 columns, in multiples of 16. Sums are float32; a split of K adds its parts in a fixed order, so a result is the same on every run. How K is
 split depends on the number of rows, but for `triton_f16_wN_gemm_invariant`, the same kernel cut in one way for all of them.
-Many rows, and float32 activations, go through `dequantize` and torch's matmul, a slice of the weight at a time.
+Many rows, and float32 activations, go through f16_dequantize.py and torch's matmul; gradients through f16_backward.py.
 
 Layout: see layout.py.
 
@@ -14,7 +14,6 @@ FasterTransformer; grouped rasterisation from Triton's tutorials. Written from s
 from __future__ import annotations
 
 import functools
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -24,14 +23,15 @@ from torch import Tensor
 from qkernels import formats
 from qkernels.errors import UnsupportedError
 from qkernels.formats import Int, QuantFormat, QuantTensor
-from qkernels.formats.format import Code
 from qkernels.kernels.registry import Kernel, Matmul, Problem, register
 from qkernels.kernels.triton import layout
+from qkernels.kernels.triton.f16_backward import backward
+from qkernels.kernels.triton.f16_dequantize import by_rows, dequantize
+from qkernels.kernels.triton.f16_format import Stored, arithmetic, constants, lanes_last, mode, rest_needed, table
 from qkernels.kernels.triton.launch import SPLITS, Gpu, check, gpu_of, over_rows, regular, remember, reserve, why_not, workspace
 from qkernels.kernels.triton.layout import Packed, restore
-from qkernels.kernels.triton.unpack_asm import base, unpack_asm
+from qkernels.kernels.triton.unpack_asm import base
 
-SLICE_BYTES = 32 << 20  # of dequantised weight at a time: what the caches of large GPUs hold
 TOKENS_FUSED = 2048  # from here on, dequantising the weight costs less than torch's matmul gains
 ROWS_INVARIANT = 1024  # a launch, where K is split for any M: the parts of more rows would take too much memory
 
@@ -113,51 +113,8 @@ def prepare(q: QuantTensor) -> Packed:
     """`layout.prepare`; and what a launch keeps on the device is made before any CUDA graph is."""
     if q.codes.is_cuda:
         reserve(q.codes.device)
-        _table(q.format.code, q.codes.device)
+        table(q.format.code, q.codes.device)
     return layout.prepare(q)
-
-
-# -- what a format means to the kernels -----------------------------------------------------------------------------------------------
-
-
-def constants(format: QuantFormat, n: int, k: int) -> dict[str, Any]:
-    """The compile-time constants that a format and a shape decide, but for those of the activations' type."""
-    tile_k, (rows, group) = layout.tile_columns(format), format.group_extent(n, k)
-    return {
-        "BITS": format.bits,
-        "CODE": "table" if layout.is_table(format.code) else "int" if isinstance(format.code, Int) else format.code.name,
-        "SCALE": format.scale,
-        "ZERO": format.zero,
-        "BASE": float(base(format.code) - (format.code.bias if isinstance(format.code, Int) and format.zero == "float" else 0)),
-        "GROUP_ROWS": 1 << 30 if rows == n > 1 else rows,
-        "GROUP_TILES": 1 << 30 if group == k else max(1, group // tile_k),
-        "PER_TILE": layout.groups_per_tile(format, n, k),
-    }
-
-
-def mode(format: QuantFormat, n: int, k: int, sums: bool) -> str:
-    """Where the kernel applies scales: once to a row's sums, to those of every tile, or to the weights."""
-    group = format.group_extent(n, k)[1]
-    if group == k:
-        return "row"
-    return "sum" if sums and group % layout.tile_columns(format) == 0 else "word"
-
-
-@functools.lru_cache(maxsize=64)
-def _table(code: Code, device: torch.device) -> Tensor | None:
-    if not layout.is_table(code):
-        return None
-    return torch.tensor(code.values, dtype=torch.float32, device=device)
-
-
-def rest_needed(format: QuantFormat, dtype: torch.dtype) -> bool:
-    """Whether a scale has more bits than activations of `dtype` hold."""
-    exact = {
-        torch.float16: ("f16", "e4m3"),
-        torch.bfloat16: ("bf16", "e4m3", "e8m0"),
-        torch.float32: ("f32", "f16", "bf16", "e4m3", "e8m0"),
-    }
-    return format.scale not in exact[dtype]
 
 
 # -- launching ------------------------------------------------------------------------------------------------------------------------
@@ -180,7 +137,7 @@ def _run(
 
     def multiply(rows: Tensor, out: Tensor) -> None:
         by_slices = x.dtype == torch.float32 or rows.shape[0] >= TOKENS_FUSED
-        (_invariant if batch_invariant else _by_slices if by_slices else fused)(rows, stored, bias, what, out)
+        (_invariant if batch_invariant else by_rows if by_slices else fused)(rows, stored, bias, what, out)
 
     return over_rows(x, n, multiply)
 
@@ -196,15 +153,6 @@ def _invariant(x: Tensor, stored: Stored, bias: Tensor | None, format: QuantForm
     for rows, part in zip(x.split(ROWS_INVARIANT), out.split(ROWS_INVARIANT)):
         fused(rows, stored, bias, format, part, choose_invariant(format, n, k, len(rows), gpu))
     return None
-
-
-class Stored(NamedTuple):
-    """The tensors of a packed weight, but for the permutation."""
-
-    weight: Tensor
-    scales: Tensor
-    zeros: Tensor | None
-    tensor_scale: Tensor | None
 
 
 class Launch(NamedTuple):
@@ -246,15 +194,15 @@ def _first_launch(
     (m, k), n = x.shape, out.shape[1]
     t = tile or choose_for(format, n, k, m, gpu_of(x.device))
     grid = (-(-n // t.block_n) * -(-m // t.block_m), t.split_k, 1)
-    table = _table(format.code, x.device)
+    entries = table(format.code, x.device)
     stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
     parts, counters = workspace(t.split_k, m, n, grid[0], x.device, stream)
-    arguments = (x, *stored, table, bias, out, parts, counters, m, n, k, x.stride(0))
+    arguments = (x, *stored, entries, bias, out, parts, counters, m, n, k, x.stride(0))
     named = tile_constants(format, n, k, x.dtype, x.device, t)
     values = tuple(named[name] for name in jit.gemm.arg_names[len(arguments) :])
     compiled = jit.gemm[grid](*arguments, *values, **compile_options(t))
     if x.is_cuda and regular(x, *stored, bias):
-        remember(_LAUNCHES, key, Launch(compiled, grid, t, table, values))
+        remember(_LAUNCHES, key, Launch(compiled, grid, t, entries, values))
 
 
 def compile_options(t: Tile) -> dict[str, Any]:
@@ -267,7 +215,7 @@ def tile_constants(format: QuantFormat, n: int, k: int, dtype: torch.dtype, devi
     """All compile-time constants of `gemm`."""
     return {
         **constants(format, n, k),
-        **_arithmetic(format, dtype, device),
+        **arithmetic(format, dtype, device),
         "REST": rest_needed(format, dtype),
         "MODE": mode(format, n, k, t.sums),
         "EVEN_K": k % layout.tile_columns(format) == 0,
@@ -276,60 +224,9 @@ def tile_constants(format: QuantFormat, n: int, k: int, dtype: torch.dtype, devi
         "SPLIT_K": t.split_k,
         "RASTER": t.raster,
         "STEP": t.step,
-        "LAST": _lanes_last(),
+        "LAST": lanes_last(),
         "EARLY": t.early,
     }
-
-
-def _by_slices(x: Tensor, stored: Stored, bias: Tensor | None, format: QuantFormat, out: Tensor) -> None:
-    """Dequantise some rows of the weight, multiply, go on in the same memory."""
-    k, n = x.shape[1], out.shape[1]
-    rows = min(n, max(128, SLICE_BYTES // (k * x.itemsize) // 128 * 128))
-    buffer = torch.empty((rows, k), dtype=x.dtype, device=x.device)
-    for first in range(0, n, rows):
-        w = buffer[: min(rows, n - first)]
-        _dequantize_rows(stored, format, (n, k), first, w)
-        part = slice(first, first + len(w))
-        if bias is None:
-            torch.mm(x, w.t(), out=out[:, part])
-        else:
-            torch.addmm(bias[part].to(x.dtype), x, w.t(), out=out[:, part])
-
-
-def _dequantize_rows(stored: Stored, format: QuantFormat, shape: tuple[int, int], first: int, out: Tensor) -> None:
-    """Rows first… of the weight [N, K], as many as `out` has."""
-    from qkernels.kernels.triton.jit import f16_gemm as jit
-
-    (n, k), block_n = shape, 64
-    exact = torch.float32 if layout.is_table(format.code) else torch.float16  # which holds all codes, but not all tables' values
-    arithmetic = _arithmetic(format, exact, out.device)
-    jit.dequantize[(-(-len(out) // block_n), stored.weight.shape[0])](
-        *stored, _table(format.code, out.device), out, first, len(out), n, k,
-        **constants(format, n, k), **arithmetic, BLOCK_N=block_n, num_warps=4,
-    )  # fmt: skip
-
-
-def _arithmetic(format: QuantFormat, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """The constants that the activations' type and the GPU decide."""
-    import triton.language as tl
-
-    if device.type == "cpu" or dtype == torch.float32:  # the interpreter, which has no products of bf16
-        return {"ASM": None, "DTYPE": tl.float32}
-    types = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-    return {"ASM": _asm(format, dtype), "DTYPE": types[dtype]}
-
-
-@functools.lru_cache(maxsize=256)
-def _asm(format: QuantFormat, dtype: torch.dtype) -> str:
-    return unpack_asm(format.code, dtype)
-
-
-@functools.lru_cache(maxsize=1)
-def _lanes_last() -> bool:
-    """Which axis of equal rank Triton gives to lanes first: it changed."""
-    import triton
-
-    return tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 9)
 
 
 # -- the ops and the kernel -----------------------------------------------------------------------------------------------------------
@@ -339,28 +236,14 @@ _LIBRARY.define(
     "triton_f16_gemm(Tensor x, Tensor weight, Tensor scales, Tensor? zeros, Tensor? tensor_scale, Tensor? bias, str format, int n"
     ", bool batch_invariant=False) -> Tensor"
 )
-_LIBRARY.define("triton_dequantize(Tensor weight, Tensor scales, Tensor? zeros, Tensor? tensor_scale, str format, int n, int k) -> Tensor")
 
 
 def _run_fake(x, weight, scales, zeros, tensor_scale, bias, format, n, batch_invariant=False):  # type: ignore[no-untyped-def]
     return x.new_empty((*x.shape[:-1], n))
 
 
-def _dequantize(weight: Tensor, scales: Tensor, zeros: Tensor | None, tensor_scale: Tensor | None, format: str, n: int, k: int) -> Tensor:
-    out = torch.empty((n, k), dtype=torch.float32, device=weight.device)
-    with torch.cuda.device(weight.device) if weight.is_cuda else nullcontext():
-        _dequantize_rows(Stored(weight, scales, zeros, tensor_scale), formats.get(format), (n, k), 0, out)
-    return out
-
-
-def _dequantize_fake(weight, scales, zeros, tensor_scale, format, n, k):  # type: ignore[no-untyped-def]
-    return weight.new_empty((n, k), dtype=torch.float32)
-
-
 _LIBRARY.impl("triton_f16_gemm", _run, "CompositeExplicitAutograd")
-_LIBRARY.impl("triton_dequantize", _dequantize, "CompositeExplicitAutograd")
 torch.library.register_fake("qkernels::triton_f16_gemm", _run_fake, lib=_LIBRARY)
-torch.library.register_fake("qkernels::triton_dequantize", _dequantize_fake, lib=_LIBRARY)
 
 
 def bind(format: QuantFormat, shape: tuple[int, int], batch_invariant: bool = False) -> Matmul:
@@ -384,13 +267,6 @@ def bind(format: QuantFormat, shape: tuple[int, int], batch_invariant: bool = Fa
 
 def run(x: Tensor, packed: Packed, bias: Tensor | None, batch_invariant: bool = False) -> Tensor:
     return bind(packed.format, packed.shape, batch_invariant)(x, *packed[2:], bias)
-
-
-def dequantize(packed: Packed) -> Tensor:
-    """[N, K] float32 from the packed form."""
-    format, (n, k), weight, scales, zeros, tensor_scale, perm = packed
-    w = torch.ops.qkernels.triton_dequantize(weight, scales, zeros, tensor_scale, format.name, n, k)
-    return w if perm is None else torch.empty_like(w).index_copy_(1, perm.long(), w)
 
 
 def _why_not(p: Problem) -> str | None:
@@ -429,6 +305,7 @@ KERNEL = register(
         bind=bind,
         packed_type=Packed,
         dequantize=dequantize,
+        backward=backward,
     )
 )
 INVARIANT = register(

@@ -230,13 +230,13 @@ def finish(
 
 @triton.jit
 def dequantize(
-    p_w, p_s, p_z, p_tensor_scale, p_table, p_out, first_row, rows, N, K,
+    p_w, p_s, p_z, p_tensor_scale, p_table, p_out, first_row, first_tile, rows, N, K, stride_out,
     BITS: tl.constexpr, ASM: tl.constexpr, CODE: tl.constexpr, SCALE: tl.constexpr, ZERO: tl.constexpr, BASE: tl.constexpr,
     GROUP_ROWS: tl.constexpr, GROUP_TILES: tl.constexpr, PER_TILE: tl.constexpr, DTYPE: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Rows first_row… of Ŵ, [rows, K], in the type of p_out: exact products in float32, rounded once."""
+    """Ŵ from first_row and first_tile on, in the type of p_out [rows, stride_out]: exact products in float32, rounded once."""
     TILE_K: tl.constexpr = 512 // BITS
-    kt = tl.program_id(1)
+    kt = first_tile + tl.program_id(1)
     o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_n = o_n < rows
     o_rows, o_word = first_row + o_n[:, None], tl.arange(0, 16)[None, :]
@@ -255,4 +255,5 @@ def dequantize(
         w *= tl.load(p_tensor_scale)
     o_k = kt * TILE_K + tl.arange(0, TILE_K)
     w = tl.reshape(w, [BLOCK_N, TILE_K])
-    tl.store(p_out + o_n.to(tl.int64)[:, None] * K + o_k[None, :], w.to(p_out.dtype.element_ty), m_n[:, None] & (o_k < K)[None, :])
+    p_out += o_n.to(tl.int64)[:, None] * stride_out + (o_k - first_tile * TILE_K)[None, :]
+    tl.store(p_out, w.to(p_out.dtype.element_ty), m_n[:, None] & (o_k < K)[None, :])
