@@ -203,6 +203,37 @@ def gpu(
 
 
 @app.command()
+def tune(
+    shapes: Annotated[str, typer.Option(help="8b, 70b, 70b-tp8, 8b-head, other models or NxK, comma-separated.")] = "8b",
+    m: MsOption = "1,16,32,64,128,256,512,1024",
+    format: Annotated[str, typer.Option(help="Weight format.")] = "int4",
+    compute: Annotated[str, typer.Option(help="float or int8: which kernel.")] = "float",
+    dtype: Annotated[str, typer.Option(help="Activations: bfloat16, float16.")] = "bfloat16",
+    minutes: Annotated[float, typer.Option(help="No case is begun later.")] = 60,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the table.", show_default="QKERNELS_TABLES or ~/.cache/qkernels/tables")
+    ] = None,
+) -> None:
+    """Look for faster tiles of the Triton kernels on this GPU, and write them to a table that they then take them from."""
+    from .gpu import command, tune
+
+    with usage_errors():
+        cases, what, kind = tune.cases(shapes, split(m), format, compute, dtype)
+    try:
+        device = command.Gpu()
+    except command.NoDevice as error:
+        console.print(f"[red]{error}[/]", highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from error
+    path, found = tune.table_path(device, out), 0
+    for said, row in tune.tune(device, what, format, cases, kind, minutes):
+        console.print(said, highlight=False, markup=False, soft_wrap=True)
+        if row:
+            tune.keep(path, row, device)
+            found += 1
+    console.print(f"{found} faster tiles in {path}" if found else "nothing faster was found", highlight=False, soft_wrap=True)
+
+
+@app.command()
 def static(write: Annotated[bool, typer.Option(help="Write results/static/triton.md; else print.")] = False) -> None:
     """Compile the Triton kernels for GPUs that need not be here, and table registers, shared memory and instructions."""
     from .gpu.static import markdown

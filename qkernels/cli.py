@@ -1,4 +1,4 @@
-"""The command `qkernels`: info, formats, explain, quantize, inspect, bench."""
+"""The command `qkernels`: info, formats, explain, quantize, inspect, bench, tune."""
 
 from __future__ import annotations
 
@@ -138,11 +138,21 @@ def inspect(path: Path) -> None:
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def bench(context: typer.Context) -> None:
     """Measure the kernels against torch, other libraries and the machine's limits; `bench --help` lists its options."""
+    _benchmarks(context.args, "qkernels bench")
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def tune(context: typer.Context) -> None:
+    """Look for faster tiles of the GPU kernels, for this GPU and shapes of one's own; `tune --help` lists its options."""
+    _benchmarks(["tune", *context.args], "qkernels")
+
+
+def _benchmarks(arguments: list[str], name_shown: str) -> None:
     home, name = Path(qkernels.__file__).parent, "qkernels.benchmarks"
     if not (home / "benchmarks").is_dir():  # in a checkout, editably installed or not, it lies beside the package
         sys.path.insert(0, str(home.parent))
         name = "benchmarks"
-    importlib.import_module(f"{name}.__main__").app(context.args, prog_name="qkernels bench")
+    importlib.import_module(f"{name}.__main__").app(arguments, prog_name=name_shown)
 
 
 def _numbers(text: str, option: str, separator: str = ",", count: int | None = None) -> list[int]:

@@ -24,7 +24,7 @@ from qkernels import formats
 from qkernels.errors import UnsupportedError
 from qkernels.formats import Int, QuantFormat, QuantTensor
 from qkernels.kernels.registry import Kernel, Matmul, Problem, register
-from qkernels.kernels.triton import layout
+from qkernels.kernels.triton import layout, tables
 from qkernels.kernels.triton.f16_backward import backward
 from qkernels.kernels.triton.f16_dequantize import by_rows, dequantize
 from qkernels.kernels.triton.f16_format import Stored, arithmetic, constants, lanes_last, mode, rest_needed, table
@@ -88,19 +88,30 @@ def choose(n: int, k: int, m: int, tile_k: int, gpu: Gpu, where: str = "sum", ze
     return t._replace(num_stages=stages, split_k=split, early=t.early and gpu.early)
 
 
+OPTIONS = {  # of each field: what `tune` tries, and tables may hold
+    "block_n": (64, 128), "block_m": (16, 32, 64, 128, 256), "num_warps": (4, 8), "split_k": SPLITS, "num_stages": (2, 3, 4, 5),
+    "sums": (True, False), "early": (False, True), "raster": (1, 4, 8, 16), "step": (1, 2), "registers": (0, 72, 80, 96, 128, 168),
+}  # fmt: skip
+
+
 def choose_for(format: QuantFormat, n: int, k: int, m: int, gpu: Gpu) -> Tile:
+    """The tile that was found by tuning, or `choose_by_shape`."""
+    return tables.tile_for(KERNEL.name, choose_by_shape(format, n, k, m, gpu), OPTIONS, gpu, format.name, n, k, m)
+
+
+def choose_by_shape(format: QuantFormat, n: int, k: int, m: int, gpu: Gpu) -> Tile:
     """`choose`, for a weight in `format`."""
     return choose(n, k, m, layout.tile_columns(format), gpu, mode(format, n, k, True), format.zero != "none")
 
 
 @functools.lru_cache(maxsize=4096)
 def choose_invariant(format: QuantFormat, n: int, k: int, m: int, gpu: Gpu) -> Tile:
-    """`choose_for`, under the condition that every sum is formed in the same order at every m.
+    """`choose`, under the condition that every sum is formed in the same order at every m.
 
     What makes up that order is the split of K and the place of the scales, which are those of a few rows; the width of a tile is free.
     """
-    few = choose_for(format, n, k, 16, gpu)
-    t = choose_for(format, n, k, m if m <= 128 else 512, gpu)  # in between, and above, tiles may be too wide for scales on sums
+    few = choose_by_shape(format, n, k, 16, gpu)
+    t = choose_by_shape(format, n, k, m if m <= 128 else 512, gpu)  # in between, and above, tiles may be too wide for scales on sums
     return t._replace(split_k=few.split_k, sums=True)
 
 

@@ -23,6 +23,7 @@ class Gpu(NamedTuple):
     processors: int
     shared_bytes: int  # that one block may have
     early: bool  # whether a kernel can begin while the one before it ends: Hopper and newer
+    name: str = ""  # by which tables of tiles are found; "": none are
 
 
 @functools.lru_cache(maxsize=16)
@@ -32,7 +33,7 @@ def gpu_of(device: torch.device) -> Gpu:
         return Gpu(132, 227 << 10, early=False)
     found = torch.cuda.get_device_properties(device)
     shared = found.shared_memory_per_block_optin  # type: ignore[attr-defined]
-    return Gpu(found.multi_processor_count, shared, found.major >= 9)
+    return Gpu(found.multi_processor_count, shared, found.major >= 9, found.name)
 
 
 def why_not(p: Problem) -> str | None:

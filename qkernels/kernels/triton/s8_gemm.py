@@ -22,6 +22,7 @@ from torch import Tensor
 
 from qkernels.formats import Int, QuantFormat, QuantTensor
 from qkernels.kernels.registry import Kernel, Matmul, Problem, register
+from qkernels.kernels.triton import tables
 from qkernels.kernels.triton.launch import SPLITS, Gpu, check, gpu_of, over_rows, regular, remember, reserve, why_not, workspace
 
 TILE_K = 128  # columns, and bytes: what a row of a tile in shared memory holds
@@ -96,6 +97,17 @@ def choose(n: int, k: int, m: int, gpu: Gpu) -> Tile:
     return t._replace(num_stages=stages, split_k=split, early=gpu.early)
 
 
+OPTIONS = {  # of each field: what `tune` tries, and tables may hold
+    "block_n": (64, 128, 256), "block_m": (16, 32, 64, 128, 256), "num_warps": (4, 8), "num_stages": (2, 3, 4, 5, 6), "split_k": SPLITS,
+    "raster": (1, 4, 8, 16), "early": (False, True),
+}  # fmt: skip
+
+
+def choose_for(n: int, k: int, m: int, gpu: Gpu) -> Tile:
+    """`choose`, or what was found by tuning."""
+    return tables.tile_for(KERNEL.name, choose(n, k, m, gpu), OPTIONS, gpu, "", n, k, m)
+
+
 def blocks(t: Tile, n: int, m: int) -> int:
     """Tiles of the output."""
     return -(-n // t.block_n) * -(-m // t.block_m)
@@ -168,7 +180,7 @@ def _first_launch(
     from qkernels.kernels.triton.jit import s8_gemm as jit
 
     (m, k), (n, padded) = x.shape, weight.shape
-    t = tile or choose(n, k, m, gpu_of(x.device))
+    t = tile or choose_for(n, k, m, gpu_of(x.device))
     grid = (blocks(t, n, m), t.split_k, 1)
     stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
     codes, rows, parts, counters = _buffers(t, m, n, padded, grid[0], x.device, stream)
