@@ -7,7 +7,7 @@ QUIET := $(if $(MAKE_TERMOUT),,--quiet)
 INSTALL := $(BIN)/python -m pip install $(QUIET) --disable-pip-version-check --constraint constraints.txt
 export HF_HUB_OFFLINE = 1
 
-.PHONY: help demo test lint bench venv build peers emulate sanitize clean
+.PHONY: help demo test lint bench venv build peers emulate sanitize tritons clean
 
 help:  ## list the commands
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -64,6 +64,15 @@ emulate: build  ## the kernels' tests with AVX-512 emulated, for machines withou
 	cd $(EMULATED) && QKERNELS_CPU=1 QKERNELS_EMULATE=1 $(BIN)/python setup.py --quiet build_ext --inplace
 	cd $(EMULATED) && $(BIN)/python -c 'from qkernels.kernels.cpu import library; print("level:", library.level())' | grep avx512
 	cd $(EMULATED) && $(BIN)/python -m pytest -q tests/test_kernels.py tests/test_quantizers.py tests/test_golden.py
+
+# One version lies in .venv; the others go beside it, and before it on the path.
+TRITONS := 3.4.0 3.5.1 3.6.0 3.7.1 3.8.0
+tritons: build  ## what other versions of Triton make of the GPU kernels
+	for version in $(TRITONS); do \
+		$(INSTALL) --no-deps --upgrade --target build/triton-$$version triton==$$version || exit 1; \
+		echo "== Triton $$version"; \
+		PYTHONPATH=build/triton-$$version $(BIN)/python -m pytest -q tests/test_triton.py -k machine_code || exit 1; \
+	done
 
 # Python itself is not instrumented: libasan must be loaded before it (and libstdc++, whose throw libasan wraps), and leaks are
 # not looked for, as Python never frees all. A finding ends the process: pytest must not capture its report (--capture=sys), and

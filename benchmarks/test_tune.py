@@ -124,7 +124,7 @@ def test_cases_end_with_the_time_and_with_the_gpu(gpu):
 
 def test_rows_reach_the_kernels(gpu, tmp_path, monkeypatch):
     monkeypatch.setenv("QKERNELS_TABLES", str(tmp_path))
-    monkeypatch.setattr(tables, "triton_version", lambda: "3.6")
+    monkeypatch.setattr(tables, "triton_version", lambda: (3, 6))
     path = tune.table_path(gpu, None)
     assert path.name == "nvidia-fake-80gb-triton3.6.json"
     here = launch.Gpu(132, 227 << 10, early=True, name=gpu.properties()["name"])

@@ -23,7 +23,7 @@ NARROW, WIDE = Tile(64, 2), Tile(128, 2)
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("QKERNELS_TABLES", str(tmp_path / "tables"))
-    monkeypatch.setattr(tables, "triton_version", lambda: "3.6")
+    monkeypatch.setattr(tables, "triton_version", lambda: (3, 6))
     tables._tables.cache_clear()
     yield tmp_path / "tables"
     tables._tables.cache_clear()

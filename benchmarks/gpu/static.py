@@ -19,7 +19,7 @@ import torch
 from qkernels import formats
 from qkernels.formats import QuantFormat
 from qkernels.kernels.triton import f16_backward, f16_gemm, layout, s8_gemm
-from qkernels.kernels.triton.launch import Gpu
+from qkernels.kernels.triton.launch import Gpu, begins_early
 
 KIB = 1 << 10
 SHARED = {80: 163 * KIB, 86: 99 * KIB, 89: 99 * KIB, 90: 227 * KIB, 100: 227 * KIB, 120: 99 * KIB}  # bytes that a block may have
@@ -115,7 +115,7 @@ def build_f16(
     from qkernels.kernels.triton.jit.f16_gemm import gemm
 
     f = formats.get(name)
-    t = choose(f, n, k, m, Gpu(132, SHARED[sm], sm >= 90))
+    t = choose(f, n, k, m, Gpu(132, SHARED[sm], begins_early(sm // 10)))
     types = {**_types(f, dtype, t.split_k), "p_x": POINTERS[dtype], "p_bias": None, "stride_x": "i32"}
     constants = f16_gemm.tile_constants(f, n, k, dtype, torch.device("cuda"), t)
     compiled = compiled_for(sm, gemm, types, constants, **f16_gemm.compile_options(t))
@@ -127,7 +127,7 @@ def build_backward(name: str, m: int, sm: int, dtype: torch.dtype = torch.bfloat
     from qkernels.kernels.triton.jit.f16_backward import gemm
 
     f = formats.get(name)
-    t = f16_backward.choose(n, k, m, layout.tile_columns(f), Gpu(132, SHARED[sm], sm >= 90))
+    t = f16_backward.choose(n, k, m, layout.tile_columns(f), Gpu(132, SHARED[sm], begins_early(sm // 10)))
     types = {**_types(f, dtype, t.split_n), "p_y": POINTERS[dtype], "stride_y": "i32"}
     constants = f16_backward.tile_constants(f, n, k, dtype, torch.device("cuda"), t)
     compiled = compiled_for(sm, gemm, types, constants, num_warps=t.num_warps, num_stages=t.num_stages)
@@ -149,7 +149,7 @@ def build_s8(m: int, sm: int, n: int = 4096, k: int = 4096) -> Built:
     """The product in int8, with all that a call may bring along."""
     from qkernels.kernels.triton.jit.s8_gemm import gemm
 
-    t = s8_gemm.choose(n, k, m, Gpu(132, SHARED[sm], sm >= 90))
+    t = s8_gemm.choose(n, k, m, Gpu(132, SHARED[sm], begins_early(sm // 10)))
     types: dict[str, str | None] = {
         "p_x": "*i8", "p_rows": "*fp32", "p_w": "*i8", "p_s": "*fp32", "p_z": "*u8", "p_bias": "*bf16", "p_out": "*bf16",
         "p_part": "*i32" if t.split_k > 1 else None, "p_count": "*i32" if t.split_k > 1 else None, "M": "i32", "N": "i32", "padded": "i32",

@@ -11,6 +11,7 @@ from torch import Tensor
 from qkernels.formats import Int, QuantFormat
 from qkernels.formats.format import Code
 from qkernels.kernels.triton import layout
+from qkernels.kernels.triton.launch import triton_version
 from qkernels.kernels.triton.unpack_asm import base, unpack_asm
 
 
@@ -78,9 +79,6 @@ def _asm(format: QuantFormat, dtype: torch.dtype) -> str:
     return unpack_asm(format.code, dtype)
 
 
-@functools.lru_cache(maxsize=1)
 def lanes_last() -> bool:
     """Which axis of equal rank Triton gives to lanes first: it changed."""
-    import triton
-
-    return tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 9)
+    return triton_version() >= (3, 7)

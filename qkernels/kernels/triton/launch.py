@@ -33,7 +33,21 @@ def gpu_of(device: torch.device) -> Gpu:
         return Gpu(132, 227 << 10, early=False)
     found = torch.cuda.get_device_properties(device)
     shared = found.shared_memory_per_block_optin  # type: ignore[attr-defined]
-    return Gpu(found.multi_processor_count, shared, found.major >= 9, found.name)
+    return Gpu(found.multi_processor_count, shared, begins_early(found.major), found.name)
+
+
+@functools.lru_cache(maxsize=1)
+def triton_version() -> tuple[int, int]:
+    """Major and minor: tiles that pay, and some details of what is compiled, differ from one to the next."""
+    import triton
+
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+def begins_early(major: int) -> bool:
+    """Whether a kernel can begin while the one before it ends, on a GPU of that compute capability; Triton 3.4 cannot compile it."""
+    return major >= 9 and triton_version() >= (3, 5)
 
 
 def why_not(p: Problem) -> str | None:

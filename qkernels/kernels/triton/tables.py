@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from qkernels import config
-from qkernels.kernels.triton.launch import Gpu
+from qkernels.kernels.triton.launch import Gpu, triton_version
 
 log = logging.getLogger("qkernels")
 T = TypeVar("T", bound=NamedTuple)
@@ -46,15 +46,7 @@ def tile_for(kernel: str, start: T, options: Mapping[str, tuple[Any, ...]], gpu:
 
 def file_name(gpu_name: str) -> str:
     """Of a GPU's table, for the Triton that is installed."""
-    return f"{re.sub('[^a-z0-9]+', '-', gpu_name.lower()).strip('-')}-triton{triton_version()}.json"
-
-
-@functools.lru_cache(maxsize=1)
-def triton_version() -> str:
-    """Of Triton: major and minor, as other tiles pay with another compiler."""
-    import triton
-
-    return ".".join(triton.__version__.split(".")[:2])
+    return f"{re.sub('[^a-z0-9]+', '-', gpu_name.lower()).strip('-')}-triton{_version()}.json"
 
 
 @functools.lru_cache(maxsize=8)
@@ -97,12 +89,16 @@ def write(path: Path, rows: list[Row], **about: str) -> None:
     except FileNotFoundError:
         held = {}
     held |= {_key(row): row for row in rows}
-    text = json.dumps({"version": VERSION, **about, "triton": triton_version(), "rows": [held[key] for key in sorted(held)]}, indent=1)
+    text = json.dumps({"version": VERSION, **about, "triton": _version(), "rows": [held[key] for key in sorted(held)]}, indent=1)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
         file.write(text + "\n")
     os.replace(file.name, path)
     _tables.cache_clear()
+
+
+def _version() -> str:
+    return "{}.{}".format(*triton_version())
 
 
 def _key(row: Row) -> tuple[Any, ...]:
