@@ -13,7 +13,7 @@ from benchmarks.gpu.static import SHARED, Built, build_f16, build_s8, compiled_f
 from qkernels import formats
 from qkernels.kernels.device import Device
 from qkernels.kernels.registry import explain
-from qkernels.kernels.triton import layout, s8_gemm
+from qkernels.kernels.triton import int8, layout
 from qkernels.kernels.triton.unpack_asm import unpack_asm
 
 pytest.importorskip("triton")
@@ -83,10 +83,10 @@ def test_machine_code_of_int8_for_other_gpus(sm):
 
 @pytest.mark.parametrize("dtype", ["*bf16", "*fp16", "*fp32"])
 def test_machine_code_of_quantising(dtype):
-    from qkernels.kernels.triton.jit.s8_gemm import quantize_rows
+    from qkernels.kernels.triton.jit.int8 import quantize_rows
 
     types = {"p_x": dtype, "p_codes": "*i8", "p_rows": "*fp32", "M": "i32", "K": "i32", "padded": "i32", "stride_x": "i32"}
-    compiled = compiled_for(90, quantize_rows, types, {"BLOCK": s8_gemm.quantize_block(4096), "EARLY": True}, num_warps=8)
+    compiled = compiled_for(90, quantize_rows, types, {"BLOCK": int8.quantize_block(4096), "EARLY": True}, num_warps=8)
     code = Built(compiled, 0, None).instructions()
     assert not code["LDL"] and not code["STL"] and not code["F2I"]
     assert all(".128" in i for i in code["LDG"]) and any(".128" in i for i in code["STG"])

@@ -24,7 +24,7 @@ from qkernels.formats import Int, QuantFormat, QuantTensor
 from qkernels.formats.format import Code
 from qkernels.kernels.registry import Kernel, Matmul, Problem, register
 from qkernels.kernels.triton import layout
-from qkernels.kernels.triton.launch import SPLITS, Gpu, check, gpu_of, over_rows, regular, remember, reserve, why_not, workspace
+from qkernels.kernels.triton.launch import SPLITS, Gpu, check, gpu_of, lanes_last, over_rows, regular, remember, reserve, why_not, workspace
 from qkernels.kernels.triton.layout import Packed, restore
 from qkernels.kernels.triton.unpack_asm import base, unpack_asm
 
@@ -240,7 +240,7 @@ def tile_constants(format: QuantFormat, n: int, k: int, dtype: torch.dtype, devi
         "SPLIT_K": t.split_k,
         "RASTER": t.raster,
         "STEP": t.step,
-        "LAST": _lanes_last(),
+        "LAST": lanes_last(),
         "EARLY": t.early,
     }
 
@@ -286,14 +286,6 @@ def _arithmetic(format: QuantFormat, dtype: torch.dtype, device: torch.device) -
 @functools.lru_cache(maxsize=256)
 def _asm(format: QuantFormat, dtype: torch.dtype) -> str:
     return unpack_asm(format.code, dtype)
-
-
-@functools.lru_cache(maxsize=1)
-def _lanes_last() -> bool:
-    """Which axis of equal rank Triton gives to lanes first: it changed."""
-    import triton
-
-    return tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 9)
 
 
 # -- the ops and the kernel -----------------------------------------------------------------------------------------------------------

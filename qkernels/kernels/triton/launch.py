@@ -35,6 +35,14 @@ def gpu_of(device: torch.device) -> Gpu:
     return Gpu(found.multi_processor_count, shared, found.major >= 9)
 
 
+@functools.lru_cache(maxsize=1)
+def lanes_last() -> bool:
+    """Which axis of equal rank Triton gives to lanes first: it changed. See `word_rows`."""
+    import triton
+
+    return tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 9)
+
+
 def why_not(p: Problem) -> str | None:
     """What no Triton kernel of ours can do."""
     if p.device.type != "cuda":
