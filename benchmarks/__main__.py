@@ -169,7 +169,7 @@ def gpu(
     shapes: Annotated[str, typer.Option(help="8b, 70b, 70b-tp8, 8b-head, other models or NxK, comma-separated.")] = "8b,70b",
     m: MsOption = "1,2,4,8,16,32,64,128,256,1024,8192",
     formats: FormatsOption = "int4",
-    computes: ComputesOption = "float",
+    computes: ComputesOption = "float,int8",
     dtype: Annotated[str, typer.Option(help="Activations of our layers: bfloat16, float16.")] = "bfloat16",
     peer: Annotated[str, typer.Option("--peers", help="all, none, or beginnings of names.")] = "all",
     minutes: Annotated[float, typer.Option(help="Time for all; what could not begin by then is listed.")] = 7,

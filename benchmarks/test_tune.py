@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from qkernels import formats, reference
-from qkernels.kernels.triton import f16_gemm, launch, s8_gemm, tables
+from qkernels.kernels.triton import f16_gemm, int8, launch, s8_gemm, s8_w4_gemm, tables
 
 from .__main__ import app
 from .base import CheckFailed
@@ -130,7 +130,8 @@ def test_rows_reach_the_kernels(gpu, tmp_path, monkeypatch):
     here = launch.Gpu(132, 227 << 10, early=True, name=gpu.properties()["name"])
     for kernel, options, choose, format in (
         (f16_gemm.KERNEL, f16_gemm.OPTIONS, lambda m: f16_gemm.choose_for(formats.get("int4"), 512, 1024, m, here), "u4b8_g128_sf16"),
-        (s8_gemm.KERNEL, s8_gemm.OPTIONS, lambda m: s8_gemm.choose_for(512, 1024, m, here), ""),
+        (s8_w4_gemm.KERNEL, int8.OPTIONS, lambda m: s8_w4_gemm.choose_for(formats.get("int4"), 512, 1024, m, here), "u4b8_g128_sf16"),
+        (s8_gemm.KERNEL, int8.OPTIONS, lambda m: s8_gemm.choose_for(512, 1024, m, here), ""),
     ):
         before = choose(40)
         tile = before._replace(num_stages=5, raster=16)
@@ -143,6 +144,7 @@ def test_rows_reach_the_kernels(gpu, tmp_path, monkeypatch):
 def test_cases():
     cases, what, dtype = tune.cases("8b", ["1", "16"], "int4", "float", "bfloat16")
     assert len(cases) == 8 and what.kernel is f16_gemm.KERNEL and dtype == torch.bfloat16
+    assert tune.cases("64x128", ["1"], "int4", "int8", "float16")[1].kernel is s8_w4_gemm.KERNEL
     assert tune.cases("64x128", ["1"], "int8", "int8", "float16")[1].kernel is s8_gemm.KERNEL
     for arguments, text in (
         (("8b", ["1"], "int4", "auto", "bfloat16"), "compute='auto' takes int4: float and int8 are known"),

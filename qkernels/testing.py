@@ -29,7 +29,8 @@ def assert_matmul_close(
     The bound is twice the largest error of torch's own matmul in x's dtype, gamma_K |x| |W| in fp32, and one ulp.
 
     int8: the quantised weight, where the kernel quantises activations to int8. Besides, then: half a step of them, for every row and run
-    of K, and of the entries of a codebook that int8 does not hold exactly. act_group: the longest such run; None: a group of the weight's.
+    of K, and of the entries of a codebook that int8 does not hold exactly. act_group: the longest such run, which ends with a group of the
+    weight's as well; None: one scale for all of K, whatever the weight's groups.
     """
     exact = F.linear(x.double(), weight, None if bias is None else bias.double())
     assert y.shape == exact.shape and y.dtype == x.dtype, f"got {list(y.shape)} {y.dtype}, want {list(exact.shape)} {x.dtype}"
@@ -62,12 +63,13 @@ def _int8_bound(x: Tensor, weight: Tensor, q: QuantTensor, act_group: int | None
         rounding = 0.5 / 127 * max(abs(v) for v in code.values) * spread(q.scales.double().abs(), q.format, n, k).expand_as(weight)
     if q.perm is not None:  # groups are runs of the permuted columns
         x, weight, rounding = x[..., q.perm.long()], weight[:, q.perm.long()], rounding[:, q.perm.long()]
-    total, longest = F.linear(x.double().abs(), rounding), act_group or extent
+    total, extent = F.linear(x.double().abs(), rounding), k if act_group is None else extent
+    longest, largest = act_group or k, 127 if act_group is None else act_largest(q.format)
     for start in range(0, k, extent):
         stop = min(start + extent, k)
         for i in range(start, stop, longest):
             run = slice(i, min(i + longest, stop))
-            step = x[..., run].double().abs().amax(-1, keepdim=True) / act_largest(q.format)
+            step = x[..., run].double().abs().amax(-1, keepdim=True) / largest
             total = total + 0.5 * step * (weight[:, run].abs() + rounding[:, run]).sum(1)
     return 1.001 * total  # the fp32 arithmetic of the scales
 

@@ -16,7 +16,7 @@ from qkernels.testing import assert_matmul_close
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 KERNELS = [k for k in kernels.all_kernels() if k.backend in ("triton", "cuda")]
-MORE = [formats.get(n) for n in ("int4_g32", "int4_g-1", "int4_g256", "int8_g32", "u8_g16_zi_sf16", "u4_g64_zi_sbf16")]
+MORE = [formats.get(n) for n in ("int4_g32", "int4_g-1", "int4_g256", "int8_g32", "u8_g16_zi_sf16", "u4_g64_zi_sbf16", "u4_g-1_zi_sf32")]
 PAIRS = [pytest.param(k, f, id=f"{k.name}-{f.name}") for k in KERNELS for f in (*plain(formats.all_formats()), *MORE)]
 SHAPES = ((1, 8), (70, 300), (130, 515), (512, 1024), (512, 8192), (4096, 4096))
 ROWS = (0, 1, 3, 16, 17, 33, 64, 100, 130, 257, 600, 2100)
@@ -119,7 +119,7 @@ def test_gradients(m):
 
 
 @pytest.mark.parametrize("m", [1, 40, 300])
-@pytest.mark.parametrize(("name", "compute"), [("int4", "float"), ("int8", "int8")])
+@pytest.mark.parametrize(("name", "compute"), [("int4", "float"), ("int8", "int8"), ("int4", "int8"), ("int4_g-1", "int8")])
 def test_cuda_graphs(name, compute, m):
     layer = QuantLinear.from_linear(linear(2048, 2048), name, compute=compute)
     assert kernels.get(layer.kernel).compute == compute
@@ -165,8 +165,9 @@ def test_fp32():
     assert_matmul_close(layer(x), x, layer.dequantize(torch.float64), layer.bias)
 
 
-def test_streams_do_not_share_counters():
-    layer = QuantLinear.from_linear(linear(1024, 4096), "int4")
+@pytest.mark.parametrize("compute", ["float", "int8"])
+def test_streams_do_not_share_counters(compute):
+    layer = QuantLinear.from_linear(linear(1024, 4096), "int4", compute=compute)
     xs = [torch.randn(8, 4096, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
     with torch.inference_mode():
         want = [layer(x) for x in xs]
@@ -181,7 +182,10 @@ def test_streams_do_not_share_counters():
     assert all(torch.equal(y, w) for ys, w in zip(got, want) for y in ys)
 
 
-@pytest.mark.parametrize(("name", "compute", "mode"), [("int4", "auto", None), ("int8", "int8", None), ("int4", "auto", "reduce-overhead")])
+@pytest.mark.parametrize(
+    ("name", "compute", "mode"),
+    [("int4", "auto", None), ("int8", "int8", None), ("int4", "int8", None), ("int4", "auto", "reduce-overhead")],
+)
 def test_compiles(name, compute, mode):
     layer = QuantLinear.from_linear(linear(), name, compute=compute)
     compiled = torch.compile(layer, fullgraph=True, dynamic=mode is None, mode=mode)

@@ -1,5 +1,7 @@
 """The Triton kernels without a GPU: under the interpreter, and compiled for GPUs that are not here, with a look at the machine code."""
 
+import importlib
+import itertools
 import os
 import re
 import subprocess
@@ -8,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import random_quant
 
-from benchmarks.gpu.static import SHARED, Built, build_backward, build_f16, build_s8, compiled_for
+from benchmarks.gpu.static import SHARED, Built, build_backward, build_f16, build_s8, build_s8_w4, compiled_for
 from qkernels import formats
 from qkernels.kernels.device import Device
 from qkernels.kernels.registry import explain
-from qkernels.kernels.triton import f16_gemm, layout, s8_gemm
+from qkernels.kernels.triton import f16_gemm, int8, layout, s8_gemm, s8_w4_gemm
 from qkernels.kernels.triton.unpack_asm import unpack_asm
 
 pytest.importorskip("triton")
@@ -23,9 +26,10 @@ FORMATS = ("int4", "int4_g32", "int4_g-1", "int4_asym", "hqq4", "nf4", "mxfp4", 
 ROWS = (1, 64, 128, 1024)
 
 
-def test_under_the_interpreter():
+@pytest.mark.parametrize("name", ["interpreted.py", "interpreted_w4.py"])
+def test_under_the_interpreter(name):
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(TESTS)}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", str(TESTS / "interpreted.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", str(TESTS / name)]
     done = subprocess.run(command, env=environment, cwd=TESTS.parent, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert re.search(r"\d+ passed", done.stdout) and "failed" not in done.stdout
@@ -106,12 +110,73 @@ def test_machine_code_of_int8_for_other_gpus(sm):
         assert build.compiled.metadata.shared <= SHARED[sm] and (code["IMMA"] or code["UTCIMMA"]), m
 
 
+# name -> instructions for a weight, a thread, in a tile for 1, 64 and 1024 tokens: as few as this, and the tensor core may be what waits
+W4_MOST = {"int4": (2.2, 3.2, 4.2), "int4_asym": (2.9, 4.0, 5.0), "int4_g64": (3.5, 5.3, 7.3), "int4_g-1": (1.7, 2.0, 2.0)}
+
+
+@pytest.mark.parametrize(("n", "m", "at"), [(4096, 1, 0), (4096, 32, 1), (4096, 64, 1), (1024, 200, 1), (4096, 1024, 2), (28672, 8192, 2)])
+@pytest.mark.parametrize("name", [*W4_MOST, "u4_g-1_zi_sbf16", "u4_g64_zi_sf16", "u4_g32_zi_sf32"])
+def test_machine_code_of_w4_for_hopper(name, n, m, at):
+    if n == 28672 and "g-1" not in name:
+        pytest.skip("the tile of 1024 tokens")
+    build = build_s8_w4(name, m, 90, n)
+    code, loop = build.instructions(), build.loop()
+    assert build.compiled.metadata.shared <= SHARED[90]
+    assert not code["LDL"] and not code["STL"] and build.resources()[1] == 0, "registers are spilled"
+    assert code["IGMMA"] and all(re.search(r"S8\.S8 R\d+, R\d+, gdesc", i) for i in code["IGMMA"]), "weights come from shared memory"
+    assert not {"STS", "STSM"} & set(loop), "weights move between threads"
+    assert set(re.findall(r"warp_group_dot_wait.*?pendings = (\d+)", build.compiled.asm["ttgir"])) == {"0"}
+    assert all(".128" in i for i in code["LDGSTS"]) or "_g64" in name or "_g32" in name, "loads of less than 16 bytes"
+    if name in W4_MOST and n == 4096:
+        assert len(loop) < W4_MOST[name][at] * build.weights
+
+
+@pytest.mark.parametrize("sm", [sm for sm in SHARED if sm != 90])
+def test_machine_code_of_w4_for_other_gpus(sm):
+    for name, m in (("int4", 1), ("int4_asym", 64), ("int4", 1024), ("int4_g-1", 1024)):
+        build = build_s8_w4(name, m, sm)
+        code = build.instructions()
+        assert not code["STL"], "registers are spilled"
+        assert build.compiled.metadata.shared <= SHARED[sm] and (code["IMMA"] or code["UTCIMMA"]), m
+
+
+class Compiled:
+    """Stands for a compiled kernel: keeps what it is called with."""
+
+    def __getitem__(self, grid):
+        self.grid = grid
+        return self
+
+    def __call__(self, *arguments, stream):
+        self.arguments, self.stream = arguments, stream
+
+
+@pytest.mark.parametrize(("kernel", "name"), [(s8_gemm, "int8"), (s8_w4_gemm, "int4"), (s8_w4_gemm, "int4_g-1")])
+def test_a_second_call_passes_all_that_the_kernels_take(monkeypatch, kernel, name):
+    from qkernels.kernels.triton.jit.int8 import quantize_rows
+
+    packed, x = kernel.prepare(random_quant(formats.get(name), 64, 512)), torch.randn(3, 512).half()
+    values = {} if name == "int8" else kernel.constants(packed.format, 64, 512, assembly=True)
+    t = int8.Tile(64, 16, 4, split_k=2)
+    product = int8.Product(Compiled(), (*values.values(), *kernel.tile_constants(t).values()), t, exact=name != "int4")
+    launch = int8.Launch(Compiled(), (1024, False), product, (1, 2, 1))
+    monkeypatch.setattr(int8, "_LAUNCHES", type("Known", (), {"get": lambda self, key: launch})())
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
+    assert kernel.run(x, packed, None).shape == (3, 64)
+    gemm = importlib.import_module(f"qkernels.kernels.triton.jit.{kernel.__name__.rpartition('.')[2]}").gemm
+    names = dict(zip(gemm.arg_names, product.gemm.arguments))
+    assert len(product.gemm.arguments) == len(gemm.arg_names) and len(launch.quantize.arguments) == len(quantize_rows.arg_names)
+    assert {n: names[n] for n in values | kernel.tile_constants(t)} == values | kernel.tile_constants(t)
+    assert names["p_w"] is packed.weight and names["p_part"].dtype == (torch.int32 if product.exact else torch.float32)
+    assert (names["M"], names["N"], names["padded"]) == (3, 64, 512) and product.gemm.grid == (1, 2, 1) and product.gemm.stream == 7
+
+
 @pytest.mark.parametrize("dtype", ["*bf16", "*fp16", "*fp32"])
 def test_machine_code_of_quantising(dtype):
-    from qkernels.kernels.triton.jit.s8_gemm import quantize_rows
+    from qkernels.kernels.triton.jit.int8 import quantize_rows
 
     types = {"p_x": dtype, "p_codes": "*i8", "p_rows": "*fp32", "M": "i32", "K": "i32", "padded": "i32", "stride_x": "i32"}
-    compiled = compiled_for(90, quantize_rows, types, {"BLOCK": s8_gemm.quantize_block(4096), "EARLY": True}, num_warps=8)
+    compiled = compiled_for(90, quantize_rows, types, {"BLOCK": int8.quantize_block(4096), "EARLY": True}, num_warps=8)
     code = Built(compiled, 0, None).instructions()
     assert not code["LDL"] and not code["STL"] and not code["F2I"]
     assert all(".128" in i for i in code["LDG"]) and any(".128" in i for i in code["STG"])
@@ -132,13 +197,25 @@ def test_every_code_through_the_assembly(name, dtype):
             at = code.bits * j if layout.is_table(code) else code.bits * (j // 2) + 16 * (j % 2)
             word |= c << at
             expected.append(want[c])
-        got = run_ptx(unpack_asm(code, dtype), word, values, dtype)
+        got = run_ptx(unpack_asm(code, dtype), {f"${values}": word}, values, dtype)
         torch.testing.assert_close(got, torch.tensor(expected, dtype=dtype).double(), rtol=0, atol=0, equal_nan=True)
 
 
-def run_ptx(text, word, values, dtype):
-    """Interpret the integer instructions, and fma on pairs of 16-bit floats."""
-    registers, out = {f"${values}": word}, torch.zeros(values, dtype=torch.float64)
+def test_every_byte_through_the_assembly_of_w4():
+    """Both codes of a byte, wherever it lies in a word, and all zeros that a word may share."""
+    for first, zero in itertools.product(range(256), range(16)):
+        word = bytes((first + 37 * i) % 256 for i in range(4))
+        for text, flip, minus, times in ((s8_w4_gemm.SYMMETRIC, 8, 8, 16), (s8_w4_gemm.ZEROS, 0, zero, 1)):
+            registers = {"$2": int.from_bytes(word, "little"), "$3": zero * 0x01010101}
+            run_ptx(text, registers)
+            for half in (0, 1):
+                want = [times * (((byte >> 4 * half & 15) ^ flip) - minus) & 255 for byte in word]
+                assert list(registers[f"${half}"].to_bytes(4, "little")) == want
+
+
+def run_ptx(text, registers, values=0, dtype=torch.float16):
+    """Interpret the integer instructions, and fma on pairs of 16-bit floats; results are left in `registers`, pairs are returned."""
+    out = torch.zeros(values, dtype=torch.float64)
 
     def value(operand):
         return int(operand, 16) if operand.startswith("0x") else int(operand) if operand.isdigit() else registers[operand]
@@ -169,6 +246,10 @@ def run_ptx(text, word, values, dtype):
             result = x | others[0]
         elif name == "add.u32":
             result = (x + others[0]) & 0xFFFFFFFF
+        elif name == "sub.u32":
+            result = (x - others[0]) & 0xFFFFFFFF
+        elif name == "xor.b32":
+            result = x ^ others[0]
         elif name == "mul.lo.u32":
             result = (x * others[0]) & 0xFFFFFFFF
         elif name == "lop3.b32":
@@ -190,6 +271,9 @@ def test_explain_needs_no_gpu():
     plan = explain("int4", (4096, 4096), 16, device="cuda:sm90")
     assert plan.kernel.name == "triton_f16_wN_gemm" and "cuda:sm90" in str(plan)
     assert explain("int4", m=4096, device="cuda:sm90", batch_invariant=True).kernel.name == "triton_f16_wN_gemm_invariant"
+    for m, name in ((None, "triton_f16_wN_gemm"), (1, "triton_f16_wN_gemm"), (64, "triton_f16_wN_gemm")):
+        assert explain("int4", m=m, device="cuda:sm90").kernel.name == name
+        assert explain("int4", m=m, device="cuda:sm90", compute="int8").kernel.name == "triton_s8_w4_gemm"
     assert "needs sm80" in explain("int4", device="cuda:sm75").rejected["triton_f16_wN_gemm"]
     assert "Triton is not installed" in explain("int4", device=Device("cuda", sm=90, triton=False)).rejected["triton_f16_wN_gemm"]
     assert "groups of 12" in explain("int4_g12", device="cuda:sm90").rejected["triton_f16_wN_gemm"]

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import collections
+import itertools
 import re
 import subprocess
 import tempfile
@@ -18,7 +19,7 @@ import torch
 
 from qkernels import formats
 from qkernels.formats import QuantFormat
-from qkernels.kernels.triton import f16_backward, f16_gemm, layout, s8_gemm
+from qkernels.kernels.triton import f16_backward, f16_gemm, int8, layout, s8_gemm, s8_w4_gemm
 from qkernels.kernels.triton.launch import Gpu, begins_early
 
 KIB = 1 << 10
@@ -31,6 +32,7 @@ CASES = tuple(
     for name in ("int4", "int4_g32", "nf4", "mxfp4", "int8", "fp8")
     for n, m in ((4096, 1), (28672, 1), (4096, 64), (4096, 1024))
 )
+W4_CASES = ("int4", "int4_asym", "int4_g64", "int4_g-1")
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,25 @@ def build_s8(m: int, sm: int, n: int = 4096, k: int = 4096) -> Built:
     return Built(compiled, t.block_n * s8_gemm.TILE_K / (32 * t.num_warps), t)
 
 
+def build_s8_w4(name: str, m: int, sm: int, n: int = 4096, k: int = 4096, tile: int8.Tile | None = None) -> Built:
+    """The product of codes of 4 bits in int8, with the tile that is chosen for it or another."""
+    from qkernels.kernels.triton.jit.s8_w4_gemm import gemm
+
+    f = formats.get(name)
+    t, values = (
+        tile or s8_w4_gemm.choose_for(f, n, k, m, Gpu(132, SHARED[sm], begins_early(sm // 10))),
+        s8_w4_gemm.constants(f, n, k, assembly=True),
+    )
+    part = ("*i32" if values["ROW"] else "*fp32") if t.split_k > 1 else None
+    types: dict[str, str | None] = {
+        "p_x": "*i8", "p_rows": "*fp32", "p_w": "*u8", "p_s": SCALES[f.scale], "p_z": "*u8" if f.zero == "int" else None,
+        "p_bias": "*bf16", "p_out": "*bf16", "p_part": part, "p_count": "*i32" if part else None, "M": "i32", "N": "i32", "padded": "i32",
+    }  # fmt: skip
+    options = {"num_warps": t.num_warps, "num_stages": t.num_stages}
+    compiled = compiled_for(sm, gemm, types, {**values, **s8_w4_gemm.tile_constants(t)}, **options)
+    return Built(compiled, t.block_n * values["TILE_K"] / (32 * t.num_warps), t)
+
+
 def rows() -> Iterator[list[str]]:
     """One row per kernel, format, shape and GPU."""
     for sm in SHARED:
@@ -167,6 +188,8 @@ def rows() -> Iterator[list[str]]:
             yield _row("triton_f16_wN_gemm, gradient", "int4", 4096, m, sm, build_backward("int4", m, sm))
         for m in (1, 64, 1024):
             yield _row("triton_s8_w8_gemm", "int8", 4096, m, sm, build_s8(m, sm))
+        for name, m in itertools.product(W4_CASES if sm == 90 else W4_CASES[:1], (1, 64, 1024)):
+            yield _row("triton_s8_w4_gemm", name, 4096, m, sm, build_s8_w4(name, m, sm))
 
 
 def _row(kernel: str, name: str, n: int, m: int, sm: int, built: Built) -> list[str]:
@@ -212,5 +235,5 @@ def markdown() -> str:
     ]
     rule = ["---"] * len(head)
     lines = ["| " + " | ".join(cells) + " |" for cells in (head, rule, *rows())]
-    note = "bf16 activations; not run on these GPUs but for sm_90. Instructions: of the loop over K, a thread"
+    note = "bf16 activations; run on sm_90 alone, triton_s8_w4_gemm on none. Instructions: of the loop over K, a thread"
     return f"Compiled with Triton {triton.__version__}, {note}.\n\n" + "\n".join(lines)

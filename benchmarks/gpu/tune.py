@@ -24,7 +24,7 @@ from qkernels import config, formats, quantize, reference
 from qkernels.formats import QuantFormat, QuantTensor
 from qkernels.kernels import device
 from qkernels.kernels.registry import Kernel, Problem, why_not
-from qkernels.kernels.triton import f16_gemm, launch, s8_gemm, tables
+from qkernels.kernels.triton import f16_gemm, int8, launch, s8_gemm, s8_w4_gemm, tables
 from qkernels.kernels.triton.f16_format import Stored
 from qkernels.testing import assert_matmul_close
 
@@ -66,10 +66,16 @@ TUNABLE = (
     ),
     Tunable(
         s8_gemm.KERNEL,
-        s8_gemm.OPTIONS,
+        int8.OPTIONS,
         lambda format, n, k, m, gpu: s8_gemm.choose(n, k, m, gpu),
         lambda x, packed, out, tile: s8_gemm.multiply(x, *packed[2:5], None, out, tile),
         by_format=False,
+    ),
+    Tunable(
+        s8_w4_gemm.KERNEL,
+        int8.OPTIONS,
+        s8_w4_gemm.choose_by_shape,
+        lambda x, packed, out, tile: s8_w4_gemm.multiply(x, int8.Stored(*packed[2:5]), None, packed.format, out, tile),
     ),
 )
 

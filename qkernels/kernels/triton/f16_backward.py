@@ -18,8 +18,8 @@ from qkernels import formats
 from qkernels.formats import QuantFormat
 from qkernels.kernels.triton import layout
 from qkernels.kernels.triton.f16_dequantize import by_columns
-from qkernels.kernels.triton.f16_format import Stored, arithmetic, constants, lanes_last, rest_needed, table
-from qkernels.kernels.triton.launch import SPLITS, Gpu, check, gpu_of, over_rows, workspace
+from qkernels.kernels.triton.f16_format import Stored, arithmetic, constants, rest_needed, table
+from qkernels.kernels.triton.launch import SPLITS, Gpu, check, gpu_of, lanes_last, over_rows, workspace
 from qkernels.kernels.triton.layout import Packed
 
 TOKENS_FUSED = 512  # from here on, by slices of the weight: a guess until it is measured

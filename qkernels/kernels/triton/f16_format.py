@@ -11,7 +11,6 @@ from torch import Tensor
 from qkernels.formats import Int, QuantFormat
 from qkernels.formats.format import Code
 from qkernels.kernels.triton import layout
-from qkernels.kernels.triton.launch import triton_version
 from qkernels.kernels.triton.unpack_asm import base, unpack_asm
 
 
@@ -77,8 +76,3 @@ def arithmetic(format: QuantFormat, dtype: torch.dtype, device: torch.device) ->
 @functools.lru_cache(maxsize=256)
 def _asm(format: QuantFormat, dtype: torch.dtype) -> str:
     return unpack_asm(format.code, dtype)
-
-
-def lanes_last() -> bool:
-    """Which axis of equal rank Triton gives to lanes first: it changed."""
-    return triton_version() >= (3, 7)

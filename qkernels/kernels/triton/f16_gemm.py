@@ -27,8 +27,8 @@ from qkernels.kernels.registry import Kernel, Matmul, Problem, register
 from qkernels.kernels.triton import layout, tables
 from qkernels.kernels.triton.f16_backward import backward
 from qkernels.kernels.triton.f16_dequantize import by_rows, dequantize
-from qkernels.kernels.triton.f16_format import Stored, arithmetic, constants, lanes_last, mode, rest_needed, table
-from qkernels.kernels.triton.launch import SPLITS, Gpu, check, gpu_of, over_rows, regular, remember, reserve, why_not, workspace
+from qkernels.kernels.triton.f16_format import Stored, arithmetic, constants, mode, rest_needed, table
+from qkernels.kernels.triton.launch import SPLITS, Gpu, check, gpu_of, lanes_last, over_rows, regular, remember, reserve, why_not, workspace
 from qkernels.kernels.triton.layout import Packed, restore
 from qkernels.kernels.triton.unpack_asm import base
 

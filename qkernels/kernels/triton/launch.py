@@ -50,6 +50,11 @@ def begins_early(major: int) -> bool:
     return major >= 9 and triton_version() >= (3, 5)
 
 
+def lanes_last() -> bool:
+    """Which axis of equal rank Triton gives to lanes first: it changed. See `word_rows`."""
+    return triton_version() >= (3, 7)
+
+
 def why_not(p: Problem) -> str | None:
     """What no Triton kernel of ours can do."""
     if p.device.type != "cuda":

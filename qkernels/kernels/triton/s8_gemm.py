@@ -22,8 +22,9 @@ from torch import Tensor
 
 from qkernels.formats import Int, QuantFormat, QuantTensor
 from qkernels.kernels.registry import Kernel, Matmul, Problem, register
-from qkernels.kernels.triton import tables
-from qkernels.kernels.triton.launch import SPLITS, Gpu, check, gpu_of, over_rows, regular, remember, reserve, why_not, workspace
+from qkernels.kernels.triton import int8, tables
+from qkernels.kernels.triton.int8 import OPTIONS, Tile, blocks
+from qkernels.kernels.triton.launch import SPLITS, Gpu, check, gpu_of, over_rows, reserve, why_not
 
 TILE_K = 128  # columns, and bytes: what a row of a tile in shared memory holds
 
@@ -67,18 +68,6 @@ def restore(packed: Packed) -> QuantTensor:
 # -- tiles ----------------------------------------------------------------------------------------------------------------------------
 
 
-class Tile(NamedTuple):
-    """How one launch cuts its problem."""
-
-    block_n: int
-    block_m: int
-    num_warps: int
-    num_stages: int = 4
-    split_k: int = 1
-    raster: int = 8  # tiles of weights that are worked on side by side
-    early: bool = False  # begins while the kernel before it ends
-
-
 def choose(n: int, k: int, m: int, gpu: Gpu) -> Tile:
     """The tile for x [m, k] and a weight [n, k]: the best of a few on an H100 (benchmarks/NOTES.md).
 
@@ -97,30 +86,14 @@ def choose(n: int, k: int, m: int, gpu: Gpu) -> Tile:
     return t._replace(num_stages=stages, split_k=split, early=gpu.early)
 
 
-OPTIONS = {  # of each field: what `tune` tries, and tables may hold
-    "block_n": (64, 128, 256), "block_m": (16, 32, 64, 128, 256), "num_warps": (4, 8), "num_stages": (2, 3, 4, 5, 6), "split_k": SPLITS,
-    "raster": (1, 4, 8, 16), "early": (False, True),
-}  # fmt: skip
-
-
 def choose_for(n: int, k: int, m: int, gpu: Gpu) -> Tile:
-    """`choose`, or what was found by tuning."""
+    """The tile that was found by tuning, or `choose`."""
     return tables.tile_for(KERNEL.name, choose(n, k, m, gpu), OPTIONS, gpu, "", n, k, m)
-
-
-def blocks(t: Tile, n: int, m: int) -> int:
-    """Tiles of the output."""
-    return -(-n // t.block_n) * -(-m // t.block_m)
 
 
 def stage_bytes(t: Tile) -> int:
     """Shared memory of one stage of the pipeline, with some for barriers."""
     return (t.block_n + t.block_m) * TILE_K + 128
-
-
-def quantize_block(k: int) -> int:
-    """Columns that the quantising kernel takes at a time, a power of two: each of its threads has 8 to 32."""
-    return min(8192, max(1024, 1 << (k - 1).bit_length()))
 
 
 # -- launching ------------------------------------------------------------------------------------------------------------------------
@@ -132,78 +105,19 @@ def _run(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor | None, bias: 
     return over_rows(x, weight.shape[0], lambda rows, out: multiply(rows, weight, scales, zeros, bias, out))
 
 
-class Launch(NamedTuple):
-    """What a call needs besides its tensors, once it has been worked out: the two kernels and their compile-time constants."""
-
-    quantize: Any
-    quantize_values: tuple[Any, ...]
-    gemm: Any
-    gemm_values: tuple[Any, ...]
-    grid: tuple[int, int, int]
-    tile: Tile
-
-
-_LAUNCHES: dict[tuple[Any, ...], Launch] = {}
-
-
 def multiply(
     x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, out: Tensor, tile: Tile | None = None
 ) -> None:
-    """out [M, N] = x [M, K] · Ŵᵀ + bias; a tile of one's own is for tuning.
+    """out [M, N] = x [M, K] · Ŵᵀ + bias; a tile of one's own is for tuning."""
+    (n, padded), k = weight.shape, x.shape[1]
 
-    From arguments to a compiled kernel Triton takes longer than most products do; what it finds is kept, by all that it depends on.
-    """
-    (m, k), (n, padded) = x.shape, weight.shape
-    key = (n, k, m, x.dtype, scales.dtype, zeros is None, None if bias is None else bias.dtype, x.device, tile)
-    launch = _LAUNCHES.get(key) if regular(x, weight, scales, zeros, bias) else None
-    if launch is None:
-        return _first_launch(key, x, weight, scales, zeros, bias, out, tile)
-    stream = torch._C._cuda_getCurrentRawStream(x.device.index)
-    codes, rows, parts, counters = _buffers(launch.tile, m, n, padded, launch.grid[0], x.device, stream)
-    launch.quantize[m, 1, 1](x, codes, rows, m, k, padded, k, *launch.quantize_values, stream=stream)
-    arguments = (codes, rows, weight, scales, zeros, bias, out, parts, counters, m, n, padded)
-    launch.gemm[launch.grid](*arguments, *launch.gemm_values, stream=stream)
-    return None
+    def plan(m: int) -> int8.Product:
+        from qkernels.kernels.triton.jit.s8_gemm import gemm
 
+        t = tile or choose_for(n, k, m, gpu_of(x.device))
+        return int8.Product(gemm, tuple(tile_constants(t).values()), t, exact=True)
 
-def _first_launch(
-    key: tuple[Any, ...],
-    x: Tensor,
-    weight: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bias: Tensor | None,
-    out: Tensor,
-    tile: Tile | None,
-) -> None:
-    """Choose, compile and launch; keep what was worked out, if the arguments are as they usually are."""
-    from qkernels.kernels.triton.jit import s8_gemm as jit
-
-    (m, k), (n, padded) = x.shape, weight.shape
-    t = tile or choose_for(n, k, m, gpu_of(x.device))
-    grid = (blocks(t, n, m), t.split_k, 1)
-    stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
-    codes, rows, parts, counters = _buffers(t, m, n, padded, grid[0], x.device, stream)
-    options = {"launch_pdl": True} if t.early else {}
-    columns = quantize_block(k)
-    first_values, values = (columns, t.early), tuple(tile_constants(t).values())
-    first = jit.quantize_rows[m, 1, 1](
-        x, codes, rows, m, k, padded, x.stride(0), *first_values, num_warps=min(8, columns // 1024 * 2), **options
-    )
-    arguments = (codes, rows, weight, scales, zeros, bias, out, parts, counters, m, n, padded)
-    second = jit.gemm[grid](*arguments, *values, num_warps=t.num_warps, num_stages=t.num_stages, **options)
-    if x.is_cuda and regular(x, weight, scales, zeros, bias):
-        remember(_LAUNCHES, key, Launch(first, first_values, second, values, grid, t))
-
-
-def _buffers(
-    t: Tile, m: int, n: int, padded: int, tiles: int, device: torch.device, stream: int
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Codes of x, its scales and sums, and where the parts of a split K meet."""
-    codes = torch.empty((m, padded), dtype=torch.int8, device=device)
-    rows = torch.empty((2, m), dtype=torch.float32, device=device)
-    parts, counters = workspace(t.split_k, m, n, tiles, device, stream)
-    return codes, rows, None if parts is None else parts.view(torch.int32), counters
+    int8.multiply(plan, ("s8_w8", tile), x, int8.Stored(weight, scales, zeros), bias, out, padded)
 
 
 def tile_constants(t: Tile) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def finished(sums, ASM: tl.constexpr):
     seen on an H100 with Triton 3.6, codes of 8 bits, 300 tokens. An instruction on the sums, which comes to nothing, makes it wait.
     """
     if ASM is not None:
-        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [sums], dtype=tl.float32, is_pure=True, pack=1)
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [sums], dtype=sums.dtype, is_pure=True, pack=1)
     else:
         return sums
 
