@@ -52,7 +52,7 @@ def test_machine_code_for_hopper(name, n, k, m):
 
 
 @pytest.mark.parametrize("sm", [sm for sm in SHARED if sm != 90])
-@pytest.mark.parametrize("name", ["int4", "nf4"])
+@pytest.mark.parametrize("name", ["int4", "int2", "nf4"])
 def test_machine_code_for_other_gpus(name, sm):
     for m in (1, 1024):
         build = build_f16(name, m, sm)
