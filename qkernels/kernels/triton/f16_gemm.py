@@ -1,4 +1,4 @@
-"""fp16 and bf16 activations against codes of 2, 4 and 8 bits: one tensor-core kernel from decoding to prefill.
+"""fp16 and bf16 activations against codes of 2 to 6 and of 8 bits: one tensor-core kernel from decoding to prefill.
 
 The dequantised weight is the left operand of the tensor core's product, which on Hopper comes straight from registers; tokens are its
 columns, in multiples of 16. Sums are float32; a split of K adds its parts in a fixed order, so a result is the same on every run.
@@ -112,6 +112,8 @@ def constants(format: QuantFormat, n: int, k: int) -> dict[str, Any]:
     tile_k, (rows, group) = layout.tile_columns(format), format.group_extent(n, k)
     return {
         "BITS": format.bits,
+        "TILE_K": tile_k,
+        "WORDS": layout.words_per_row(format),
         "CODE": "table" if layout.is_table(format.code) else "int" if isinstance(format.code, Int) else format.code.name,
         "SCALE": format.scale,
         "ZERO": format.zero,
