@@ -16,7 +16,7 @@ from qkernels.kernels import registry, table
 from qkernels.kernels.cpu import layout as cpu_layout
 from qkernels.kernels.registry import Problem
 from qkernels.kernels.triton import layout as gpu_layout
-from qkernels.kernels.triton import s8_gemm
+from qkernels.kernels.triton import s8_gemm, s8_w4_gemm
 from qkernels.quantizers.rtn import rtn
 from qkernels.testing import assert_matmul_close
 
@@ -103,6 +103,9 @@ PREPARED = [
     ("canonical", lambda q: q.codes, ("int8", "int6", "int5", "int4", "int3", "int2", "nf4"), 0),
     ("cpu", lambda q: cpu_layout.prepare(q).weight, ("int8", "int6", "int5", "int4", "int3", "int2", "nf4", "fp8"), 0),
     ("gpu", lambda q: gpu_layout.prepare(q).weight, ("int8", "int4", "int2", "fp8"), 0),
+    ("gpu_planes", lambda q: gpu_layout.prepare(q).weight, ("int3", "int5", "int6"), 0),
+    ("gpu_w4", lambda q: s8_w4_gemm.prepare(q).weight, ("int4",), 8),
+    ("gpu_w4", lambda q: s8_w4_gemm.prepare(q).weight, ("int4_asym",), 0),
     ("gpu_table", lambda q: gpu_layout.prepare(q).weight, ("nf4", "mxfp4"), 0),
     ("gpu_int8", lambda q: s8_gemm.prepare(q).weight, ("int8",), 128),
 ]

@@ -16,7 +16,12 @@ from qkernels.testing import assert_matmul_close
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 KERNELS = [k for k in kernels.all_kernels() if k.backend in ("triton", "cuda")]
-MORE = [formats.get(n) for n in ("int4_g32", "int4_g-1", "int4_g256", "int8_g32", "u8_g16_zi_sf16", "u4_g64_zi_sbf16", "u4_g-1_zi_sf32")]
+MORE = [
+    formats.get(n)
+    for n in (
+        "int4_g32", "int4_g-1", "int4_g256", "int3_g256", "int8_g32", "u8_g16_zi_sf16", "u4_g64_zi_sbf16", "u4_g-1_zi_sf32",
+    )
+]  # fmt: skip
 PAIRS = [pytest.param(k, f, id=f"{k.name}-{f.name}") for k in KERNELS for f in (*plain(formats.all_formats()), *MORE)]
 SHAPES = ((1, 8), (70, 300), (130, 515), (512, 1024), (512, 8192), (4096, 4096))
 ROWS = (0, 1, 3, 16, 17, 33, 64, 100, 130, 257, 600, 2100)

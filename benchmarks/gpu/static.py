@@ -29,7 +29,7 @@ POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 SCALES = {"f16": "*fp16", "bf16": "*bf16", "f32": "*fp32", "e4m3": "*u8", "e8m0": "*u8"}
 CASES = tuple(
     (name, n, m)
-    for name in ("int4", "int4_g32", "nf4", "mxfp4", "int8", "fp8")
+    for name in ("int3", "int4", "int4_g32", "int5", "int6", "nf4", "mxfp4", "int8", "fp8")
     for n, m in ((4096, 1), (28672, 1), (4096, 64), (4096, 1024))
 )
 W4_CASES = ("int4", "int4_asym", "int4_g64", "int4_g-1")

@@ -28,6 +28,8 @@ def constants(format: QuantFormat, n: int, k: int) -> dict[str, Any]:
     tile_k, (rows, group) = layout.tile_columns(format), format.group_extent(n, k)
     return {
         "BITS": format.bits,
+        "TILE_K": tile_k,
+        "WORDS": layout.words_per_row(format),
         "CODE": "table" if layout.is_table(format.code) else "int" if isinstance(format.code, Int) else format.code.name,
         "SCALE": format.scale,
         "ZERO": format.zero,

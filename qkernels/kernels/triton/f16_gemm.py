@@ -1,4 +1,4 @@
-"""fp16 and bf16 activations against codes of 2, 4 and 8 bits: one tensor-core kernel from decoding to prefill.
+"""fp16 and bf16 activations against codes of 2 to 6 and of 8 bits: one tensor-core kernel from decoding to prefill.
 
 The dequantised weight is the left operand of the tensor core's product, which on Hopper comes straight from registers; tokens are its
 columns, in multiples of 16. Sums are float32; a split of K adds its parts in a fixed order, so a result is the same on every run. How K is
@@ -79,6 +79,8 @@ def choose(n: int, k: int, m: int, tile_k: int, gpu: Gpu, where: str = "sum", ze
     while 2 * stage_bytes(t, tile_k) > gpu.shared_bytes:
         t = t._replace(block_m=t.block_m // 2)
     stages = min(t.num_stages, gpu.shared_bytes // stage_bytes(t, tile_k))
+    # for many tokens, GPUs before Hopper keep the unpacked weights in shared memory, too, beside all stages of x but one
+    stages = min(stages, 1 + (gpu.shared_bytes - 2 * t.block_n * tile_k) // stage_bytes(t, tile_k))
     blocks, steps = -(-n // t.block_n) * -(-m // t.block_m), -(-k // tile_k)
     per_processor = 2 if m > 16 or not (wide or deep) else 6 if wide else 4
     wanted = -(-per_processor * gpu.processors // blocks) if m <= 16 or (m <= 128 and 2 * blocks <= 3 * gpu.processors) else 1

@@ -3,6 +3,8 @@
 Integers: a code OR-ed into the mantissa of a power of two is that power plus the code, so one `lop3` unpacks the two codes of a register's
 halves and one addition takes the power away: (128 + q) in bf16, (1024 + q) in fp16. What comes out is code - 2^(bits-1), exactly.
 A code of 8 bits is one bit too wide for bf16's mantissa: its highest bit chooses between the constants that are added.
+Codes of two planes (3, 5 and 6 bits) are put together by one `lop3` for all of a word's even pairs and one for all odd ones. Each need not
+be shifted to bit 0, only to where the mantissa holds it: from bit p, the multiplication that comes with the addition takes 2^p away.
 
 Codebooks: a byte permutation looks four codes up in eight bytes, so two of them, and a choice by the codes' highest bits, look them up in
 sixteen; once for the high and once for the low bytes of the values.
@@ -19,17 +21,20 @@ import torch
 
 from qkernels.formats import Codebook, Float, Int
 from qkernels.formats.format import Code
+from qkernels.kernels.triton.layout import planes
 
 _POWER = {torch.bfloat16: (128, "43004300"), torch.float16: (1024, "64006400")}
 _TYPE = {torch.bfloat16: "bf16x2", torch.float16: "f16x2"}
 
 
 def unpack_asm(code: Code, dtype: torch.dtype) -> str:
-    """The body for one word; operands: the V = 32 / bits values in order of the columns, then the word."""
+    """The body for one word; operands: its values in order of the columns, the word, and of two planes the narrow word, turned."""
     if isinstance(code, Float) and code.bits == 8:
         pairs = _float8(code, dtype)
     elif not isinstance(code, Int):
         pairs = _table(code, dtype)
+    elif planes(code.bits)[1]:
+        pairs = _two_planes(code.bits, dtype)
     elif code.bits == 8 and dtype == torch.bfloat16:
         pairs = _int8_bf16()
     else:
@@ -55,16 +60,34 @@ def _pair(value: float, dtype: torch.dtype) -> str:
 
 def _int(bits: int, dtype: torch.dtype) -> list[list[str]]:
     """For every pair of values, the instructions that leave it in register t."""
+    return [[f"shr.u32 t, ${32 // bits}, {bits * i};", *_code_at(0, "t", bits, dtype)] for i in range(16 // bits)]
+
+
+def _two_planes(bits: int, dtype: torch.dtype) -> list[list[str]]:
+    """The same for codes of which the word has all but a few bits, and the narrow word those, beside the place of the others."""
+    wide, narrow = planes(bits)
+    lower = f"0x{int('3' * 8 if wide == 2 else '0f' * 4, 16):08x}"  # of every 2 wide bits
+    registers, shifted, pairs = "ab", [0, 0], []  # of the codes of even i, and of odd i
+    for i in range(16 // wide):
+        odd, lines = i % 2, []
+        r, at = registers[odd], wide * i - narrow * odd
+        if i < 2:  # lower ? word : narrow word, or the other way round
+            lines.append(f"lop3.b32 {r}, {lower}, ${32 // wide}, ${32 // wide + 1}, {('0xca', '0xac')[odd]};")
+        if 2 ** (at - shifted[odd] + bits) > _POWER[dtype][0]:  # the mantissa ends there
+            lines.append(f"shr.u32 {r}, {r}, {at - shifted[odd]};")
+            shifted[odd] = at
+        pairs.append([*lines, *_code_at(at - shifted[odd], r, bits, dtype)])
+    return pairs
+
+
+def _code_at(p: int, register: str, bits: int, dtype: torch.dtype) -> list[str]:
+    """Codes at bit p of the halves of a register, as floats in register t."""
     power, magic = _POWER[dtype]
-    mask, minus = f"0x{(2**bits - 1) * 0x10001:08x}", _pair(-(power + 2.0 ** (bits - 1)), dtype)
     return [
-        [
-            f"shr.u32 t, ${32 // bits}, {bits * i};",
-            f"lop3.b32 t, t, {mask}, 0x{magic}, 0xea;",  # (t & mask) | magic
-            f"mov.b32 minus, {minus};",
-            f"fma.rn.{_TYPE[dtype]} t, t, one, minus;",
-        ]
-        for i in range(16 // bits)
+        f"lop3.b32 t, {register}, 0x{(2**bits - 1 << p) * 0x10001:08x}, 0x{magic}, 0xea;",  # (register & mask) | magic
+        f"mov.b32 minus, {_pair(-(power / 2**p + 2.0 ** (bits - 1)), dtype)};",
+        *([f"mov.b32 c, {_pair(2.0**-p, dtype)};"] if p else []),
+        f"fma.rn.{_TYPE[dtype]} t, t, {'c' if p else 'one'}, minus;",
     ]
 
 

@@ -3,16 +3,17 @@
 import triton
 import triton.language as tl
 
-from qkernels.kernels.triton.jit.f16_gemm import finished, stored, tile, word_rows
+from qkernels.kernels.triton.jit.f16_gemm import fetch, finished, narrow_words, stored, tile, word_rows
 from qkernels.kernels.triton.jit.shared import place
 
 
 @triton.jit(do_not_specialize=["M"])
 def gemm(
     p_y, p_w, p_s, p_z, p_tensor_scale, p_table, p_out, p_part, p_count, M, N, K, stride_y,
-    BITS: tl.constexpr, ASM: tl.constexpr, CODE: tl.constexpr, SCALE: tl.constexpr, ZERO: tl.constexpr, BASE: tl.constexpr,
-    REST: tl.constexpr, GROUP_ROWS: tl.constexpr, GROUP_TILES: tl.constexpr, PER_TILE: tl.constexpr, DTYPE: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, SPLIT_N: tl.constexpr, RASTER: tl.constexpr, LAST: tl.constexpr,
+    BITS: tl.constexpr, TILE_K: tl.constexpr, WORDS: tl.constexpr, ASM: tl.constexpr, CODE: tl.constexpr, SCALE: tl.constexpr,
+    ZERO: tl.constexpr, BASE: tl.constexpr, REST: tl.constexpr, GROUP_ROWS: tl.constexpr, GROUP_TILES: tl.constexpr,
+    PER_TILE: tl.constexpr, DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, SPLIT_N: tl.constexpr,
+    RASTER: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """One tile [BLOCK_M, columns of a tile of the weight] of grad_x [M, K], or its part over a run of N.
 
@@ -20,7 +21,6 @@ def gemm(
     SPLIT_N      runs of N; their float32 sums meet in p_part, and the last one to arrive adds them up, always in the same order
     RASTER       tiles of columns that are worked on side by side for all tokens, for the cache's sake
     """
-    TILE_K: tl.constexpr = 512 // BITS
     pid, split = tl.program_id(0), tl.program_id(1)
     kt, tile_m = place(pid, tl.cdiv(K, TILE_K), tl.cdiv(M, BLOCK_M), RASTER)
     blocks_n = tl.cdiv(N, BLOCK_N)
@@ -30,17 +30,21 @@ def gemm(
     o_m, o_k = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), kt * TILE_K + tl.arange(0, TILE_K)
     m_m = o_m < M
     o_rows, o_word = word_rows(BLOCK_N, LAST), tl.arange(0, 16)[None, None, None, :]
-    p_words = p_w + kt.to(tl.int64) * N * 16 + o_rows * 16 + o_word
+    p_tile = p_w + kt.to(tl.int64) * N * WORDS
+    p_words, p_narrow = p_tile + o_rows * 16 + o_word, narrow_words(p_tile, o_rows, N, WORDS)
     p_grads = p_y + o_m.to(tl.int64)[:, None] * stride_y + tl.arange(0, BLOCK_N)[None, :]
     rows_s = tl.cdiv(N, GROUP_ROWS)  # of the scales
     sums = tl.zeros([BLOCK_M, TILE_K], tl.float32)
     for nt in range(begin, end):
-        o_n = nt * BLOCK_N + tl.arange(0, BLOCK_N)
+        first = nt * BLOCK_N
+        o_n = first + tl.arange(0, BLOCK_N)
         m_n = o_n < N
-        y = tl.load(p_grads + nt * BLOCK_N, m_m[:, None] & m_n[None, :], other=0.0).to(DTYPE)
-        words = tl.load(p_words + nt * (BLOCK_N * 16), (nt * BLOCK_N + o_rows < N) & (o_word < 16), other=0)
+        y = tl.load(p_grads + first, m_m[:, None] & m_n[None, :], other=0.0).to(DTYPE)
+        words, narrow = fetch(p_words + first * 16, p_narrow + first * (WORDS - 16), first + o_rows < N, 0, WORDS)
         scale, zero = stored(p_s, p_z, kt, o_n, m_n, rows_s, ZERO, True, GROUP_ROWS, GROUP_TILES, PER_TILE)
-        w = tile(words, scale, zero, p_table, BLOCK_N, BITS, ASM, CODE, SCALE, ZERO, True, REST, BASE, PER_TILE, DTYPE, LAST)
+        w = tile(
+            words, narrow, scale, zero, p_table, BLOCK_N, BITS, TILE_K, ASM, CODE, SCALE, ZERO, True, REST, BASE, PER_TILE, DTYPE, LAST
+        )  # fmt: skip
         sums = finished(tl.dot(y, w, sums, input_precision="ieee"), ASM)
 
     p_tile = o_m.to(tl.int64)[:, None] * K + o_k[None, :]

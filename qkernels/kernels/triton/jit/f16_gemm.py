@@ -3,7 +3,30 @@
 import triton
 import triton.language as tl
 
-from qkernels.kernels.triton.jit.shared import columns, place, to_float, unpack
+from qkernels.kernels.triton.jit.shared import columns, place, to_float
+
+
+@triton.jit
+def fetch(p_words, p_narrow, m_rows, ahead, WORDS: tl.constexpr):
+    """Words of the wide and of the narrow plane, `ahead` of the pointers; where there is one plane, the other is not used."""
+    words = tl.load(p_words + ahead, m_rows, other=0, eviction_policy="evict_first")
+    if WORDS > 16:
+        return words, tl.load(p_narrow + ahead, m_rows, other=0, eviction_policy="evict_first")
+    else:
+        return words, words
+
+
+@triton.jit
+def narrow_words(p_tile, o_rows, N, WORDS: tl.constexpr):
+    """Pointers to the words of these rows, [.., 1], in the narrow plane of a tile: [.., WORDS - 16].
+
+    What is said of their alignment is less than the truth: a lane shall load the words that belong to its four wide ones, and no more.
+    """
+    if WORDS > 16:
+        o_narrow = tl.multiple_of(tl.arange(0, WORDS - 16), (WORDS - 16) // 4)
+        return p_tile + N * 16 + o_rows * (WORDS - 16) + o_narrow
+    else:
+        return p_tile
 
 
 @triton.jit
@@ -22,24 +45,24 @@ def word_rows(BLOCK_N: tl.constexpr, LAST: tl.constexpr):
 
 @triton.jit
 def as_rows(words, BLOCK_N: tl.constexpr, LAST: tl.constexpr):
-    """Words in the axes of `word_rows` -> [BLOCK_N, 16]."""
-    return tl.reshape(tl.permute(words, [1, 0, 2, 3] if LAST else [1, 2, 0, 3]), [BLOCK_N, 16])
+    """Words in the axes of `word_rows` -> [BLOCK_N, words of a row]."""
+    return tl.reshape(tl.permute(words, [1, 0, 2, 3] if LAST else [1, 2, 0, 3]), [BLOCK_N, words.shape[3]])
 
 
 @triton.jit
 def tile(
-    words, raw_scale, raw_zero, p_table, BLOCK_N: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr, CODE: tl.constexpr,
-    SCALE: tl.constexpr, ZERO: tl.constexpr, SCALED: tl.constexpr, REST: tl.constexpr, BASE: tl.constexpr, PER_TILE: tl.constexpr,
-    DTYPE: tl.constexpr, LAST: tl.constexpr,
+    words, narrow, raw_scale, raw_zero, p_table, BLOCK_N: tl.constexpr, BITS: tl.constexpr, TILE_K: tl.constexpr, ASM: tl.constexpr,
+    CODE: tl.constexpr, SCALE: tl.constexpr, ZERO: tl.constexpr, SCALED: tl.constexpr, REST: tl.constexpr, BASE: tl.constexpr,
+    PER_TILE: tl.constexpr, DTYPE: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """Words of a tile -> [BLOCK_N, 512 / BITS] of DTYPE: value - zero, and times the scale where SCALED.
+    """Words of a tile -> [BLOCK_N, TILE_K] of DTYPE: value - zero, and times the scale where SCALED.
 
     raw_…: [BLOCK_N, PER_TILE] as stored. Numbers of more than 16 bits come in two parts, so that a weight is rounded as if they had not.
     """
-    w = columns(unpack(as_rows(words, BLOCK_N, LAST), ASM, CODE, p_table, BITS, DTYPE), BLOCK_N, BITS)
+    w = columns(as_rows(words, BLOCK_N, LAST), as_rows(narrow, BLOCK_N, LAST), ASM, CODE, p_table, BITS, TILE_K, DTYPE)
     if ZERO == "none" and not SCALED:
         return w
-    w = tl.reshape(w, [BLOCK_N, PER_TILE, 512 // BITS // PER_TILE])
+    w = tl.reshape(w, [BLOCK_N, PER_TILE, TILE_K // PER_TILE])
     if ZERO != "none":
         wide = raw_zero.to(tl.float32) - BASE
         zero = wide.to(DTYPE)
@@ -54,7 +77,7 @@ def tile(
             w = tl.fma(w, tl.broadcast_to(scale[:, :, None], w.shape), w * rest[:, :, None])
         else:
             w *= scale[:, :, None]
-    return tl.reshape(w, [BLOCK_N, 512 // BITS])
+    return tl.reshape(w, [BLOCK_N, TILE_K])
 
 
 @triton.jit
@@ -89,13 +112,15 @@ def stored(
 
 @triton.jit
 def add_tile(
-    sums, words, x, scale, zero, p_s, p_table, kt, o_n, m_n, rows_s, BLOCK_N: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr,
-    CODE: tl.constexpr, SCALE: tl.constexpr, ZERO: tl.constexpr, BASE: tl.constexpr, REST: tl.constexpr, GROUP_ROWS: tl.constexpr,
-    GROUP_TILES: tl.constexpr, PER_TILE: tl.constexpr, MODE: tl.constexpr, DTYPE: tl.constexpr, LAST: tl.constexpr,
+    sums, words, narrow, x, scale, zero, p_s, p_table, kt, o_n, m_n, rows_s, BLOCK_N: tl.constexpr, BITS: tl.constexpr,
+    TILE_K: tl.constexpr, ASM: tl.constexpr, CODE: tl.constexpr, SCALE: tl.constexpr, ZERO: tl.constexpr, BASE: tl.constexpr,
+    REST: tl.constexpr, GROUP_ROWS: tl.constexpr, GROUP_TILES: tl.constexpr, PER_TILE: tl.constexpr, MODE: tl.constexpr,
+    DTYPE: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """sums + (words of tile kt, as weights) · x."""
     w = tile(
-        words, scale, zero, p_table, BLOCK_N, BITS, ASM, CODE, SCALE, ZERO, MODE == "word", REST, BASE, PER_TILE, DTYPE, LAST
+        words, narrow, scale, zero, p_table, BLOCK_N, BITS, TILE_K, ASM, CODE, SCALE, ZERO, MODE == "word", REST, BASE, PER_TILE, DTYPE,
+        LAST,
     )  # fmt: skip
     if MODE == "sum":  # loaded only now: earlier, with the words, it kept them waiting (NOTES.md)
         wide = to_float(tl.load(p_s + kt // GROUP_TILES * rows_s + o_n // GROUP_ROWS, m_n, other=0), SCALE)
@@ -107,15 +132,16 @@ def add_tile(
 @triton.jit(do_not_specialize=["M"])
 def gemm(
     p_x, p_w, p_s, p_z, p_tensor_scale, p_table, p_bias, p_out, p_part, p_count, M, N, K, stride_x,
-    BITS: tl.constexpr, ASM: tl.constexpr, CODE: tl.constexpr, SCALE: tl.constexpr, ZERO: tl.constexpr, BASE: tl.constexpr,
-    REST: tl.constexpr, GROUP_ROWS: tl.constexpr, GROUP_TILES: tl.constexpr, PER_TILE: tl.constexpr, MODE: tl.constexpr,
-    DTYPE: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, SPLIT_K: tl.constexpr,
-    RASTER: tl.constexpr, STEP: tl.constexpr, LAST: tl.constexpr, EARLY: tl.constexpr,
+    BITS: tl.constexpr, TILE_K: tl.constexpr, WORDS: tl.constexpr, ASM: tl.constexpr, CODE: tl.constexpr, SCALE: tl.constexpr,
+    ZERO: tl.constexpr, BASE: tl.constexpr, REST: tl.constexpr, GROUP_ROWS: tl.constexpr, GROUP_TILES: tl.constexpr,
+    PER_TILE: tl.constexpr, MODE: tl.constexpr, DTYPE: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+    SPLIT_K: tl.constexpr, RASTER: tl.constexpr, STEP: tl.constexpr, LAST: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One tile of y [M, N], or its part over a run of K.
 
     The weight is the left operand, so that the tensor core takes it from registers; the tokens are its columns.
 
+    TILE_K       columns of a tile of the weight; WORDS: of a row there, those beyond 16 in the narrow plane
     MODE         where scales are applied: "row" once to the sums, "sum" to every tile's sums, "word" to the weights
     GROUP_ROWS   rows that share scales; GROUP_TILES: tiles that do; PER_TILE: scales of one tile
     SPLIT_K      runs of K; their float32 sums meet in p_part, and the last one to arrive adds them up, always in the same order
@@ -124,7 +150,6 @@ def gemm(
     STEP         tiles of K worked on at a time: so many more bytes are on their way meanwhile
     RASTER       tiles of weights that are worked on side by side for all tokens, for the cache's sake
     """
-    TILE_K: tl.constexpr = 512 // BITS
     pid, split = tl.program_id(0), tl.program_id(1)
     tile_n, tile_m = place(pid, tl.cdiv(N, BLOCK_N), tl.cdiv(M, BLOCK_M), RASTER)
     tiles_k = tl.cdiv(K, TILE_K)
@@ -137,16 +162,17 @@ def gemm(
     m_m = o_m < M
     o_k = tl.arange(0, TILE_K)
     o_rows, o_word = tile_n * BLOCK_N + word_rows(BLOCK_N, LAST), tl.arange(0, 16)[None, None, None, :]
-    m_words = (o_rows < N) & (o_word < 16)
-    p_words = p_w + tl.minimum(begin, tiles_k - 1).to(tl.int64) * N * 16 + o_rows * 16 + o_word
+    m_rows = o_rows < N
+    p_tile = p_w + tl.minimum(begin, tiles_k - 1).to(tl.int64) * N * WORDS
+    p_words, p_narrow = p_tile + o_rows * 16 + o_word, narrow_words(p_tile, o_rows, N, WORDS)
     p_tokens = p_x + o_m.to(tl.int64)[None, :] * stride_x + begin * TILE_K + o_k[:, None]
     rows_s = tl.cdiv(N, GROUP_ROWS)  # of the scales
     sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     # what the next step needs is loaded while this one is worked on; a run of K may be empty, but must not read beyond the weight
     last = tl.maximum(end, begin + 1) - 1
-    words = tl.load(p_words, m_words, other=0, eviction_policy="evict_first")
+    words, narrow = fetch(p_words, p_narrow, m_rows, 0, WORDS)
     if STEP == 2:
-        second = tl.load(p_words + tl.where(begin < last, N * 16, 0), m_words, other=0, eviction_policy="evict_first")
+        second, second_narrow = fetch(p_words, p_narrow, m_rows, tl.where(begin < last, N * WORDS, 0), WORDS)
     NUMBERS: tl.constexpr = MODE == "word" or ZERO != "none"
     scale, zero = None, None
     if NUMBERS and STEP == 1:
@@ -164,12 +190,14 @@ def gemm(
                 m_second = m_second & (kt * TILE_K + TILE_K + o_k < K)[:, None]
             second_x = tl.load(p_tokens + TILE_K, m_second, other=0.0).to(DTYPE)
         p_tokens += STEP * TILE_K
-        now = words
-        p_words += tl.minimum(STEP, last - kt) * (N * 16)
-        words = tl.load(p_words, m_words, other=0, eviction_policy="evict_first")
+        now, now_narrow = words, narrow
+        p_words += tl.minimum(STEP, last - kt) * (N * WORDS)
+        if WORDS > 16:
+            p_narrow += tl.minimum(STEP, last - kt) * (N * WORDS)
+        words, narrow = fetch(p_words, p_narrow, m_rows, 0, WORDS)
         if STEP == 2:
-            after = second
-            second = tl.load(p_words + tl.where(kt + 2 < last, N * 16, 0), m_words, other=0, eviction_policy="evict_first")
+            after, after_narrow = second, second_narrow
+            second, second_narrow = fetch(p_words, p_narrow, m_rows, tl.where(kt + 2 < last, N * WORDS, 0), WORDS)
         if NUMBERS and STEP == 1:
             this_scale, this_zero = scale, zero
             scale, zero = stored(
@@ -185,13 +213,13 @@ def gemm(
         else:
             this_scale, this_zero, second_scale, second_zero = None, None, None, None
         sums = add_tile(
-            sums, now, x, this_scale, this_zero, p_s, p_table, kt, o_n, m_n, rows_s, BLOCK_N, BITS, ASM, CODE, SCALE, ZERO, BASE, REST,
-            GROUP_ROWS, GROUP_TILES, PER_TILE, MODE, DTYPE, LAST,
+            sums, now, now_narrow, x, this_scale, this_zero, p_s, p_table, kt, o_n, m_n, rows_s, BLOCK_N, BITS, TILE_K, ASM, CODE,
+            SCALE, ZERO, BASE, REST, GROUP_ROWS, GROUP_TILES, PER_TILE, MODE, DTYPE, LAST,
         )  # fmt: skip
         if STEP == 2:
             sums = add_tile(
-                sums, after, second_x, second_scale, second_zero, p_s, p_table, tl.minimum(kt + 1, last), o_n, m_n, rows_s, BLOCK_N,
-                BITS, ASM, CODE, SCALE, ZERO, BASE, REST, GROUP_ROWS, GROUP_TILES, PER_TILE, MODE, DTYPE, LAST,
+                sums, after, after_narrow, second_x, second_scale, second_zero, p_s, p_table, tl.minimum(kt + 1, last), o_n, m_n, rows_s,
+                BLOCK_N, BITS, TILE_K, ASM, CODE, SCALE, ZERO, BASE, REST, GROUP_ROWS, GROUP_TILES, PER_TILE, MODE, DTYPE, LAST,
             )  # fmt: skip
 
     if EARLY:
@@ -231,18 +259,18 @@ def finish(
 @triton.jit
 def dequantize(
     p_w, p_s, p_z, p_tensor_scale, p_table, p_out, first_row, first_tile, rows, N, K, stride_out,
-    BITS: tl.constexpr, ASM: tl.constexpr, CODE: tl.constexpr, SCALE: tl.constexpr, ZERO: tl.constexpr, BASE: tl.constexpr,
-    GROUP_ROWS: tl.constexpr, GROUP_TILES: tl.constexpr, PER_TILE: tl.constexpr, DTYPE: tl.constexpr, BLOCK_N: tl.constexpr,
+    BITS: tl.constexpr, TILE_K: tl.constexpr, WORDS: tl.constexpr, ASM: tl.constexpr, CODE: tl.constexpr, SCALE: tl.constexpr,
+    ZERO: tl.constexpr, BASE: tl.constexpr, GROUP_ROWS: tl.constexpr, GROUP_TILES: tl.constexpr, PER_TILE: tl.constexpr,
+    DTYPE: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Ŵ from first_row and first_tile on, in the type of p_out [rows, stride_out]: exact products in float32, rounded once."""
-    TILE_K: tl.constexpr = 512 // BITS
     kt = first_tile + tl.program_id(1)
     o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_n = o_n < rows
     o_rows, o_word = first_row + o_n[:, None], tl.arange(0, 16)[None, :]
-    m_words = m_n[:, None] & (o_word < 16)
-    words = tl.load(p_w + kt.to(tl.int64) * N * 16 + o_rows * 16 + o_word, m_words, other=0, eviction_policy="evict_first")
-    w = columns(unpack(words, ASM, CODE, p_table, BITS, DTYPE), BLOCK_N, BITS).to(tl.float32)
+    p_tile = p_w + kt.to(tl.int64) * N * WORDS
+    words, narrow = fetch(p_tile + o_rows * 16 + o_word, narrow_words(p_tile, o_rows, N, WORDS), m_n[:, None], 0, WORDS)
+    w = columns(words, narrow, ASM, CODE, p_table, BITS, TILE_K, DTYPE).to(tl.float32)
     # one scale per column group: [BLOCK_N, PER_TILE] spread over the columns
     o_group = kt // GROUP_TILES * tl.cdiv(N, GROUP_ROWS) + (first_row + o_n) // GROUP_ROWS
     o_s = o_group[:, None] * PER_TILE + tl.arange(0, PER_TILE)[None, :]

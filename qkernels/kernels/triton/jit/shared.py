@@ -7,82 +7,96 @@ import triton.language as tl
 
 
 @triton.jit
-def unpack(words, ASM: tl.constexpr, CODE: tl.constexpr, p_table, BITS: tl.constexpr, DTYPE: tl.constexpr):
-    """Unpack words [..] into 32 / BITS tensors [..] of DTYPE, in order of the columns.
+def columns(words, narrow, ASM: tl.constexpr, CODE: tl.constexpr, p_table, BITS: tl.constexpr, TILE_K: tl.constexpr, DTYPE: tl.constexpr):
+    """Unpack words [ROWS, 16] into the columns of their tile, [ROWS, TILE_K] of DTYPE. Moves nothing between threads.
 
+    narrow: the words of the narrow plane [ROWS, 16 / R], where codes have one.
     CODE is "int", of which code - 2^(BITS - 1) comes out, "table", "e4m3" or "e5m2".
     ASM is the PTX for one word, see ../unpack_asm.py; without it (the interpreter, other GPUs) shifts do, or the table [16] float32.
     """
+    WIDE: tl.constexpr = 512 // TILE_K
+    v, beside = None, None
+    if BITS > WIDE:
+        beside = turned(narrow, BITS, WIDE)
     if ASM is not None:
-        return by_asm(words, ASM, BITS, DTYPE)
-    elif BITS == 8:
-        return (
-            value(words, 0, BITS, CODE, p_table, DTYPE), value(words, 1, BITS, CODE, p_table, DTYPE),
-            value(words, 2, BITS, CODE, p_table, DTYPE), value(words, 3, BITS, CODE, p_table, DTYPE),
-        )  # fmt: skip
-    elif BITS == 4:
-        return (
-            value(words, 0, BITS, CODE, p_table, DTYPE), value(words, 1, BITS, CODE, p_table, DTYPE),
-            value(words, 2, BITS, CODE, p_table, DTYPE), value(words, 3, BITS, CODE, p_table, DTYPE),
-            value(words, 4, BITS, CODE, p_table, DTYPE), value(words, 5, BITS, CODE, p_table, DTYPE),
-            value(words, 6, BITS, CODE, p_table, DTYPE), value(words, 7, BITS, CODE, p_table, DTYPE),
-        )  # fmt: skip
+        v = by_asm(words, beside, ASM, 32 // WIDE, DTYPE)
+    # row, word, e, h, s bit by bit -> row, s', s, h, c, e
+    if TILE_K == 64:
+        t = four(v, words, beside, 0, CODE, p_table, BITS, WIDE, DTYPE)
+        t = tl.permute(tl.reshape(t, [words.shape[0], 4, 4, 2, 2]), [0, 2, 4, 1, 3])
+    elif TILE_K == 128:
+        t = eight(v, words, beside, 0, CODE, p_table, BITS, WIDE, DTYPE)
+        t = tl.permute(tl.reshape(t, [words.shape[0], 4, 4, 2, 2, 2]), [0, 2, 5, 4, 1, 3])
     else:
-        tl.static_assert(BITS == 2)
-        return (
-            value(words, 0, BITS, CODE, p_table, DTYPE), value(words, 1, BITS, CODE, p_table, DTYPE),
-            value(words, 2, BITS, CODE, p_table, DTYPE), value(words, 3, BITS, CODE, p_table, DTYPE),
-            value(words, 4, BITS, CODE, p_table, DTYPE), value(words, 5, BITS, CODE, p_table, DTYPE),
-            value(words, 6, BITS, CODE, p_table, DTYPE), value(words, 7, BITS, CODE, p_table, DTYPE),
-            value(words, 8, BITS, CODE, p_table, DTYPE), value(words, 9, BITS, CODE, p_table, DTYPE),
-            value(words, 10, BITS, CODE, p_table, DTYPE), value(words, 11, BITS, CODE, p_table, DTYPE),
-            value(words, 12, BITS, CODE, p_table, DTYPE), value(words, 13, BITS, CODE, p_table, DTYPE),
-            value(words, 14, BITS, CODE, p_table, DTYPE), value(words, 15, BITS, CODE, p_table, DTYPE),
-        )  # fmt: skip
+        t = eight(v, words, beside, 0, CODE, p_table, BITS, WIDE, DTYPE)
+        t = tl.join(t, eight(v, words, beside, 8, CODE, p_table, BITS, WIDE, DTYPE))
+        t = tl.permute(tl.reshape(t, [words.shape[0], 4, 4, 2, 2, 2, 2]), [0, 2, 6, 5, 4, 1, 3])
+    return tl.reshape(t, [words.shape[0], TILE_K])
 
 
 @triton.jit
-def by_asm(words, ASM: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):
+def turned(narrow, BITS: tl.constexpr, WIDE: tl.constexpr):
+    """Words of the narrow plane [ROWS, 16 / R] -> [ROWS, 16]: for each word of the wide plane its own, turned as it needs it."""
+    TURN: tl.constexpr = 2 * (BITS - WIDE)
+    if WIDE // (BITS - WIDE) == 4:
+        twice = tl.join(narrow, rotated(narrow, 2 * TURN))
+        t = tl.join(twice, rotated(twice, TURN))
+    else:
+        t = tl.join(narrow, rotated(narrow, TURN))
+    return tl.reshape(t, [narrow.shape[0], 16])
+
+
+@triton.jit
+def rotated(words, LEFT: tl.constexpr):
+    return (words << LEFT) | ((words >> (32 - LEFT)) & (2**LEFT - 1))
+
+
+@triton.jit
+def by_asm(words, beside, ASM: tl.constexpr, VALUES: tl.constexpr, DTYPE: tl.constexpr):
     """Run the PTX. A tuple of types cannot be made from DTYPE."""
-    VALUES: tl.constexpr = 32 // BITS
-    FORM: tl.constexpr = "=h," * VALUES + "r"
+    FORM: tl.constexpr = "=h," * VALUES + ("r" if beside is None else "r,r")
+    operands = [words] if beside is None else [words, beside]
     if DTYPE == tl.bfloat16:  # noqa: SIM300
-        return tl.inline_asm_elementwise(ASM, FORM, [words], dtype=(tl.bfloat16,) * VALUES, is_pure=True, pack=1)
+        return tl.inline_asm_elementwise(ASM, FORM, operands, dtype=(tl.bfloat16,) * VALUES, is_pure=True, pack=1)
     else:
-        return tl.inline_asm_elementwise(ASM, FORM, [words], dtype=(tl.float16,) * VALUES, is_pure=True, pack=1)
+        return tl.inline_asm_elementwise(ASM, FORM, operands, dtype=(tl.float16,) * VALUES, is_pure=True, pack=1)
 
 
 @triton.jit
-def value(words, J: tl.constexpr, BITS: tl.constexpr, CODE: tl.constexpr, p_table, DTYPE: tl.constexpr):
+def eight(v, words, beside, J: tl.constexpr, CODE: tl.constexpr, p_table, BITS: tl.constexpr, WIDE: tl.constexpr, DTYPE: tl.constexpr):
+    """Values J…J + 7 of every word, along new axes of 2, of which the last counts slowest; v has them if the PTX ran."""
+    left = four(v, words, beside, J, CODE, p_table, BITS, WIDE, DTYPE)
+    return tl.join(left, four(v, words, beside, J + 4, CODE, p_table, BITS, WIDE, DTYPE))
+
+
+@triton.jit
+def four(v, words, beside, J: tl.constexpr, CODE: tl.constexpr, p_table, BITS: tl.constexpr, WIDE: tl.constexpr, DTYPE: tl.constexpr):
+    if v is not None:
+        return tl.join(tl.join(v[J], v[J + 1]), tl.join(v[J + 2], v[J + 3]))
+    else:
+        left = tl.join(
+            value(words, beside, J, CODE, p_table, BITS, WIDE, DTYPE), value(words, beside, J + 1, CODE, p_table, BITS, WIDE, DTYPE)
+        )  # fmt: skip
+        right = tl.join(
+            value(words, beside, J + 2, CODE, p_table, BITS, WIDE, DTYPE), value(words, beside, J + 3, CODE, p_table, BITS, WIDE, DTYPE)
+        )  # fmt: skip
+        return tl.join(left, right)
+
+
+@triton.jit
+def value(words, beside, J: tl.constexpr, CODE: tl.constexpr, p_table, BITS: tl.constexpr, WIDE: tl.constexpr, DTYPE: tl.constexpr):
     """Value J of every word."""
     if CODE == "table":
         return tl.load(p_table + ((words >> (BITS * J)) & (2**BITS - 1))).to(DTYPE)
-    code = (words >> (BITS * (J // 2) + 16 * (J % 2))) & (2**BITS - 1)
+    ODD: tl.constexpr = J // 2 % 2
+    if beside is not None:
+        LOWER: tl.constexpr = 0x33333333 if WIDE == 2 else 0x0F0F0F0F  # of every 2 WIDE bits
+        words = (beside & LOWER) | (words & ~LOWER) if ODD else (words & LOWER) | (beside & ~LOWER)
+    code = (words >> (WIDE * (J // 2) + 16 * (J % 2) - (BITS - WIDE) * ODD)) & (2**BITS - 1)
     if CODE != "int":
         return to_float(code, CODE).to(DTYPE)
     else:
         return (code - 2 ** (BITS - 1)).to(tl.float32).to(DTYPE)
-
-
-@triton.jit
-def columns(v, ROWS: tl.constexpr, BITS: tl.constexpr):
-    """Put the unpacked values, each [ROWS, 16], in the order of the columns: [ROWS, 512 / BITS]. Moves nothing between threads."""
-    if BITS == 8:
-        t = tl.join(tl.join(v[0], v[1]), tl.join(v[2], v[3]))  # row, word, e, h
-        t = tl.permute(tl.reshape(t, [ROWS, 4, 4, 2, 2]), [0, 2, 4, 1, 3])  # row, s', h, c, e
-    elif BITS == 4:
-        low = tl.join(tl.join(v[0], v[1]), tl.join(v[2], v[3]))
-        high = tl.join(tl.join(v[4], v[5]), tl.join(v[6], v[7]))
-        t = tl.join(low, high)  # row, word, e, h, s
-        t = tl.permute(tl.reshape(t, [ROWS, 4, 4, 2, 2, 2]), [0, 2, 5, 4, 1, 3])  # row, s', s, h, c, e
-    else:
-        a = tl.join(tl.join(v[0], v[1]), tl.join(v[2], v[3]))
-        b = tl.join(tl.join(v[4], v[5]), tl.join(v[6], v[7]))
-        c = tl.join(tl.join(v[8], v[9]), tl.join(v[10], v[11]))
-        d = tl.join(tl.join(v[12], v[13]), tl.join(v[14], v[15]))
-        t = tl.join(tl.join(a, b), tl.join(c, d))  # row, word, e, h, s % 2, s // 2
-        t = tl.permute(tl.reshape(t, [ROWS, 4, 4, 2, 2, 2, 2]), [0, 2, 6, 5, 4, 1, 3])
-    return tl.reshape(t, [ROWS, 512 // BITS])
 
 
 @triton.jit
