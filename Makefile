@@ -7,7 +7,7 @@ QUIET := $(if $(MAKE_TERMOUT),,--quiet)
 INSTALL := $(BIN)/python -m pip install $(QUIET) --disable-pip-version-check --constraint constraints.txt
 export HF_HUB_OFFLINE = 1
 
-.PHONY: help demo test lint bench venv build peers emulate sanitize tritons clean
+.PHONY: help demo test lint bench venv build peers emulate sanitize sweep tritons clean
 
 help:  ## list the commands
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -16,7 +16,7 @@ demo: build  ## two models before and after replace_linear
 	$(BIN)/python -m demo
 
 test: lint  ## lint, then the tests
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 lint: build  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -64,6 +64,9 @@ emulate: build  ## the kernels' tests with AVX-512 emulated, for machines withou
 	cd $(EMULATED) && QKERNELS_CPU=1 QKERNELS_EMULATE=1 $(BIN)/python setup.py --quiet build_ext --inplace
 	cd $(EMULATED) && $(BIN)/python -c 'from qkernels.kernels.cpu import library; print("level:", library.level())' | grep avx512
 	cd $(EMULATED) && $(BIN)/python -m pytest -q tests/test_kernels.py tests/test_quantizers.py tests/test_golden.py
+
+sweep: build  ## all cases of the GPU kernels' tests, of which `make test` takes a part
+	QKERNELS_SWEEP=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal tests/test_triton.py
 
 # One version lies in .venv; the others go beside it, and before it on the path.
 TRITONS := 3.4.0 3.5.1 3.6.0 3.7.1 3.8.0

@@ -1,10 +1,14 @@
 """Quantised weights to test with: random codes over the whole range, scales of both signs, zeros at both ends."""
 
+import os
+
 import torch
 
 from qkernels.formats import Int, QuantTensor
 from qkernels.formats.format import SCALE_DTYPES
 from qkernels.formats.packing import pack
+
+SWEEP = bool(os.environ.get("QKERNELS_SWEEP"))  # `make sweep`: all cases of the tests that take long, not a part of them
 
 
 def random_quant(format, n, k, seed=0, perm=False):

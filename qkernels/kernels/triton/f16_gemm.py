@@ -51,17 +51,17 @@ class Tile(NamedTuple):
     registers: int = 0  # of a thread, at most; 0: as many as the compiler likes
 
 
-def choose(n: int, k: int, m: int, tile_k: int, gpu: Gpu, where: str = "sum", zeros: bool = False) -> Tile:
+def choose(n: int, k: int, m: int, tile_k: int, gpu: Gpu, where: str = "sum", zeros: bool = False, groups: int = 1) -> Tile:
     """The tile for x [m, k] and a weight [n, k]: the best of a sweep on an H100 (benchmarks/NOTES.md), by classes of shapes.
 
     Whatever the tile, two blocks or more on every processor are wanted: while one unpacks weights, the other multiplies.
-    where: the `mode`; scales on the weights, and zero points, take registers.
+    where: the `mode`; scales on the weights, and zero points, take registers; so do many groups in a tile.
     """
     plain = where != "word" and not zeros
     wide = -(-n // 64) >= 2 * gpu.processors  # enough rows to fill the GPU without splitting K
     deep = k >= 8192
     if m <= 16 and wide:  # as many blocks as fit: what is on its way bounds the bandwidth
-        t = Tile(64, 16, 4, early=True, registers=(72 if plain else 80) if gpu.early and tile_k <= 128 else 0)
+        t = Tile(64, 16, 4, early=True, registers=(72 if plain else 80 if groups < 8 else 96) if gpu.early and tile_k <= 128 else 0)
     elif m <= 16:
         t = Tile(64, 16, 4, early=True, step=2) if deep else Tile(128, 16, 8, early=True)
     elif m <= 32:
@@ -103,7 +103,8 @@ def choose_for(format: QuantFormat, n: int, k: int, m: int, gpu: Gpu) -> Tile:
 
 def choose_by_shape(format: QuantFormat, n: int, k: int, m: int, gpu: Gpu) -> Tile:
     """`choose`, for a weight in `format`."""
-    return choose(n, k, m, layout.tile_columns(format), gpu, mode(format, n, k, True), format.zero != "none")
+    groups = layout.groups_per_tile(format, n, k)
+    return choose(n, k, m, layout.tile_columns(format), gpu, mode(format, n, k, True), format.zero != "none", groups)
 
 
 @functools.lru_cache(maxsize=4096)
