@@ -72,9 +72,9 @@ def test_machine_code_of_invariant_tiles(name, n, m):
 
 
 @pytest.mark.parametrize(("sm", "m"), [(90, 1), (90, 32), (90, 64), (90, 256), *((sm, 256) for sm in SHARED if sm != 90)])
-@pytest.mark.parametrize("name", ["int4", "int4_g32", "nf4", "int8"])
+@pytest.mark.parametrize("name", ["int4", "int4_g32", "nf4", "int8", "int3"])
 def test_machine_code_of_gradients(name, sm, m):
-    if sm != 90 and name != "int4" and not SWEEP:
+    if sm != 90 and name not in ("int4", "int3") and not SWEEP:
         pytest.skip("left to `make sweep`")
     build = build_backward(name, m, sm)
     code, loop = build.instructions(), build.loop()
@@ -285,8 +285,8 @@ def test_explain_needs_no_gpu():
     plan = explain("int4", (4096, 4096), 16, device="cuda:sm90")
     assert plan.kernel.name == "triton_f16_wN_gemm" and "cuda:sm90" in str(plan)
     assert explain("int4", m=4096, device="cuda:sm90", batch_invariant=True).kernel.name == "triton_f16_wN_gemm_invariant"
-    for m, name in ((None, "triton_f16_wN_gemm"), (1, "triton_f16_wN_gemm"), (64, "triton_f16_wN_gemm")):
-        assert explain("int4", m=m, device="cuda:sm90").kernel.name == name
+    for m in (None, 1, 64, 4096):
+        assert explain("int4", m=m, device="cuda:sm90").kernel.name == "triton_f16_wN_gemm"
         assert explain("int4", m=m, device="cuda:sm90", compute="int8").kernel.name == "triton_s8_w4_gemm"
     assert "needs sm80" in explain("int4", device="cuda:sm75").rejected["triton_f16_wN_gemm"]
     assert "Triton is not installed" in explain("int4", device=Device("cuda", sm=90, triton=False)).rejected["triton_f16_wN_gemm"]

@@ -38,7 +38,12 @@ class Tile(NamedTuple):
 
 def choose(n: int, k: int, m: int, tile_k: int, gpu: Gpu) -> Tile:
     """The tile for grad_y [m, n] and a weight [n, k]: two blocks on every processor, as in the forward's `choose`; not measured."""
-    t = Tile(16 if m <= 16 else 32 if m <= 32 else 64, 64) if m <= 64 else Tile(128, 64, num_warps=8)
+    if m <= 32:
+        t = Tile(16 if m <= 16 else 32, 64)
+    elif tile_k == 256:  # more columns, more sums: half as many to a thread
+        t = Tile(64, 64, num_warps=8)
+    else:
+        t = Tile(64, 64) if m <= 64 else Tile(128, 64, num_warps=8)
     tiles = -(-k // tile_k) * -(-m // t.block_m)
     wanted = -(-2 * gpu.processors // tiles)
     split = max(s for s in SPLITS if s <= max(1, min(wanted, -(-n // t.block_n) // 2)))
