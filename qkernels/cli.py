@@ -100,8 +100,8 @@ def explain(
     """Which kernel would run, what each would cost, and why the others cannot. Needs no such device."""
     n, k = _numbers(nk, "--nk", "x", 2)
     kind = next((known for known in registry.DTYPES if str(known) == f"torch.{dtype.removeprefix('torch.')}"), dtype)
+    asked: dict[str, Any] = {"device": device, "dtype": kind, "compute": compute, "batch_invariant": batch_invariant}
     for rows in _numbers(m, "--m"):
-        asked: dict[str, Any] = {"device": device, "dtype": kind, "compute": compute, "batch_invariant": batch_invariant}
         plan = qkernels.explain(name or format, (n, k), rows, **asked)
         console.print(str(plan), highlight=False, markup=False, soft_wrap=True)
 

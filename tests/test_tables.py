@@ -96,6 +96,13 @@ def test_a_file_that_is_wrong_is_named_and_left(folder, caplog, text):
         assert found() == found() == Tile()
     [record] = caplog.records
     assert tables.file_name(GPU.name) in record.message and "is not used" in record.message
+    tables.write(folder / tables.file_name(GPU.name), [row()])
+    assert found() == NARROW, "a search may have taken hours: what it found is not lost"
+
+
+def test_numbers_are_of_the_kernels_own_type(folder):
+    tables.write(folder / tables.file_name(GPU.name), [{**row(), "tile": {"block_n": 128.0, "split_k": True}}])
+    assert found() == Tile(128, 1) and all(type(value) is int for value in found())
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from qkernels import config, formats, quantize, reference
 from qkernels.formats import QuantFormat, QuantTensor
 from qkernels.kernels import device
 from qkernels.kernels.registry import Kernel, Problem, why_not
-from qkernels.kernels.triton import f16_gemm, int8, launch, s8_gemm, s8_w4_gemm, tables
+from qkernels.kernels.triton import f16_gemm, int8, launch, layout, s8_gemm, s8_w4_gemm, tables
 from qkernels.kernels.triton.f16_format import Stored
 from qkernels.testing import assert_matmul_close
 
@@ -186,7 +186,7 @@ class Trial:
 
     def fits(self, tile: Tile) -> bool:
         """Whether a tile is worth compiling: no wider than the problem, sums in half of the registers, parts of two steps of K or more."""
-        steps = -(-self.shape[1] // f16_gemm.layout.tile_columns(self.format))
+        steps = -(-self.shape[1] // layout.tile_columns(self.format))
         sums = tile.block_n * tile.block_m / (32 * tile.num_warps)
         return (
             (tile.block_m < 2 * max(self.m, 16))

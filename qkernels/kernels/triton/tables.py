@@ -40,7 +40,7 @@ def tile_for(kernel: str, start: T, options: Mapping[str, tuple[Any, ...]], gpu:
     for table in _tables(gpu.name) if gpu.name else ():
         for rows, tile in table.get((kernel, format, n, k), ()):
             if m <= rows <= max(16, 2 * m - 1) and tile.keys() == options.keys() and all(tile[f] in options[f] for f in options):
-                return start._replace(**tile)
+                return start._replace(**{f: options[f][options[f].index(tile[f])] for f in options})  # 16, where the file has 16.0
     return start
 
 
@@ -83,10 +83,10 @@ def read(path: Path) -> list[Row]:
 
 
 def write(path: Path, rows: list[Row], **about: str) -> None:
-    """Add rows to a file, each in place of one for the same kernel, format, shape and number of rows."""
+    """Add rows to a file, each in place of one for the same kernel, format, shape and number of rows; one that is wrong starts anew."""
     try:
         held = {_key(row): row for row in read(path)}
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError, RecursionError):
         held = {}
     held |= {_key(row): row for row in rows}
     text = json.dumps({"version": VERSION, **about, "triton": _version(), "rows": [held[key] for key in sorted(held)]}, indent=1)
