@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from qkernels.kernels.triton.jit.f16_gemm import fetch, finished, narrow_words, stored, tile, word_rows
-from qkernels.kernels.triton.jit.shared import place
+from qkernels.kernels.triton.jit.shared import all_parts, arrives_last, place
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -51,13 +51,8 @@ def gemm(
     m_tile = m_m[:, None] & (o_k < K)[None, :]
     if SPLIT_N > 1:
         p_own = p_part + p_tile
-        tl.store(p_own + split.to(tl.int64) * M * K, sums, m_tile)
-        tl.debug_barrier()  # all threads' sums are written before one thread says so
-        if tl.atomic_add(p_count + pid, 1, sem="acq_rel") == SPLIT_N - 1:
-            sums = tl.zeros([BLOCK_M, TILE_K], tl.float32)
-            for i in tl.range(0, SPLIT_N, num_stages=1):
-                sums += tl.load(p_own + tl.cast(M, tl.int64) * K * i, m_tile, other=0.0, cache_modifier=".cg")
-            tl.store(p_count + pid, 0)  # as the next call wants it
+        if arrives_last(sums, p_own, p_count + pid, split, M, K, m_tile, SPLIT_N):
+            sums = all_parts(p_own, p_count + pid, M, K, m_tile, SPLIT_N, 1)
             finish(sums, p_tensor_scale, p_out + p_tile, m_tile)
     else:
         finish(sums, p_tensor_scale, p_out + p_tile, m_tile)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from qkernels.kernels.triton.jit.shared import columns, place, to_float
+from qkernels.kernels.triton.jit.shared import all_parts, arrives_last, columns, place, to_float
 
 
 @triton.jit
@@ -228,15 +228,9 @@ def gemm(
     m_out = m_n[:, None] & m_m[None, :]
     if SPLIT_K > 1:
         p_own = p_part + o_out
-        tl.store(p_own + split.to(tl.int64) * M * N, sums, m_out)
-        tl.debug_barrier()  # all threads' sums are written before one thread says so
-        if tl.atomic_add(p_count + pid, 1, sem="acq_rel") == SPLIT_K - 1:
-            sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-            # all parts at once, where registers hold their addresses
+        if arrives_last(sums, p_own, p_count + pid, split, M, N, m_out, SPLIT_K):
             UNROLL: tl.constexpr = SPLIT_K if BLOCK_N * BLOCK_M * SPLIT_K <= 32768 else 1
-            for i in tl.range(0, SPLIT_K, num_stages=1, loop_unroll_factor=UNROLL):
-                sums += tl.load(p_own + tl.cast(M, tl.int64) * N * i, m_out, other=0.0, cache_modifier=".cg")
-            tl.store(p_count + pid, 0)  # as the next call wants it
+            sums = all_parts(p_own, p_count + pid, M, N, m_out, SPLIT_K, UNROLL)
             finish(sums, p_s, p_tensor_scale, p_bias, p_out + o_out, o_n, m_n, m_out, SCALE, MODE, GROUP_ROWS)
     else:
         finish(sums, p_s, p_tensor_scale, p_bias, p_out + o_out, o_n, m_n, m_out, SCALE, MODE, GROUP_ROWS)

@@ -1,4 +1,4 @@
-"""What the kernels with int8 activations share: rows of x become codes, and the parts of a split K meet."""
+"""What the kernels with int8 activations share: rows of x become codes."""
 
 import triton
 import triton.language as tl
@@ -35,22 +35,3 @@ def quantize_rows(p_x, p_codes, p_rows, M, K, padded, stride_x, BLOCK: tl.conste
         total += code
     tl.store(p_rows + row, scale)
     tl.store(p_rows + M + row, tl.sum(total, 0).to(tl.float32))
-
-
-@triton.jit
-def arrives_last(sums, p_own, p_count, split, M, N, m_out, SPLIT_K: tl.constexpr):
-    """Store the sums of one part of K; whether it is the last of a tile's to do so."""
-    tl.store(p_own + split.to(tl.int64) * M * N, sums, m_out)
-    tl.debug_barrier()  # all threads' sums are written before one thread says so
-    return tl.atomic_add(p_count, 1, sem="acq_rel") == SPLIT_K - 1
-
-
-@triton.jit
-def all_parts(p_own, p_count, M, N, m_out, SPLIT_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
-    """The sums of all parts, added in their order."""
-    sums = tl.zeros([BLOCK_N, BLOCK_M], p_own.dtype.element_ty)
-    # all parts of a small tile at once; of a large one, registers hold no more than one
-    for i in tl.range(0, SPLIT_K, num_stages=1, loop_unroll_factor=SPLIT_K if BLOCK_N * BLOCK_M <= 2048 else 1):
-        sums += tl.load(p_own + tl.cast(M, tl.int64) * N * i, m_out, other=0, cache_modifier=".cg")
-    tl.store(p_count, 0)  # as the next call wants it
-    return sums

@@ -3,8 +3,7 @@
 import triton
 import triton.language as tl
 
-from qkernels.kernels.triton.jit.int8 import all_parts, arrives_last
-from qkernels.kernels.triton.jit.shared import place
+from qkernels.kernels.triton.jit.shared import all_parts, arrives_last, place
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -49,7 +48,7 @@ def gemm(
     if SPLIT_K > 1:
         p_own = p_part + o_out
         if arrives_last(sums, p_own, p_count + pid, split, M, N, m_out, SPLIT_K):
-            sums = all_parts(p_own, p_count + pid, M, N, m_out, SPLIT_K, BLOCK_N, BLOCK_M)
+            sums = all_parts(p_own, p_count + pid, M, N, m_out, SPLIT_K, SPLIT_K if BLOCK_N * BLOCK_M <= 2048 else 1)
             finish(sums, p_rows, p_s, p_z, p_bias, p_out + o_out, o_n, o_m, m_n, m_m, m_out, M)
     else:
         finish(sums, p_rows, p_s, p_z, p_bias, p_out + o_out, o_n, o_m, m_n, m_m, m_out, M)

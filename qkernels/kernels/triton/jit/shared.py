@@ -122,3 +122,21 @@ def place(pid, tiles_n, tiles_m, RASTER: tl.constexpr):
     first = pid // (RASTER * tiles_m) * RASTER
     beside = tl.minimum(tiles_n - first, RASTER)
     return first + pid % (RASTER * tiles_m) % beside, pid % (RASTER * tiles_m) // beside
+
+
+@triton.jit
+def arrives_last(sums, p_own, p_count, split, M, N, m_out, SPLIT_K: tl.constexpr):
+    """Store the sums of one part of K; whether it is the last of a tile's to do so."""
+    tl.store(p_own + split.to(tl.int64) * M * N, sums, m_out)
+    tl.debug_barrier()  # all threads' sums are written before one thread says so
+    return tl.atomic_add(p_count, 1, sem="acq_rel") == SPLIT_K - 1
+
+
+@triton.jit
+def all_parts(p_own, p_count, M, N, m_out, SPLIT_K: tl.constexpr, UNROLL: tl.constexpr):
+    """The sums of all parts, added in their order. UNROLL: as many at once; of a large tile, registers hold no more than one."""
+    sums = tl.zeros(m_out.shape, p_own.dtype.element_ty)
+    for i in tl.range(0, SPLIT_K, num_stages=1, loop_unroll_factor=UNROLL):
+        sums += tl.load(p_own + tl.cast(M, tl.int64) * N * i, m_out, other=0, cache_modifier=".cg")
+    tl.store(p_count, 0)  # as the next call wants it
+    return sums
