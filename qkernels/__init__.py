@@ -4,7 +4,7 @@
 >>> print(qkernels.replace_linear(model, "int4"))
 """
 
-from qkernels import formats, kernels
+from qkernels import formats, io, kernels
 from qkernels.checkpoint import load, save
 from qkernels.convert import Report, replace_linear, restore_linear
 from qkernels.errors import BackendUnavailable, CheckpointError, FormatError, QKernelsError, UnsupportedError
@@ -36,6 +36,7 @@ __all__ = [
     "UnsupportedError",
     "explain",
     "formats",
+    "io",
     "kernels",
     "load",
     "quantize",

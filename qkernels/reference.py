@@ -18,20 +18,37 @@ from qkernels.formats.packing import pack, unpack
 
 def decode(q: QuantTensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Dequantise: return the [N, K] weight that `q` stands for, computed in `dtype`."""
-    n, k = q.shape
-    if q.format.block is not None:
-        raw = q.codes.unflatten(-1, (-1, q.format.block.nbytes))
-        weight = q.format.block.decode(raw).flatten(1).to(dtype)
-    else:
-        assert q.scales is not None
-        weight = code_values(q.format.code, dtype, q.codes.device)[unpack(q.codes, q.format.bits, k).int()]
-        if q.zeros is not None:
-            weight = weight - spread(q.zeros.to(dtype), q.format, n, k)
-        scales = q.scales.to(dtype)
-        if q.tensor_scale is not None:
-            scales = scales * q.tensor_scale.to(dtype)
-        weight = weight * spread(scales, q.format, n, k)
+    weight = _decode_blocks(q, dtype) if q.format.block is not None else _decode_groups(q, dtype)
     return weight if q.perm is None else torch.empty_like(weight).index_copy_(1, q.perm.long(), weight)
+
+
+def _decode_groups(q: QuantTensor, dtype: torch.dtype) -> Tensor:
+    n, k = q.shape
+    assert q.scales is not None
+    weight = code_values(q.format.code, dtype, q.codes.device)[unpack(q.codes, q.format.bits, k).int()]
+    shift = None if q.zeros is None else spread(q.zeros.to(dtype), q.format, n, k)
+    if shift is not None and q.format.zero != "min":
+        weight = weight - shift
+    scales = q.scales.to(dtype)
+    if q.tensor_scale is not None:
+        scales = scales * q.tensor_scale.to(dtype)
+    weight = weight * spread(scales, q.format, n, k)
+    return weight if shift is None or q.format.zero != "min" else weight + shift
+
+
+def _decode_blocks(q: QuantTensor, dtype: torch.dtype) -> Tensor:
+    block = q.format.block
+    assert block is not None
+    parts = block.split(q.codes.unflatten(-1, (-1, block.nbytes)))
+
+    def of_element(numbers: Tensor, finer: Tensor | None) -> Tensor:
+        numbers = numbers.to(dtype)
+        if finer is not None:
+            numbers = numbers.repeat_interleave(finer.shape[-1] // numbers.shape[-1], -1) * finer.to(dtype)
+        return numbers.repeat_interleave(block.elements // numbers.shape[-1], -1)
+
+    weight = code_values(q.format.code, dtype, q.codes.device)[parts.codes.int()] * of_element(parts.d, parts.scales)
+    return (weight if parts.m is None else weight + of_element(parts.m, parts.mins)).flatten(1)
 
 
 def encode(
@@ -53,7 +70,7 @@ def encode(
     inverse = torch.where(full == 0, 0.0, 1.0 / full)
     x = weight.float() * spread(inverse, format, n, k)
     if zeros is not None:
-        x = x + spread(zeros.float(), format, n, k)
+        x = x + spread(zeros.float() if format.zero != "min" else -zeros.float() * inverse, format, n, k)
     codes = pack(nearest_code(x, format.code), format.bits)
     return QuantTensor(format, (n, k), codes, scales.contiguous(), zeros, tensor_scale)
 

@@ -24,6 +24,8 @@ def random_quant(format, n, k, seed=0, perm=False):
         zeros = torch.randint(2**format.bits, shape, generator=g).to(torch.uint8)
     elif format.zero == "float":
         zeros = (torch.rand(shape, generator=g) * 2**format.bits).to(dtype)
+    elif format.zero == "min":
+        zeros = ((torch.rand(shape, generator=g) - 0.9) * 0.02 * 2**format.bits).to(dtype)
     tensor_scale = torch.tensor([0.37]) if format.tensor_scale else None
     order = torch.randperm(k, generator=g).to(torch.int32) if perm else None
     return QuantTensor(format, (n, k), codes, scales.to(dtype), zeros, tensor_scale, order)

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import qkernels
 from qkernels import CheckpointError, FormatError, UnsupportedError, cli, formats
 from qkernels.integrations.transformers import quantize_directory
-from qkernels.io import native, shards
+from qkernels.io import directory, native, shards
 
 SMALL = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "vocab_size": 50}
 LLAMA = SMALL | {"num_key_value_heads": 2}
@@ -168,7 +168,7 @@ def test_several_output_files(saved, tmp_path):
     quantize_directory(path, tmp_path / "q", "int8", shard_bytes=20_000, progress=False)
     reference(path, tmp_path / "r", "int8")
     files = sorted(f.name for f in (tmp_path / "q").glob("*.safetensors"))
-    assert files == native.weight_files(len(files)) and len(files) > 3
+    assert files == directory.weight_files(len(files)) and len(files) > 3
     for file in files:
         tensors = load_file(tmp_path / "q" / file)
         assert len(tensors) == 1 or sum(t.nbytes for t in tensors.values()) <= 20_000
@@ -214,7 +214,7 @@ class Watch:
 def watch(monkeypatch):
     watch = Watch()
     monkeypatch.setattr(native.Writer, "add", watch.around(native.Writer.add))
-    monkeypatch.setattr(native, "save_file", watch.around(native.save_file))
+    monkeypatch.setattr(directory, "save_file", watch.around(directory.save_file))
     monkeypatch.setattr(shards.Tensors, "__getitem__", watch.around(shards.Tensors.__getitem__))
     yield watch
     gc.unfreeze()

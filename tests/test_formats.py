@@ -8,7 +8,7 @@ from cases import is_symmetric_int, plain, random_quant
 
 import qkernels
 from qkernels import FormatError, QuantTensor, UnsupportedError, formats, quantizers, reference, rtn
-from qkernels.formats import Block, Codebook, Float, Int, QuantFormat
+from qkernels.formats import Block, Codebook, Float, Int, Parts, QuantFormat
 from qkernels.formats.packing import pack
 
 ALL = plain(formats.all_formats())
@@ -30,7 +30,8 @@ def test_every_code_means_its_value(format):
     q = QuantTensor(format, (1, k), pack(torch.arange(k, dtype=torch.uint8)[None], format.bits), q.scales, q.zeros, q.tensor_scale)
     scale = reference.spread(q.scales.double(), format, 1, k) * (1.0 if q.tensor_scale is None else q.tensor_scale.double())
     zero = 0.0 if q.zeros is None else reference.spread(q.zeros.double(), format, 1, k)
-    torch.testing.assert_close(reference.decode(q, torch.float64), (values - zero) * scale, rtol=0, atol=0, equal_nan=True)
+    expected = values * scale + zero if format.zero == "min" else (values - zero) * scale
+    torch.testing.assert_close(reference.decode(q, torch.float64), expected, rtol=0, atol=0, equal_nan=True)
 
 
 @every_format
@@ -74,7 +75,7 @@ def test_names_that_spell_nonsense(name):
         lambda: QuantFormat(Int(4, 8), (1, 32), "f8"),
         lambda: QuantFormat(Int(4, 8), (1, 32), name="mine"),
         lambda: QuantFormat(Int(4), (1, 32), zero="integer"),
-        lambda: QuantFormat(Int(4, 8), block=Block(32, 18, decode=lambda raw: raw)),
+        lambda: QuantFormat(Int(4, 8), block=Block(32, 18, split=Parts)),
         lambda: formats.register(formats.get("int4")),
     ],
 )
@@ -180,13 +181,15 @@ def test_quant_tensor_checks_itself():
 
 
 # One sub-scale per 8 codes under an fp32 scale per 16: nested, as the block families of other libraries are.
-def _decode_toy(raw):
-    scale = raw[..., :4].contiguous().view(torch.float32)
-    sub = raw[..., 4:6].float().repeat_interleave(8, -1)
-    return (raw[..., 6:].float() - 128.0) * sub * scale
+def _split_toy(raw):
+    return Parts(raw[..., 6:], raw[..., :4].contiguous().view(torch.float32), raw[..., 4:6])
 
 
-TOY = QuantFormat(Int(8, 128), block=Block(16, 22, _decode_toy), name="toy_k")
+def _join_toy(parts):
+    return torch.cat([parts.d.contiguous().view(torch.uint8), parts.scales, parts.codes], -1)
+
+
+TOY = QuantFormat(Int(8, 128), block=Block(16, 22, _split_toy, _join_toy), name="toy_k")
 
 
 def test_nested_blocks_need_no_edit(monkeypatch):
@@ -197,6 +200,7 @@ def test_nested_blocks_need_no_edit(monkeypatch):
     expected = (raw[..., 6:].float() - 128) * raw[..., 4:6].float().repeat_interleave(8, -1) * 0.5
     assert torch.equal(reference.decode(q), expected.flatten(1))
     assert q.nbytes == TOY.nbytes(3, 32) == 3 * 44
+    assert torch.equal(TOY.block.join(TOY.block.split(raw)), raw)
     x = torch.randn(2, 32)
     torch.testing.assert_close(qkernels.QuantLinear.from_quant_tensor(q)(x), x @ expected.flatten(1).T)
     with pytest.raises(FormatError, match="K = 33"):

@@ -62,6 +62,9 @@ def candidates(format, n, k, count):
         zeros = torch.randint(2**format.bits, shape).float()
     elif format.zero == "float":
         zeros = (torch.rand(shape) * 2**format.bits).to(dtype).float()
+    elif format.zero == "min":
+        zeros = (torch.rand(shape) * -(2**format.bits) / 4).to(dtype).float()
+        scales = torch.where(scales == 0, 0.5, scales)  # of a scale that is 0 the minimum is all, which no zero point tells
     return scales.to(dtype).float(), zeros, torch.tensor([0.37]) if format.tensor_scale else None
 
 
@@ -94,6 +97,9 @@ def test_errors_and_choice_against_fp64(format, level):
             index, error = nearest.best_scales(weight, format, s[..., None], None if z is None else z[..., None], tensor_scale)
             assert not index.any()
             slack = 1e-9 * group_sums(weight.double().square(), format) + 1e-12
+            if format.zero == "min":  # became a zero point, -min / scale, and so was rounded
+                moved = 2.0**-22 * float(zeros.abs().max())
+                slack = slack + 2 * moved * (format.group[1] * judged[-1]).sqrt() + format.group[1] * moved**2
             assert bool(((error - judged[-1]).abs() <= 1e-5 * judged[-1] + slack).all())
         index, error = nearest.best_scales(weight, format, scales, zeros, tensor_scale)
         judged, least = torch.stack(judged, 2), torch.stack(judged, 2).amin(2)

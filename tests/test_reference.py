@@ -82,7 +82,8 @@ def test_rtn_picks_the_nearest_value(format, n, k, seed, exponent):
     values = reference.code_values(format.code, torch.float64)
     values = values[torch.isfinite(values)]
     zero = zero.expand(n, k)[..., None] if isinstance(zero, torch.Tensor) else zero
-    choices = (values - zero) * scale.expand(n, k)[..., None]
+    scale_of = scale.expand(n, k)[..., None]
+    choices = values * scale_of + zero if format.zero == "min" else (values - zero) * scale_of
     best = (choices - weight[..., None].double()).abs().amin(-1)
     mine = (reference.decode(q, torch.float64) - weight.double()).abs()
     assert bool((mine <= best * (1 + 1e-5) + 1e-6 * scale.abs()).all())

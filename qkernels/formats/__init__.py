@@ -4,8 +4,8 @@ import importlib
 import pkgutil
 
 from qkernels.formats.catalogue import alias_of, aliases, all_formats, get, is_known, register
-from qkernels.formats.format import Block, Codebook, Float, Int, QuantFormat
-from qkernels.formats.tensor import QuantTensor
+from qkernels.formats.format import Block, Codebook, Float, Int, Parts, QuantFormat
+from qkernels.formats.tensor import QuantStack, QuantTensor
 
 for _module in pkgutil.iter_modules(__path__):  # discovery is by folder
     importlib.import_module(f"{__name__}.{_module.name}")
@@ -15,7 +15,9 @@ __all__ = [
     "Codebook",
     "Float",
     "Int",
+    "Parts",
     "QuantFormat",
+    "QuantStack",
     "QuantTensor",
     "alias_of",
     "aliases",

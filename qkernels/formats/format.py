@@ -3,8 +3,9 @@
 A weight `W [N, K]` is held as one code per element and one scale per group:
 
     W[n, k] = (value(code[n, k]) - zero[g]) * scale[g] * tensor_scale        g = the group of (n, k)
+    W[n, k] = value(code[n, k]) * scale[g] + min[g]                          where the format has minima instead of zero points
 
-Name grammar, one name per meaning:  <code>_g<k>[x<n>][_z<i|f>]_s<scale>[_t]
+Name grammar, one name per meaning:  <code>_g<k>[x<n>][_z<i|f|m>]_s<scale>[_t]
 
     u4b8_g128_sf16          4-bit unsigned, bias 8, groups of 128 along K, fp16 scales
     u4_g128_zi_sf16         the same with an integer zero point per group
@@ -18,14 +19,15 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
 from qkernels.errors import FormatError
 
 ScaleType = Literal["f32", "f16", "bf16", "e4m3", "e8m0"]
-ZeroType = Literal["none", "int", "float"]
+ZeroType = Literal["none", "int", "float", "min"]
 
 SCALE_DTYPES: dict[str, torch.dtype] = {
     "f32": torch.float32,
@@ -115,17 +117,38 @@ class Codebook:
 Code = Int | Float | Codebook
 
 
+class Parts(NamedTuple):
+    """What the bytes of nested blocks say: element e of a block is value(code[e]) * (d * scale[e]) + m * min[e].
+
+    Shapes, with B blocks of E elements; D, S and M divide E, and each number serves as many elements as there are to one:
+        codes    [N, B, E]    uint8
+        d        [N, B, D]    float16, float8 or float32
+        scales   [N, B, S]    int8 or uint8; None is 1
+        m        [N, B, M]    float16, its sign included; None: there is no minimum
+        mins     [N, B, S]    uint8; None is 1
+    """
+
+    codes: Tensor
+    d: Tensor
+    scales: Tensor | None = None
+    m: Tensor | None = None
+    mins: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class Block:
-    """A family with nested blocks (ggml's): raw bytes per `elements` weights along K, decoded as a whole.
+    """A family with nested blocks (ggml's): raw bytes per `elements` weights along K; `QuantFormat.code` says what its codes mean.
 
-    decode(raw [N, blocks, nbytes] uint8) -> [N, blocks, elements] float32; encode is its inverse, or None.
+    split    raw [N, B, nbytes] uint8 -> Parts
+    join     its inverse, bit for bit; None where several bytes give the same parts (vector codebooks), and only raw bytes can be kept
+    encode   weights [N, B, elements] float32 -> raw; None: the family can be read, not made
     """
 
     elements: int
     nbytes: int
-    decode: Callable[[torch.Tensor], torch.Tensor]
-    encode: Callable[[torch.Tensor], torch.Tensor] | None = None
+    split: Callable[[Tensor], Parts]
+    join: Callable[[Parts], Tensor] | None = None
+    encode: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -135,9 +158,9 @@ class QuantFormat:
     code          Int, Float or Codebook
     group         (n, k): the extent along N and along K that shares one scale; -1 is the whole axis
     scale         type of the scales: f32 f16 bf16 e4m3 e8m0
-    zero          "none", "int" (uint8 per group) or "float" (in the scales' type)
+    zero          "none", "int" (uint8 per group), "float" (in the scales' type) or "min" (in the scales' type: added, not multiplied)
     tensor_scale  one more fp32 scale for the whole tensor (NVFP4)
-    block         set for nested block families, which decode themselves; then group, scale and zero say nothing
+    block         set for nested block families, whose bytes tell all but the code; then group, scale and zero say nothing
     name          made from the fields, except for block families, which bring theirs
     """
 
@@ -207,7 +230,7 @@ class QuantFormat:
         if self.block is None:
             groups_n, groups_k = self.group_shape(n, k)
             scale_bytes = SCALE_DTYPES[self.scale].itemsize
-            zero_bytes = {"none": 0, "int": 1, "float": scale_bytes}[self.zero]
+            zero_bytes = {"none": 0, "int": 1}.get(self.zero, scale_bytes)
             total += groups_n * groups_k * (scale_bytes + zero_bytes) + 4 * self.tensor_scale
         return total
 
@@ -217,14 +240,14 @@ class QuantFormat:
 
 _NAME = re.compile(
     r"(?P<code>u(?P<bits>\d)(b(?P<bias>\d+))?|e(?P<exp>\d)m(?P<man>\d)|(?P<book>[a-z][a-z0-9]*))"
-    r"_g(?P<k>-1|\d+)(x(?P<n>-1|\d+))?(_z(?P<zero>[if]))?_s(?P<scale>f32|f16|bf16|e4m3|e8m0)(?P<tensor>_t)?"
+    r"_g(?P<k>-1|\d+)(x(?P<n>-1|\d+))?(_z(?P<zero>[ifm]))?_s(?P<scale>f32|f16|bf16|e4m3|e8m0)(?P<tensor>_t)?"
 )
-_ZEROS: dict[str | None, ZeroType] = {None: "none", "i": "int", "f": "float"}
+_ZEROS: dict[str | None, ZeroType] = {None: "none", "i": "int", "f": "float", "m": "min"}
 
 
 def _format_name(f: QuantFormat) -> str:
     n, k = f.group
-    zero = {"none": "", "int": "_zi", "float": "_zf"}[f.zero]
+    zero = {"none": "", "int": "_zi", "float": "_zf", "min": "_zm"}[f.zero]
     return f"{f.code.name}_g{k}{f'x{n}' if n != 1 else ''}{zero}_s{f.scale}{'_t' if f.tensor_scale else ''}"
 
 

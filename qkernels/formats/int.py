@@ -23,3 +23,6 @@ register(QuantFormat(Int(8), (1, 128), "f16", "float"), "hqq8")
 register(QuantFormat(Int(4), (1, 64), "f16", "float"), "hqq4")
 register(QuantFormat(Int(3), (1, 64), "f16", "float"), "hqq3")
 register(QuantFormat(Int(2), (1, 32), "f16", "float"), "hqq2")
+
+# A minimum in place of the zero point, as ggml's Q4_1 and torchao's int4 have it: it is added as it is stored.
+register(QuantFormat(Int(4), (1, 32), "f16", "min"), "int4_min")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,9 +22,11 @@ class QuantTensor:
     Shapes:
         codes         [N, ceil(K * bits / 8)]    uint8     one bit stream a row (see packing.py); block formats: raw blocks
         scales        [N / group_n, K / group_k] scale type, rounded up; None for block formats
-        zeros         like scales                uint8 (zero = "int") or the scales' type (zero = "float"); else None
+        zeros         like scales                uint8 (zero = "int") or the scales' type (zero = "float" or "min"); else None
         tensor_scale  [1]                        float32, where the format has one
         perm          [K]                        int32: column j of the codes is column perm[j] of W; None = identity
+    origin: what a checkpoint says of this weight beyond its numbers (nested scales, how zeros were stored), so that a writer of the same
+    layout gives the same bytes; no kernel looks at it, and nothing but the readers and writers passes it on.
     """
 
     format: QuantFormat
@@ -33,6 +36,7 @@ class QuantTensor:
     zeros: Tensor | None = None
     tensor_scale: Tensor | None = None
     perm: Tensor | None = None
+    origin: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for name, (shape, dtype) in expected_tensors(self.format, self.shape).items():
@@ -53,7 +57,7 @@ class QuantTensor:
         unknown = set(tensors) - set(FIELDS)
         if unknown:
             raise FormatError(f"unknown tensors {sorted(unknown)}; a QuantTensor has {', '.join(FIELDS)}")
-        return cls(format, shape, **tensors)
+        return cls(format, shape, **dict(tensors))  # type: ignore[arg-type]  # fields, as was checked
 
     def to(self, device: torch.device | str) -> QuantTensor:
         return QuantTensor.from_tensors(self.format, self.shape, {name: t.to(device) for name, t in self.tensors().items()})
@@ -67,6 +71,47 @@ class QuantTensor:
         mine, theirs = self.tensors(), other.tensors()
         same = self.format == other.format and self.shape == other.shape and mine.keys() == theirs.keys()
         return same and all(torch.equal(t.view(torch.uint8), theirs[name].view(torch.uint8)) for name, t in mine.items())
+
+
+@dataclass(frozen=True)
+class QuantStack:
+    """E weights [N, K] of one format, as the experts of a layer lie in a checkpoint: shape [E, N, K]; `stack[e]` is a view of one.
+
+    tensors   field of QuantTensor -> [E, ...]
+    """
+
+    format: QuantFormat
+    shape: tuple[int, int, int]
+    tensors: Mapping[str, Tensor]
+
+    def __post_init__(self) -> None:
+        for name, t in self.tensors.items():
+            if t.shape[0] != self.shape[0]:
+                raise FormatError(f"a stack of {self.shape[0]} weights needs as many {name}, not {list(t.shape)}")
+        self[0]  # checks the rest
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, e: int) -> QuantTensor:
+        if not 0 <= e < len(self):  # also what ends a loop over the stack
+            raise IndexError(e)
+        return QuantTensor.from_tensors(self.format, self.shape[1:], {name: t[e] for name, t in self.tensors.items()})
+
+    @classmethod
+    def of(cls, weights: Sequence[QuantTensor]) -> QuantStack:
+        """Stack weights of one format and shape."""
+        first, fields = weights[0], weights[0].tensors().keys()
+        for q in weights:
+            if (q.format, q.shape, q.tensors().keys()) != (first.format, first.shape, fields):
+                expected, found = (f"{t.format.name} {list(t.shape)} with {', '.join(t.tensors())}" for t in (first, q))
+                raise FormatError(f"the weights of a stack are alike: {expected}, not {found}")
+        stacked = {name: torch.stack([q.tensors()[name] for q in weights]) for name in fields}
+        return cls(first.format, (len(weights), *first.shape), stacked)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors.values())
 
 
 def expected_tensors(format: QuantFormat, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

@@ -28,7 +28,7 @@ from qkernels.convert import Report, Row, _choose, _set
 from qkernels.errors import CheckpointError, FormatError, QKernelsError
 from qkernels.formats import QuantFormat, QuantTensor
 from qkernels.formats.tensor import FIELDS
-from qkernels.io import native, shards
+from qkernels.io import directory, native, shards
 from qkernels.kernels import device as devices
 from qkernels.kernels.registry import Compute, Problem
 from qkernels.linear import _TENSORS, QuantLinear
@@ -46,7 +46,7 @@ def quantize_directory(
     compute: Compute = "auto",
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] = ("lm_head",),
-    shard_bytes: int = native.SHARD_BYTES,
+    shard_bytes: int = directory.SHARD_BYTES,
     progress: bool = True,
 ) -> Report:
     """Write to `target` what `replace_linear` and `save` would of the model in `source`, with config and tokenizer beside it.

@@ -12,32 +12,26 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
 
 from qkernels.errors import CheckpointError
+from qkernels.io import directory
 from qkernels.io.shards import WEIGHTS, Tensors
 from qkernels.progress import track
 
 VERSION = 1
 MANIFEST = "qkernels.json"
-SHARD_BYTES = 4_000_000_000  # of tensors in one file, unless a single one is larger
 
 
-class Writer:
-    """Write a directory tensor by tensor: `with Writer(path, layers, tied) as writer: writer.add(name, tensor)`, each name once.
+class Writer(directory.Writer):
+    """Write a directory of ours tensor by tensor: `with Writer(path, layers, tied) as writer: writer.add(name, tensor)`.
 
-    Tensors are held until `shard_bytes` of them make a file. All happens in a temporary directory beside `path` (`directory`, for
-    files that shall lie there too), renamed at the end: `path` is there whole or, after an exception, as it was. Where `path` is a
-    directory of ours already, what others put there stays; where it is a symbolic link to one, that one is replaced.
-    Raises CheckpointError when `path` exists and is no directory of ours, or cannot be written.
+    Where `path` is a directory of ours already, it is replaced, and what others put there stays; where it is a symbolic link to one, that
+    one is replaced. Raises CheckpointError when `path` exists and is no directory of ours, or cannot be written.
     """
 
     def __init__(
@@ -45,48 +39,22 @@ class Writer:
         path: str | os.PathLike[str],
         layers: Mapping[str, Mapping[str, Any]],
         tied: Mapping[str, str],
-        shard_bytes: int = SHARD_BYTES,
+        shard_bytes: int = directory.SHARD_BYTES,
     ) -> None:
-        self.path, self.target = Path(path), Path(os.path.realpath(path))
-        self.layers, self.tied, self.shard_bytes = layers, tied, shard_bytes
-        self._shard: dict[str, Tensor] = {}
-        self._nbytes = 0
-        self._files: list[Path] = []
+        super().__init__(path, shard_bytes)
+        self.layers, self.tied = layers, tied
 
-    def __enter__(self) -> Writer:
-        with _typed(f"cannot write {self.path}"):
-            self._ours()
-            self.target.parent.mkdir(parents=True, exist_ok=True)
-            self.directory = Path(tempfile.mkdtemp(prefix=f".{self.target.name}-", dir=self.target.parent))
-        return self
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        if self._shard and self._nbytes + tensor.nbytes > self.shard_bytes:
-            self._flush()
-        self._shard[name] = tensor.contiguous()
-        self._nbytes += tensor.nbytes
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        try:
-            with _typed(f"cannot write {self.path}, which is as it was"):
-                if error is not None:
-                    raise error
-                self._finish()
-        finally:
-            shutil.rmtree(self.directory, ignore_errors=True)
-
-    def _flush(self) -> None:
-        self._files.append(self.directory / f"{len(self._files)}.part")
-        save_file(self._shard, str(self._files[-1]), {"format": "pt"})
-        self._files[-1].chmod(0o644)  # safetensors makes it the owner's alone
-        self._shard, self._nbytes = {}, 0
+    def _check(self) -> None:
+        self._ours()
 
     def _finish(self) -> None:
-        if self._shard or not self._files:
-            self._flush()
-        names = weight_files(len(self._files))
-        digests = {name: _digest(file.rename(self.directory / name)) for name, file in zip(names, self._files, strict=True)}
-        manifest = {"version": VERSION, "layers": self.layers, "tied": self.tied, "sha256": digests}
+        names = self._name_files()
+        manifest = {
+            "version": VERSION,
+            "layers": self.layers,
+            "tied": self.tied,
+            "sha256": {name: _digest(self.directory / name) for name in names},
+        }
         manifest["digest"] = _manifest_digest(manifest)
         (self.directory / MANIFEST).write_text(json.dumps(manifest, indent=1))
         self.directory.chmod(0o755)
@@ -152,19 +120,6 @@ def _link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-@contextmanager
-def _typed(message: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{message}: {error}") from error
-
-
-def weight_files(count: int) -> list[str]:
-    """Names of `count` weight files, as transformers numbers them."""
-    return [WEIGHTS] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
-
-
 def read(path: str | os.PathLike[str], progress: bool = False) -> tuple[Tensors, dict[str, dict[str, Any]], dict[str, str]]:
     """Check a directory and return (tensors, each read when asked for; layers; tied). Raises CheckpointError naming what is wrong."""
     source = Path(path)
@@ -172,7 +127,7 @@ def read(path: str | os.PathLike[str], progress: bool = False) -> tuple[Tensors,
     for name, digest in track(manifest["sha256"].items(), progress, f"checking {path}"):
         if not (source / name).is_file():
             raise CheckpointError(f"{source / name} is missing")
-        with _typed(f"cannot read {source / name}"):
+        with directory.typed(f"cannot read {source / name}"):
             found = _digest(source / name)
         if found != digest:
             raise CheckpointError(f"{source / name} is truncated or was edited: its SHA-256 is not the one in {MANIFEST}")
@@ -194,7 +149,7 @@ def read_manifest(source: Path) -> dict[str, Any]:
     layers, digests, tied = manifest.get("layers"), manifest.get("sha256"), manifest.get("tied")
     if not isinstance(layers, dict) or not isinstance(digests, dict) or not isinstance(tied, dict):
         raise CheckpointError(f"{path} lacks its layers, ties or digests")
-    if not digests or sorted(digests) != weight_files(len(digests)):
+    if not digests or sorted(digests) != directory.weight_files(len(digests)):
         raise CheckpointError(
             f"{path} lists the files {sorted(digests)}; {WEIGHTS}, or all of model-0000i-of-0000N.safetensors, is possible"
         )

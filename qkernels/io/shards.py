@@ -14,6 +14,7 @@ from torch import Tensor
 from qkernels.errors import CheckpointError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+MOST_JSON = 64 << 20  # bytes: an index of the largest models has 20 MB
 _PICKLED = (".bin", ".pt", ".pth", ".h5", ".msgpack")
 
 
@@ -66,17 +67,27 @@ def open_directory(directory: Path) -> Tensors:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        found = json.loads(index.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{index} is no JSON: {error}") from error
-    weight_map = found.get("weight_map") if isinstance(found, dict) else None
+    found = read_json(index)
+    weight_map = found.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map of tensors to files")
     for file in weight_map.values():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
             raise CheckpointError(f"{index} names the file {file!r}; a .safetensors file of the same directory is possible")
     return weight_map
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Parse a JSON object from outside: CheckpointError for anything else, for one too large or nested too deeply."""
+    try:
+        if path.stat().st_size > MOST_JSON:
+            raise CheckpointError(f"{path} has {path.stat().st_size} bytes; {MOST_JSON} at most are read")
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is unreadable or no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} is no JSON object")
+    return found
 
 
 @contextmanager

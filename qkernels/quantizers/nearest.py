@@ -34,6 +34,7 @@ def best_scales(
     """
     if tensor_scale is not None:
         scales = scales * tensor_scale
+    zeros = _as_zeros(zeros, scales, format)
     if op := _compiled("cpu_best_scales", weight):
         return op(*_arguments(weight, format, scales, zeros))
     weight = weight.float()
@@ -46,8 +47,16 @@ def codes(weight: Tensor, format: QuantFormat, scales: Tensor, zeros: Tensor | N
     """Return the packed codes of `reference.encode`; scales and zeros float32, as the format stores them."""
     if op := _compiled("cpu_encode", weight):
         full = scales if tensor_scale is None else scales * tensor_scale
-        return pack(op(*_arguments(weight, format, full[..., None], None if zeros is None else zeros[..., None])), format.bits)
+        shifts = _as_zeros(zeros, scales, format)
+        return pack(op(*_arguments(weight, format, full[..., None], None if shifts is None else shifts[..., None])), format.bits)
     return reference.encode(weight, format, scales, zeros, tensor_scale).codes
+
+
+def _as_zeros(zeros: Tensor | None, scales: Tensor, format: QuantFormat) -> Tensor | None:
+    """Zero points that round as minima do: -min / scale, as `reference.encode` has it."""
+    if zeros is None or format.zero != "min":
+        return zeros
+    return -zeros * torch.where(scales == 0, 0.0, 1.0 / scales)
 
 
 def _compiled(name: str, weight: Tensor) -> Callable[..., Any] | None:

@@ -86,11 +86,13 @@ def _candidates(weight: Tensor, format: QuantFormat, search: bool, tensor_scale:
 
 
 def _affine(low: Tensor, high: Tensor, format: QuantFormat) -> tuple[Tensor, Tensor]:
-    """Scale and zero point that put [low, high] on the codes."""
+    """Scale and zero point, or minimum, that put [low, high] on the codes."""
     top = 2**format.bits - 1
     if format.zero == "int":  # a code between 0 and top must mean 0.0
         low, high = low.clamp(max=0.0), high.clamp(min=0.0)
     scales = _stored((high - low) / top, format)
+    if format.zero == "min":
+        return scales, _stored(low, format)
     flat = scales == 0  # a constant group: the zero point alone must carry it
     if format.zero == "float":
         scales = torch.where(flat, _stored(low.abs().clamp(min=1e-4), format), scales)
@@ -142,7 +144,8 @@ def _check_underflow(weight: Tensor, scales: Tensor, format: QuantFormat) -> Non
     lost = scales.float() == 0
     if not bool(lost.any()):
         return
-    absmax = torch.stack(_group_ends(weight, format)).abs().amax(0).float()
+    low, high = _group_ends(weight, format)
+    absmax = (high - low if format.zero == "min" else torch.maximum(low.abs(), high.abs())).float()  # a minimum carries what is constant
     largest = torch.where(lost, absmax, 0.0).amax()
     if float(largest) > float(absmax.amax()) / 64:
         info = torch.finfo(SCALE_DTYPES[format.scale])

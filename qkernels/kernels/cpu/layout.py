@@ -177,6 +177,8 @@ def why_not(p: Problem) -> str | None:
         return library.why_missing() or "the compiled library is missing"
     if p.format.block is not None:
         return f"{p.format.name} keeps its blocks; codes of one width and groups are held"
+    if p.format.zero == "min":
+        return "minima in place of zero points are not held"
     code = p.format.code
     if isinstance(code, Codebook | Float) and code.bits > 4 and code.name not in ("e4m3", "e5m2"):
         return f"code {code.name} has {code.bits} bits; tables of up to 4 bits, e4m3 and e5m2 are held"

@@ -179,6 +179,8 @@ def _canonical(tiled: Tensor, format: QuantFormat, n: int, k: int) -> Tensor:
 
 def why_not(p: Problem) -> str | None:
     """What the layout cannot hold."""
+    if p.format.zero == "min":
+        return "minima in place of zero points are not held"
     if p.format.block is not None:
         return f"{p.format.name} keeps its blocks; codes of one width and groups are held"
     bits, code = p.format.bits, p.format.code

@@ -179,7 +179,7 @@ def _format_why_not(f: QuantFormat, n: int, k: int) -> str | None:
         return f"{f.name} keeps its blocks; 8-bit integers with one scale a row are taken"
     if not isinstance(f.code, Int) or f.bits != 8:
         return f"code {f.code.name} is no integer of 8 bits"
-    if f.zero == "float" or (f.zero == "none" and f.code.bias != 128):
+    if f.zero in ("float", "min") or (f.zero == "none" and f.code.bias != 128):
         return f"code {f.code.name} with zero {f.zero!r}: symmetric codes (u8b128) and integer zero points are taken"
     if f.group_extent(n, k) != (1, k):
         rows, columns = f.group_extent(n, k)

@@ -253,7 +253,7 @@ def _format_why_not(f: QuantFormat, n: int, k: int) -> str | None:
         return f"{f.name} keeps its blocks; 4-bit integers with groups along K are taken"
     if not isinstance(f.code, Int) or f.bits != 4:
         return f"code {f.code.name} is no integer of 4 bits"
-    if f.zero == "float" or (f.zero == "none" and f.code.bias != 8):
+    if f.zero in ("float", "min") or (f.zero == "none" and f.code.bias != 8):
         return f"code {f.code.name} with zero {f.zero!r}: symmetric codes (u4b8) and integer zero points are taken"
     rows, columns = f.group_extent(n, k)
     if rows != 1 or not tile_columns(f, n, k):
