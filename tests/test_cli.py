@@ -339,7 +339,7 @@ DAMAGES = {  # of a sharded directory: what to do, what the error must say
     "no weights": (lambda p: [f.unlink() for f in p.glob("*.safetensors*")], "neither"),
     "pickled weights": (pickled, "pytorch_model.bin.*save_pretrained"),
     "index no JSON": (lambda p: (p / shards.INDEX).write_text("{"), "no JSON"),
-    "index a list": (lambda p: (p / shards.INDEX).write_text("[]"), "weight_map"),
+    "index a list": (lambda p: (p / shards.INDEX).write_text("[]"), "no JSON object"),
     "index empty": (edit_index(lambda _, index: index | {"weight_map": {}}), "weight_map"),
     "index out of the directory": (to("../other.safetensors"), r"'\.\./other"),
     "index at the root": (to("/other.safetensors"), "'/other"),

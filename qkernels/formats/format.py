@@ -38,6 +38,14 @@ SCALE_DTYPES: dict[str, torch.dtype] = {
 }
 
 
+def scale_type(dtype: torch.dtype) -> ScaleType:
+    """The scale type of a dtype: "f16" of torch.float16; FormatError for one that no scale has."""
+    for name, known in SCALE_DTYPES.items():
+        if known == dtype:
+            return name  # type: ignore[return-value]  # a key is one of the literals
+    raise FormatError(f"scales of {dtype} are not held; {', '.join(map(str, SCALE_DTYPES.values()))} are")
+
+
 @dataclass(frozen=True)
 class Int:
     """An unsigned integer code; its value is `code - bias`."""
