@@ -192,3 +192,34 @@ def split_nvfp4(raw: Tensor) -> Parts:
 
 def join_nvfp4(p: Parts) -> Tensor:
     return _joined(p.d, join_planes(p.codes, 4, 8))
+
+
+def split_tq1_0(raw: Tensor) -> Parts:
+    # Five trits a byte, as a fraction of 256: threefold, the overflow is the next trit.
+    long, short, last = raw[..., :52].split([32, 16, 4], -1)
+    trits = [((run * 3**i).int() * 3 >> 8).to(torch.uint8) for run, n in ((long, 5), (short, 5), (last, 4)) for i in range(n)]
+    return Parts(torch.cat(trits, -1), half(raw, 52))
+
+
+def split_tq2_0(raw: Tensor) -> Parts:
+    return Parts(planes(raw[..., :64], 2, 32), half(raw, 64))
+
+
+def join_tq2_0(p: Parts) -> Tensor:
+    return _joined(join_planes(p.codes, 2, 32), p.d)
+
+
+def split_q1_0(raw: Tensor) -> Parts:
+    return Parts(unpack(raw[..., 2:], 1, 128), half(raw, 0))
+
+
+def join_q1_0(p: Parts) -> Tensor:
+    return _joined(p.d, pack(p.codes, 1))
+
+
+def split_q2_0(raw: Tensor) -> Parts:
+    return Parts(unpack(raw[..., 2:], 2, 64), half(raw, 0))
+
+
+def join_q2_0(p: Parts) -> Tensor:
+    return _joined(p.d, pack(p.codes, 2))
