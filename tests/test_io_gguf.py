@@ -1,4 +1,4 @@
-"""GGUF: files of gguf-py are read as what was put in and written again byte for byte; damaged ones raise, soon and without much memory."""
+"""GGUF: files of gguf-py and llama.cpp are read as they were made and written byte for byte; damaged ones raise, soon, in little memory."""
 
 import json
 import os
@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings, strategies
 from qkernels import io
 from qkernels.errors import CheckpointError, FormatError, QKernelsError, UnsupportedError
 from qkernels.formats import QuantStack, QuantTensor, get
+from qkernels.formats.ggml import TYPES
 from qkernels.io import gguf_file
 from qkernels.io.gguf_file import KeyValues
 
@@ -34,7 +35,7 @@ def rewritten(source, path):
     return path.read_bytes()
 
 
-# -- what gguf-py writes ------------------------------------------------------------------------------------------------------------
+# -- what others write --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", PUT_IN)
@@ -68,9 +69,23 @@ def test_every_type_of_key_value(name):
     assert found.types["general.file_type"] == "u32" and found.types["of.float64"] == "f64"
 
 
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", [*WHOLE, "gguf_c.gguf"])
 def test_rewriting_gives_the_same_bytes(name, tmp_path):
     assert rewritten(GOLDEN / name, tmp_path / "new.gguf") == (GOLDEN / name).read_bytes()
+
+
+def test_a_file_that_llama_cpp_wrote():
+    """Every type it has: the names and sizes are ggml's own."""
+    found, stated = dict(io.read(GOLDEN / "gguf_c.gguf")), io.detect(GOLDEN / "gguf_c.gguf").settings
+    plain = {"f32": 0, "f16": 1, "i8": 24, "i16": 25, "i32": 26, "i64": 27, "f64": 28, "bf16": 30}
+    types = plain | {format.name.removeprefix("ggml_"): id for id, format in TYPES.items()}
+    assert {name.lower(): types[name.lower()] for name in found} == types
+    for name, value in found.items():
+        raw = value if isinstance(value, torch.Tensor) else value.codes
+        expected = np.random.default_rng(types[name.lower()]).bytes(raw.nbytes)
+        assert value.shape[0] == 3 and raw.view(torch.uint8).numpy().tobytes() == expected
+    assert stated["list.string"] == ["a", "", "\udcff"] and stated.types["list.empty"] == "[i32]"
+    assert stated["of.f64"] == 0.1 != stated["of.f32"] == float(np.float32(0.1))
 
 
 @pytest.mark.parametrize("name", ["gguf_big_endian.gguf", SPLIT.format(2)])
@@ -107,6 +122,19 @@ def test_windows_of_a_large_file(monkeypatch):
     test_reads_what_was_put_in("gguf_types.gguf")
 
 
+def test_a_file_that_shrinks(tmp_path):
+    path = tmp_path / "a.gguf"
+    path.write_bytes((GOLDEN / "gguf_types.gguf").read_bytes())
+    info = io.detect(path)
+    items = io.read(info)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qkernels.io.gguf.WINDOW", 1)
+        next(items)
+        os.truncate(path, 2048)
+        with pytest.raises(CheckpointError, match="has become shorter"):
+            list(items)
+
+
 # -- what we write ------------------------------------------------------------------------------------------------------------------
 
 
@@ -127,9 +155,14 @@ def test_natural_types(tmp_path):
 
 @pytest.mark.parametrize("value", [None, [], [1, "a"], [[1]], 2**64, {"a": 1}, -(2**63) - 1, b"x"])
 def test_values_that_do_not_exist(value, tmp_path):
+    items = iter([("a", torch.ones(1))])
     with pytest.raises(FormatError, match="'k' = "):
-        io.write([], tmp_path / "a.gguf", "gguf", settings={"k": value})
-    assert not list(tmp_path.iterdir())
+        io.write(items, tmp_path / "a.gguf", "gguf", settings={"k": value})
+    assert not list(tmp_path.iterdir()) and next(items)  # not after gigabytes were written
+    with pytest.raises(FormatError, match="key 3 = 1"):
+        io.write([], tmp_path / "a.gguf", "gguf", settings={3: 1})
+    with pytest.raises(FormatError, match=r"general\.alignment is"):
+        io.write([], tmp_path / "a.gguf", "gguf", settings={"general.alignment": value})
 
 
 @pytest.mark.parametrize("value", [-1, 2**32, "3", 1.5, None])

@@ -152,7 +152,10 @@ class _Map:
         if self.map is None or not self.start <= offset <= offset + count <= self.start + len(self.map):
             with typed(f"cannot map {self.path}"), self.path.open("rb") as file:
                 self.start = offset - offset % mmap.ALLOCATIONGRANULARITY
-                size = min(max(offset + count - self.start, WINDOW), os.fstat(file.fileno()).st_size - self.start)
+                left = os.fstat(file.fileno()).st_size - self.start
+                if left < (needed := offset + count - self.start):
+                    raise CheckpointError(f"{self.path} has become shorter than its header says")
+                size = min(max(needed, WINDOW), left)
                 self.map = mmap.mmap(file.fileno(), size, offset=self.start, access=mmap.ACCESS_COPY)
         return torch.frombuffer(self.map, dtype=torch.uint8, count=count, offset=offset - self.start)
 
@@ -167,7 +170,7 @@ def write(
     Raises     UnsupportedError naming a weight that no type of ggml holds, FormatError (a key-value), CheckpointError (the file)
     """
     stated = KeyValues({"general.quantization_version": 2} if settings is None else settings)
-    alignment = gguf_file.alignment(stated)
+    alignment, pairs = gguf_file.alignment(stated), gguf_file.pack(stated)
     target = Path(os.path.realpath(path))
     with typed(f"cannot write {path}"):
         if target.exists():
@@ -176,9 +179,8 @@ def write(
         # The infos come before the data, but all of them are known only after them.
         with tempfile.TemporaryFile(dir=target.parent) as data:
             infos = _write_data(items, data, alignment)
-            header = gguf_file.header(stated, infos)
             data.seek(0)
-            _write_whole(target, header, data)
+            _write_whole(target, gguf_file.header(pairs, infos, alignment), data)
 
 
 def _write_data(items: Iterable[tuple[str, Value]], data: IO[bytes], alignment: int) -> list[TensorInfo]:
