@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cases import equal_values, random_quant
 from hypothesis import HealthCheck, given, settings, strategies
 
-from qkernels import io
+from qkernels import io, reference
 from qkernels.errors import CheckpointError, FormatError, QKernelsError, UnsupportedError
 from qkernels.formats import QuantStack, QuantTensor, get
 from qkernels.formats.ggml import TYPES
@@ -186,7 +187,11 @@ def blocks(n, k, name="q8_0"):
 @pytest.mark.parametrize(
     ("name", "value", "says"),
     [
-        ("a", QuantTensor(get("int8"), (1, 128), torch.zeros(1, 128, dtype=torch.uint8), torch.ones(1, 1)), "a is .*no type of ggml"),
+        (
+            "a",
+            QuantTensor(get("int8"), (1, 128), torch.zeros(1, 128, dtype=torch.uint8), torch.ones(1, 1)),
+            "a is .*which no type of ggml holds",
+        ),
         ("a", torch.zeros(2, dtype=torch.complex64), "complex64"),
         ("a", torch.zeros(2, 0), "empty"),
         ("a", torch.tensor(1.0), "1 to 4 axes"),
@@ -198,6 +203,46 @@ def test_what_gguf_cannot_hold(name, value, says, tmp_path):
     with pytest.raises(UnsupportedError, match=says):
         io.write([("first", blocks(2, 64)), (name, value)], tmp_path / "a.gguf", "gguf")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("format", "type"),
+    [
+        ("u4b8_g32_sf16", "q4_0"), ("u4b8_g128_sf16", "q4_0"), ("u4b8_g-1_sf16", "q4_0"),
+        ("u4_g64_zm_sf16", "q4_1"), ("u5b16_g32_sf16", "q5_0"),
+        ("u5_g32_zm_sf16", "q5_1"), ("u8b128_g128_sf16", "q8_0"), ("e2m1_g32_se8m0", "ggml_mxfp4"), ("e2m1_g16_se4m3", "ggml_nvfp4"),
+    ],
+)  # fmt: skip
+def test_other_weights_become_blocks_of_the_same_numbers(format, type, tmp_path):
+    q, experts = random_quant(get(format), 6, 128), [random_quant(get(format), 3, 256, seed) for seed in range(2)]
+    io.write({"a": q, "b": QuantStack.of(experts)}.items(), tmp_path / "a.gguf", "gguf")
+    found = dict(io.read(tmp_path / "a.gguf"))
+    assert found["a"].format.name == found["b"].format.name == type
+    for made, read in zip([q, *experts], [found["a"], *found["b"]]):
+        equal_values(reference.decode(read), reference.decode(made))
+
+
+@pytest.mark.parametrize(
+    ("format", "k", "says"),
+    [
+        ("u4_g32_zi_sf16", 64, "which no type of ggml holds; u4b8_g32_sf16, "),
+        ("u4b8_g32_sbf16", 64, "no type of ggml"),
+        ("u4b8_g32x2_sf16", 64, "no type of ggml"), ("e2m1_g16_se4m3_t", 64, "no type of ggml"),
+        ("u4b8_g16_sf16", 64, "in groups of 16"),
+        ("u4b8_g48_sf16", 96, "in groups of 48"), ("u4b8_g64_sf16", 96, "K = 96 in groups of 64"), ("e2m1_g16_se4m3", 96, "blocks of 64"),
+    ],
+)  # fmt: skip
+def test_weights_that_no_blocks_hold(format, k, says, tmp_path):
+    with pytest.raises(UnsupportedError, match=f"layer has K|layer is {format}") as raised:
+        io.write([("layer", random_quant(get(format), 4, k))], tmp_path / "a.gguf", "gguf")
+    assert says in str(raised.value)
+
+
+def test_negative_scales_of_nvfp4(tmp_path):
+    q = random_quant(get("e2m1_g16_se4m3"), 4, 64)
+    q.scales.view(torch.uint8)[1, 2] ^= 0x80
+    with pytest.raises(UnsupportedError, match="layer has scales that are negative"):
+        io.write([("layer", q)], tmp_path / "a.gguf", "gguf")
 
 
 def test_a_permutation_cannot_be_said(tmp_path):
