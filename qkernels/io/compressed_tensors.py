@@ -32,6 +32,7 @@ from qkernels.io import compressed_words as words
 from qkernels.io import groups
 from qkernels.io.compressed_config import Config, Scheme
 from qkernels.io.compressed_writer import write
+from qkernels.io.floats import exponents
 from qkernels.io.modules import Module, assemble, walk
 
 __all__ = ["read", "write"]
@@ -62,30 +63,26 @@ def read(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Iterator
 
 
 def _read(module: Module, scheme: Scheme, version: str | None) -> QuantTensor | QuantStack:
-    held = {leaf: found for leaf in LEAVES if (found := module.find(leaf, *_dtypes(leaf, scheme))) is not None}
-    stored = held.get(scheme.stored)
-    for leaf in (scheme.stored, *scheme.needed):
-        if leaf not in held:
-            raise CheckpointError(f"{module.full(leaf)} is missing: {scheme.format} of {scheme.code.name} codes has one")
-    surplus = held.keys() - {scheme.stored, *scheme.needed, "weight_g_idx"}
-    if surplus:
-        raise CheckpointError(f"{module.full(min(surplus))} is there, which {scheme.format} of {scheme.code.name} codes has no use for")
-    assert stored is not None
+    held = {leaf: module.take(leaf, *_dtypes(leaf, scheme)) for leaf in (scheme.stored, *scheme.needed)}
+    g_idx = module.find("weight_g_idx", *_dtypes("weight_g_idx", scheme))
+    held |= {} if g_idx is None else {"weight_g_idx": g_idx}
+    module.done()
+    stored = held[scheme.stored]
     if stored.dim() != 3:
         return _weight(module, scheme, version, held)
     experts = stored.shape[0]
-    stated = held.pop("weight_shape", None)
+    if not experts:
+        raise CheckpointError(f"{module.full(scheme.stored)} is {list(stored.shape)}, a stack of no weights")
+    stated = held.get("weight_shape")
     if stated is not None:
         if stated.numel() != 3 or stated.flatten()[0] != experts:
-            raise CheckpointError(
-                f"{module.full('weight_shape')} is {stated.flatten().tolist()[:4]}, and weight_packed {list(stored.shape)}"
-            )
+            shape = stated.flatten()[:4].tolist()
+            raise CheckpointError(f"{module.full('weight_shape')} is {shape}, and weight_packed {list(stored.shape)}")
         held["weight_shape"] = stated.flatten()[1:].expand(experts, -1)
     if any(t.dim() < 1 or t.shape[0] != experts for t in held.values()):
         shapes = {leaf: list(t.shape) for leaf, t in held.items()}
         raise CheckpointError(f"{module.name} is a stack of {experts} weights; its tensors are {shapes}")
-    each = [_weight(module, scheme, version, {leaf: t[e] for leaf, t in held.items()}) for e in range(experts)]
-    return QuantStack.of(each)
+    return QuantStack.of([_weight(module, scheme, version, {leaf: t[e] for leaf, t in held.items()}) for e in range(experts)])
 
 
 def _dtypes(leaf: str, scheme: Scheme) -> tuple[torch.dtype, ...]:
@@ -102,31 +99,23 @@ def _dtypes(leaf: str, scheme: Scheme) -> tuple[torch.dtype, ...]:
 
 
 def _weight(module: Module, scheme: Scheme, version: str | None, held: Mapping[str, Tensor]) -> QuantTensor:
-    name, bits, stored = module.full("weight"), scheme.code.bits, held[scheme.stored]
-    if stored.dim() != 2:
-        raise CheckpointError(f"{module.full(scheme.stored)} is {list(stored.shape)}; two dimensions, or three of a stack, are read")
+    if held[scheme.stored].dim() != 2:
+        found = list(held[scheme.stored].shape)
+        raise CheckpointError(f"{module.full(scheme.stored)} is {found}; two dimensions, or three of a stack, are read")
     origin: dict[str, Any] = {leaf: t for leaf, t in held.items() if leaf in ("weight_g_idx", "weight_global_scale")}
     scales, zeros = held["weight_scale"], held.get("weight_zero_point")
+    origin |= {"scale_shape": tuple(scales.shape), "scale_dtype": scales.dtype, "zero_shape": None if zeros is None else tuple(zeros.shape)}
     if scheme.format == "pack-quantized":
-        shape = _shape(module, held["weight_shape"], stored)
-        padded = _is_padded(module, scheme, version, shape, stored, zeros)
-        codes = words.from_words(module.full("weight_packed"), stored, bits, shape[1], padded)
+        shape, codes, zeros, padded = _from_words(module, scheme, version, held)
         origin |= {"padded": padded, "shape_dtype": held["weight_shape"].dtype}
-    elif isinstance(scheme.code, Int):
-        shape, padded = (stored.shape[0], stored.shape[1]), False
-        codes = pack(_unsigned(module.full("weight"), stored, bits), bits)
     else:
-        octets = stored.view(torch.uint8)
-        shape, codes, padded = (octets.shape[0], octets.shape[1] * 8 // bits), octets, False
-    if zeros is not None:
-        full = module.full("weight_zero_point")
-        packed = scheme.packs_zeros
-        zeros = _unpacked(full, zeros, bits, shape[0], padded) if packed else _unsigned(full, zeros, bits)
+        shape, codes = _from_bytes(module, scheme, held[scheme.stored])
+    if zeros is not None and not scheme.packs_zeros:
+        zeros = _unsigned(module.full("weight_zero_point"), zeros, scheme.code.bits)
     if scheme.format.startswith("mx"):
-        origin["scale_dtype"], scales = scales.dtype, scales.view(torch.float8_e8m0fnu)
-    origin |= {"scale_shape": tuple(scales.shape), "zero_shape": None if zeros is None else tuple(zeros.shape)}
-    more = {"tensor_scale": _reciprocal(module, held["weight_global_scale"])} if scheme.format.startswith("nv") else {}
-    q = assemble(name, scheme.code, shape, scheme.group, codes, scales, zeros, origin=origin, **more)
+        scales = exponents(scales)
+    more = {"tensor_scale": _reciprocal(module, held["weight_global_scale"])} if "weight_global_scale" in held else {}
+    q = assemble(module.full("weight"), scheme.code, shape, scheme.group, codes, scales, zeros, origin=origin, **more)
     if "weight_g_idx" in held:
         return _indexed(module, q, held["weight_g_idx"])
     if scheme.indexed:
@@ -134,25 +123,38 @@ def _weight(module: Module, scheme: Scheme, version: str | None, held: Mapping[s
     return q
 
 
+def _from_words(
+    module: Module, scheme: Scheme, version: str | None, held: Mapping[str, Tensor]
+) -> tuple[tuple[int, int], Tensor, Tensor | None, bool]:
+    """(shape, codes, zero points, whether the words were padded); zero points come as they are where they are not packed."""
+    packed, zeros, bits = held["weight_packed"], held.get("weight_zero_point"), scheme.code.bits
+    n, k = _shape(module, held["weight_shape"], packed)
+    rows = [(k, packed.shape[1])]
+    if zeros is not None and scheme.packs_zeros:
+        if zeros.dim() != 2:
+            raise CheckpointError(f"{module.full('weight_zero_point')} is {list(zeros.shape)}; it has two dimensions")
+        rows.append((n, zeros.shape[0]))
+    padded = words.is_padded(module.name, bits, version, *rows)
+    codes = words.from_words(module.full("weight_packed"), packed, bits, k, padded)
+    if zeros is not None and scheme.packs_zeros:
+        streams = words.from_words(module.full("weight_zero_point"), zeros.t(), bits, n, padded)
+        zeros = unpack(streams, bits, n).t().contiguous()
+    return (n, k), codes, zeros, padded
+
+
+def _from_bytes(module: Module, scheme: Scheme, stored: Tensor) -> tuple[tuple[int, int], Tensor]:
+    """(shape, codes)"""
+    bits = scheme.code.bits
+    if isinstance(scheme.code, Int):
+        return (stored.shape[0], stored.shape[1]), pack(_unsigned(module.full("weight"), stored, bits), bits)
+    return (stored.shape[0], stored.shape[1] * 8 // bits), stored.view(torch.uint8)
+
+
 def _shape(module: Module, stated: Tensor, packed: Tensor) -> tuple[int, int]:
     shape = stated.flatten()[:4].tolist()
     if len(shape) != 2 or shape[0] != packed.shape[0] or shape[1] < 1:
         raise CheckpointError(f"{module.full('weight_shape')} is {shape}, and weight_packed {list(packed.shape)}")
     return shape[0], shape[1]
-
-
-def _is_padded(module: Module, scheme: Scheme, version: str | None, shape: tuple[int, int], packed: Tensor, zeros: Tensor | None) -> bool:
-    rows = [(shape[1], packed.shape[1])]
-    if zeros is not None and scheme.packs_zeros:
-        if zeros.dim() != 2:
-            raise CheckpointError(f"{module.full('weight_zero_point')} is {list(zeros.shape)}; it has two dimensions")
-        rows.append((shape[0], zeros.shape[0]))
-    return words.is_padded(module.name, scheme.code.bits, version, *rows)
-
-
-def _unpacked(name: str, zeros: Tensor, bits: int, n: int, padded: bool) -> Tensor:
-    """Zero points [words, G] packed down the rows, as codes [N, G]."""
-    return unpack(words.from_words(name, zeros.t(), bits, n, padded), bits, n).t().contiguous()
 
 
 def _unsigned(name: str, signed: Tensor, bits: int) -> Tensor:
@@ -184,6 +186,5 @@ def _indexed(module: Module, q: QuantTensor, g_idx: Tensor) -> QuantTensor:
     scales, zeros = q.scales[:, order], None if q.zeros is None else q.zeros[:, order]
     spare = {} if len(order.unique()) == q.scales.shape[1] else {"scales": q.scales, "zeros": q.zeros}  # of groups without a column
     codes = q.codes if perm is None else pack(unpack(q.codes, q.format.bits, q.shape[1])[:, perm.long()], q.format.bits)
-    return assemble(
-        module.full("weight"), q.format.code, q.shape, (1, group), codes, scales, zeros, perm=perm, origin={**q.origin, **spare}
-    )
+    origin = {**q.origin, **spare}
+    return assemble(module.full("weight"), q.format.code, q.shape, (1, group), codes, scales, zeros, perm=perm, origin=origin)

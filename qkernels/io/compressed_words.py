@@ -67,7 +67,7 @@ def from_words(name: str, words: Tensor, bits: int, count: int, padded: bool) ->
         returns   [R, ceil(count * bits / 8)] uint8
     """
     octets = _as(torch.uint8, words)
-    if padded:
+    if padded and 32 % bits:
         per_word = 32 // bits
         each = unpack(octets.unflatten(1, (-1, 4)), bits, per_word).flatten(1)
         beyond = each[:, count:].any() or (octets[:, 3::4] >= 2 ** (bits * per_word - 24)).any()
@@ -83,7 +83,7 @@ def from_words(name: str, words: Tensor, bits: int, count: int, padded: bool) ->
 
 def to_words(codes: Tensor, bits: int, count: int, padded: bool) -> Tensor:
     """Invert `from_words`."""
-    if padded:
+    if padded and 32 % bits:
         per_word = 32 // bits
         each = F.pad(unpack(codes, bits, count), (0, -count % per_word)).unflatten(1, (-1, per_word))
         return _as(torch.int32, pack(each, bits).flatten(1))  # 28 or 30 bits: 4 bytes

@@ -33,11 +33,11 @@ def fp8(name: str, weight: Tensor, scale_name: str, scales: Tensor, block: Seque
     """
     if weight.dtype not in _FP8:
         raise UnsupportedError(f"{name} is {weight.dtype}, which is not read; {' and '.join(map(str, _FP8))} are")
-    if weight.dim() not in (2, 3):
-        raise CheckpointError(f"{name} is {list(weight.shape)}; a weight has two dimensions, a stack of them three")
+    if weight.dim() not in (2, 3) or 0 in weight.shape:
+        raise CheckpointError(f"{name} is {list(weight.shape)}; a weight has two dimensions, a stack of them three, none of them 0")
     scales = exponents(of_dtype(scale_name, scales, *SCALES, torch.uint8))
     if weight.dim() == 3:
-        each_scale = scales.expand(len(weight)) if scales.numel() == 1 else scales
+        each_scale = scales.reshape(1).expand(len(weight)) if scales.numel() == 1 else scales
         if len(each_scale) != len(weight):
             raise CheckpointError(f"{scale_name} is {list(scales.shape)}, and {name} a stack {list(weight.shape)}")
         return QuantStack.of([fp8(f"{name}[{e}]", w, scale_name, s, block) for e, (w, s) in enumerate(zip(weight, each_scale))])  # type: ignore[misc]
@@ -47,18 +47,19 @@ def fp8(name: str, weight: Tensor, scale_name: str, scales: Tensor, block: Seque
 
 def _group(name: str, weight: Tensor, scales: Tensor, block: Sequence[int] | None) -> tuple[int, int]:
     n, k = weight.shape
-    of_rows = [extent for extent in scales.shape if extent != 1] == [n]
-    blocks = (MX_GROUP * bool(scales.dtype == torch.float8_e8m0fnu), MX_GROUP)
-    if block is not None and tuple(scales.shape) == (-(-n // block[0]), -(-k // block[1])):
+    if block is None and scales.dtype == torch.float8_e8m0fnu and scales.dim() == 2:
+        block = [1, MX_GROUP]
+    blocks = None if block is None else [-(-n // block[0]), -(-k // block[1])]
+    if block is not None and list(scales.shape) == blocks:
         return block[0], block[1]
     if scales.numel() == 1:
         return -1, -1
-    if of_rows:
+    if [extent for extent in scales.shape if extent != 1] == [n]:
         return 1, -1
-    if block is None and blocks[0] and tuple(scales.shape) == (n, -(-k // MX_GROUP)):
-        return 1, MX_GROUP
-    stated = "no block size is stated" if block is None else f"blocks of {list(block)} would have {[-(-n // block[0]), -(-k // block[1])]}"
-    raise CheckpointError(f"{name} is {list(scales.shape)} for weights {list(weight.shape)}: neither [1] nor [{n}], and {stated}")
+    stated = "no block size is stated" if block is None else f"blocks of {list(block)} have {blocks}"
+    raise CheckpointError(
+        f"{name} is {list(scales.shape)}, its weight {list(weight.shape)}: it is neither one nor one for a row, and {stated}"
+    )
 
 
 def fp4(name: str, packed: Tensor, scales: Tensor, group: int, **more: Any) -> QuantTensor:

@@ -64,8 +64,10 @@ def walk(tensors: Mapping[str, Tensor], marks: Collection[str], leaves: Collecti
 
 def dense(name: str, tensor: Tensor) -> Tensor:
     """The tensor itself; CheckpointError for codes whose scale was not found: cast to a float, they would be off by that scale."""
-    codes = tensor.dtype.itemsize == 1 and tensor.dtype != torch.bool and (tensor.is_floating_point() or tensor.dim() > 1)
-    if codes:
+    integers = (
+        tensor.dtype in (torch.int8, torch.uint8) and tensor.dim() > 1 and not name.endswith("bias")
+    )  # a mask of GPT-2's is called so
+    if integers or (tensor.is_floating_point() and tensor.dtype.itemsize == 1):
         raise CheckpointError(f"{name} is {tensor.dtype} {list(tensor.shape)}, codes of a quantised weight, and has no scale beside it")
     return tensor
 
@@ -92,6 +94,8 @@ def assemble(
         scales, zeros   [N / group_n, K / group_k] rounded up; extents of 1 may be left out or put in: [], [N], [N / 128, 1, K / 128, 1]
     """
     n, k = (int(extent) for extent in shape)
+    if n < 1 or k < 1:
+        raise CheckpointError(f"{name} is {n} x {k}; a weight is at least 1 x 1")
     try:
         format = QuantFormat(code, group, scale_type(scales.dtype), "none" if zeros is None else "int", "tensor_scale" in more)
         scales = _per_group(f"the scales of {name}", scales, format, n, k)
