@@ -185,7 +185,9 @@ def test_stack():
         read_one(stacked, settings)
 
 
-@pytest.mark.parametrize("version,which", [("0.17.1", "0_17"), ("0.15.0.1", "0_17"), ("0.18.0", "0_20"), ("1.0", "0_20")])
+@pytest.mark.parametrize(
+    "version,which", [("0.17.1", "0_17"), ("0.15.0.1", "0_17"), ("0.18.0", "0_20"), ("0.18.0.post1", "0_20"), ("1.0", "0_20")]
+)
 @pytest.mark.parametrize("case", ["pack-3-sym", "pack-3-asym"])  # K = 40 takes four words in both layouts
 def test_ambiguous_words(version, which, case):
     tensors, settings, values = golden(case, which)
@@ -230,10 +232,10 @@ def test_which_group():
     items = {"a.x.weight": q8, "a.y.weight": q4, "b.weight": q8}
     tensors, settings = written(items.items())
     groups = settings["config_groups"]
-    groups["group_0"]["targets"], groups["group_1"]["targets"] = ["Linear", "a.x"], ["re:a.*"]
+    groups["group_0"]["targets"], groups["group_1"]["targets"] = ["re:a.*", "b"], ["a.y", "Linear"]
     back = dict(compressed_tensors.read(tensors, settings))
     assert all(back[name].equal(q) for name, q in items.items())
-    groups["group_1"]["targets"] = ["Embedding", "a.y"]
+    groups["group_0"]["targets"], groups["group_1"]["targets"] = ["Linear", "a.x"], ["Embedding", "re:a.y"]
     with pytest.raises(UnsupportedError, match="b: which of 2 schemes of classes"):
         dict(compressed_tensors.read(tensors, settings))
     groups["group_0"]["targets"].remove("Linear")
@@ -402,6 +404,7 @@ def test_refused_by_settings():
         "u8b128_g32_sf32": "of u4b8 codes",
         "u4_g32_zi_sf32": "zero points: none",
         "u4b8_g16_sf32": r"groups of \(1, 32\)",
+        "u4b8_g32_se8m0": "scales of pack-quantized are f32",
     }.items():
         with pytest.raises(UnsupportedError, match=message):
             written([(f"{MODULE}.weight", random_quant(formats.get(name), 8, 64))], settings)
@@ -417,6 +420,8 @@ def test_changed_since_it_was_read():
     """What `origin` remembers is used only where it still says the same."""
     tensors, settings, _ = golden("pack-4-index", "0_17")
     q = read_one(tensors, settings)
+    foreign = QuantTensor(q.format, q.shape, origin={"layout": "gptq", "padded": True, "scale_shape": (3,)}, **q.tensors())
+    same_tensors(written([(f"{MODULE}.weight", foreign)], settings)[0], tensors)
     other = copy.copy(q.origin)
     other["weight_g_idx"] = q.origin["weight_g_idx"].roll(1)
     changed = QuantTensor(q.format, q.shape, origin=other, **q.tensors())

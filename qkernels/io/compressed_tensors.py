@@ -31,7 +31,7 @@ from qkernels.formats.packing import pack, unpack
 from qkernels.io import compressed_words as words
 from qkernels.io import groups
 from qkernels.io.compressed_config import Config, Scheme
-from qkernels.io.compressed_writer import write
+from qkernels.io.compressed_writer import LAYOUT, write
 from qkernels.io.floats import exponents
 from qkernels.io.modules import Module, assemble, walk
 
@@ -103,6 +103,7 @@ def _weight(module: Module, scheme: Scheme, version: str | None, held: Mapping[s
         found = list(held[scheme.stored].shape)
         raise CheckpointError(f"{module.full(scheme.stored)} is {found}; two dimensions, or three of a stack, are read")
     origin: dict[str, Any] = {leaf: t for leaf, t in held.items() if leaf in ("weight_g_idx", "weight_global_scale")}
+    origin["layout"] = LAYOUT
     scales, zeros = held["weight_scale"], held.get("weight_zero_point")
     origin |= {"scale_shape": tuple(scales.shape), "scale_dtype": scales.dtype, "zero_shape": None if zeros is None else tuple(zeros.shape)}
     if scheme.format == "pack-quantized":

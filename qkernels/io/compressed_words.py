@@ -56,7 +56,8 @@ def padded_by(version: str | None) -> bool | None:
     release = int(parts[1]), int(parts[2]), int(parts[3] or 0)
     if release <= PADDED_UNTIL:
         return True
-    return False if release > DENSE_SINCE or (release == DENSE_SINCE and not parts[4]) else None
+    early = re.match(r"\.?(a|b|rc|dev)", parts[4]) is not None
+    return False if release > DENSE_SINCE or (release == DENSE_SINCE and not early) else None
 
 
 def from_words(name: str, words: Tensor, bits: int, count: int, padded: bool) -> Tensor:
