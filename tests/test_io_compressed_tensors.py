@@ -200,6 +200,28 @@ def test_ambiguous_words(version, which, case):
         written([(f"{MODULE}.weight", q)], other)
 
 
+@pytest.mark.parametrize("version", ["0.17.1", "0.18.0", None])
+@pytest.mark.parametrize("name,k", [("u4b8_g32_sf32", 96), ("u3b4_g-1_sf32", 10), ("u8_g32_zi_sf32", 64)])
+def test_unmistakable_words(name, k, version):
+    """Weights of elsewhere under the settings of any version, where the two layouts are one."""
+    q = random_quant(formats.get(name), 9, k)
+    tensors, settings = written([(f"{MODULE}.weight", q)])
+    settings["version"] = version
+    again, _ = written([(f"{MODULE}.weight", q)], settings)
+    same_tensors(again, tensors)
+    assert read_one(again, settings).equal(q)
+
+
+@pytest.mark.parametrize("version", ["0.17.1", "0.18.0"])
+def test_words_of_the_stated_version(version):
+    q = random_quant(formats.get("u3_g-1_zi_sf32"), 11, 40)
+    _, settings = written([(f"{MODULE}.weight", q)])
+    settings["version"] = version
+    tensors, _ = written([(f"{MODULE}.weight", q)], settings)
+    assert read_one(tensors, settings).equal(q)
+    assert torch.equal(golden_codes(tensors), reference.unpack(q.codes, 3, 40).float()) == (version == "0.17.1")
+
+
 @pytest.mark.parametrize("version", [None, "0.18.0.a20260701", "0.17.2.dev3", "nightly"])
 def test_ambiguous_words_without_a_version(version):
     tensors, settings, _ = golden("pack-3-sym")

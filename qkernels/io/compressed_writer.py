@@ -118,7 +118,8 @@ def _check_words(name: str, held: Mapping[str, Tensor], q: QuantTensor, scheme: 
     rows = [(q.shape[1], held["weight_packed"].shape[1])]
     if scheme.packs_zeros and "weight_zero_point" in held:
         rows.append((q.shape[0], held["weight_zero_point"].shape[0]))
-    if words.is_padded(name, scheme.code.bits, version, *rows) != padded:
+    differ = words.differ(scheme.code.bits, *(count for count, _ in rows))
+    if differ and words.is_padded(name, scheme.code.bits, version, *rows) != padded:
         raise UnsupportedError(f"{name} has words as version {version!r} does not write them: write it without settings")
 
 
