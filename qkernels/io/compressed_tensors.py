@@ -75,10 +75,10 @@ def _read(module: Module, scheme: Scheme, version: str | None) -> QuantTensor | 
         raise CheckpointError(f"{module.full(scheme.stored)} is {list(stored.shape)}, a stack of no weights")
     stated = held.get("weight_shape")
     if stated is not None:
-        if stated.numel() != 3 or stated.flatten()[0] != experts:
+        if stated.shape != (3,) or stated[0] != experts:
             shape = stated.flatten()[:4].tolist()
             raise CheckpointError(f"{module.full('weight_shape')} is {shape}, and weight_packed {list(stored.shape)}")
-        held["weight_shape"] = stated.flatten()[1:].expand(experts, -1)
+        held["weight_shape"] = stated[1:].expand(experts, -1)
     if any(t.dim() < 1 or t.shape[0] != experts for t in held.values()):
         shapes = {leaf: list(t.shape) for leaf, t in held.items()}
         raise CheckpointError(f"{module.name} is a stack of {experts} weights; its tensors are {shapes}")
@@ -153,7 +153,7 @@ def _from_bytes(module: Module, scheme: Scheme, stored: Tensor) -> tuple[tuple[i
 
 def _shape(module: Module, stated: Tensor, packed: Tensor) -> tuple[int, int]:
     shape = stated.flatten()[:4].tolist()
-    if len(shape) != 2 or shape[0] != packed.shape[0] or shape[1] < 1:
+    if stated.shape != (2,) or shape[0] != packed.shape[0] or shape[1] < 1:
         raise CheckpointError(f"{module.full('weight_shape')} is {shape}, and weight_packed {list(packed.shape)}")
     return shape[0], shape[1]
 

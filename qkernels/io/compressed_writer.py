@@ -25,6 +25,7 @@ def write(items: Iterable[tuple[str, Value]], settings: Mapping[str, Any] | None
 
     Without settings integers become pack-quantized, floats what their group and scales are: float-, mxfp8-, mxfp4-, mxfp6- or
     nvfp4-quantized. A permutation becomes a weight_g_idx ("actorder": "group", which releases to 0.18 and vLLM read).
+    A QuantStack has no `origin`: its scales are [E, 1], [E, N, 1] or [E, N, G], and its words those of the stated version.
     Raises UnsupportedError for numbers that the format cannot hold: other zero points, groups, scales.
     """
     config = None if settings is None else Config(settings)
