@@ -28,15 +28,27 @@ def tensor(tensors: Mapping[str, Tensor], name: str, dtypes: Sequence[torch.dtyp
 
 def json_object(text: bytes | str, where: str) -> dict[str, Any]:
     """Parse what describes one weight: CheckpointError for anything but a JSON object, for one too large or nested too deeply."""
-    if len(text) > MOST_JSON:
-        raise CheckpointError(f"{where} has {len(text)} bytes; {MOST_JSON} at most are read")
-    try:
-        found = json.loads(text if isinstance(text, str) else text.decode(), parse_constant=_no_number)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where} is no JSON: {error}") from error
+    found = _parsed(text, where, MOST_JSON)
     if not isinstance(found, dict):
         raise CheckpointError(f"{where} is no JSON object")
     return found
+
+
+def json_names(text: str, where: str) -> list[str]:
+    """Parse a list of names, likewise; all the tensors of a model may be in it."""
+    found = _parsed(text, where, 1000 * MOST_JSON)
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        raise CheckpointError(f"{where} is no JSON list of names")
+    return found
+
+
+def _parsed(text: bytes | str, where: str, most: int) -> Any:
+    if len(text) > most:
+        raise CheckpointError(f"{where} has {len(text)} bytes; {most} at most are read")
+    try:
+        return json.loads(text if isinstance(text, str) else text.decode(), parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where} is no JSON: {error}") from error
 
 
 def _no_number(constant: str) -> None:
