@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import qkernels
 from qkernels import formats, reference
 from qkernels.errors import CheckpointError, UnsupportedError
-from qkernels.formats import QuantTensor
+from qkernels.formats import Block, Int, QuantFormat, QuantTensor
 from qkernels.io import bitsandbytes
 
 GOLDEN = load_file(Path(__file__).parent / "golden" / "bitsandbytes.safetensors")
@@ -180,6 +180,9 @@ def test_cannot_be_written(name, shape, message):
 
 
 def test_cannot_be_written_together():
+    blocks = QuantFormat(Int(8, 128), block=Block(32, 34, lambda raw: raw), name="blocks")
+    with pytest.raises(UnsupportedError, match=r"X.weight is blocks; bitsandbytes holds"):
+        written({"X.weight": QuantTensor(blocks, (1, 32), torch.zeros(1, 34, dtype=torch.uint8))})
     four, eight = (random_quant(formats.get(name), 2, 64) for name in ("nf4", "int8"))
     with pytest.raises(UnsupportedError, match="permuted columns"):
         written({"X.weight": replace(four, perm=torch.arange(64).flip(0).int())})
