@@ -128,6 +128,7 @@ def _made_settings(kinds: Mapping[str, str], skipped: list[str]) -> dict[str, An
         "quant_method": "bitsandbytes",
         "load_in_4bit": four is not None,
         "load_in_8bit": four is None,
+        # loaders ask the quant_state of each weight, and these only where they quantise themselves
         "bnb_4bit_quant_type": four or "nf4",
         "bnb_4bit_use_double_quant": False,
         "bnb_4bit_quant_storage": "uint8",
