@@ -141,7 +141,7 @@ def _shapes(n: int, k: int, scheme: Scheme) -> tuple[tuple[int, int], tuple[int,
 def _of_groups(numbers: Tensor, scheme: Scheme, k: int) -> Tensor:
     """Numbers as they are stored -> [N, G], without padding."""
     numbers = numbers if scheme.version == "gemv" else numbers.t()
-    return numbers[:, : scheme.groups(k)].contiguous()
+    return layers.in_order(numbers[:, : scheme.groups(k)])
 
 
 def _zeros(held: Mapping[str, Tensor], n: int, k: int, scheme: Scheme) -> Tensor:
@@ -151,7 +151,7 @@ def _zeros(held: Mapping[str, Tensor], n: int, k: int, scheme: Scheme) -> Tensor
     if scheme.version == "gemv_fast":
         return _of_groups(layers.check(held, "qzeros", shape, [held["scales"].dtype]), scheme, k)
     words = layers.check(held, "qzeros", shape, [torch.int32])
-    zeros = unpack(words.view(torch.uint8), 4, 8 * shape[1])
+    zeros = unpack(layers.in_order(words).view(torch.uint8), 4, 8 * shape[1])
     return _of_groups(zeros if scheme.version == "gemv" else _reordered(zeros, _COLUMNS), scheme, k)
 
 
@@ -160,8 +160,8 @@ def _reordered(nibbles: Tensor, order: list[int]) -> Tensor:
 
 
 def _unpack_gemm(qweight: Tensor) -> Tensor:
-    nibbles = unpack(qweight.contiguous().view(torch.uint8), 4, 8 * qweight.shape[1])
-    return _reordered(nibbles, _COLUMNS).t().contiguous()
+    nibbles = unpack(layers.in_order(qweight).view(torch.uint8), 4, 8 * qweight.shape[1])
+    return layers.in_order(_reordered(nibbles, _COLUMNS).t())
 
 
 def _pack_gemm(codes: Tensor) -> Tensor:
@@ -169,7 +169,7 @@ def _pack_gemm(codes: Tensor) -> Tensor:
 
 
 def _unpack_gemv(qweight: Tensor) -> Tensor:
-    return unpack(qweight.contiguous().view(torch.uint8), 4, 8 * qweight.shape[1])
+    return unpack(layers.in_order(qweight).view(torch.uint8), 4, 8 * qweight.shape[1])
 
 
 def _pack_gemv(codes: Tensor) -> Tensor:
@@ -180,7 +180,7 @@ def _unpack_gemv_fast(qweight: Tensor) -> Tensor:
     quarter, k = qweight.shape
     if k % 64:
         raise CheckpointError(f"qweight has {k} columns; those of gemv_fast are a multiple of 64")
-    nibbles = unpack(qweight.contiguous().view(torch.uint8), 4, 4 * k)
+    nibbles = unpack(layers.in_order(qweight).view(torch.uint8), 4, 4 * k)
     # [n // 4, k // 64, n % 4, k % 64 // 32, k % 8, k % 32 // 8] -> n, then k
     return nibbles.view(quarter, k // 64, 4, 2, 8, 4).permute(0, 2, 1, 3, 5, 4).reshape(4 * quarter, k)
 
@@ -227,13 +227,13 @@ def _packed(q: QuantTensor, scheme: Scheme) -> dict[str, Tensor]:
     scales = torch.nn.functional.pad(q.scales, (0, fill))
     if scheme.version == "gemv_fast":
         minima = torch.nn.functional.pad(_minima(q), (0, fill))
-        return {"qzeros": minima.t().contiguous(), "scales": scales.t().contiguous()}
+        return {"qzeros": layers.in_order(minima.t()), "scales": layers.in_order(scales.t())}
     zeros = torch.full(q.scales.shape, q.format.code.bias, dtype=torch.uint8) if q.zeros is None else q.zeros
     if q.format.zero not in ("none", "int") or int(zeros.max()) > 15:
         raise UnsupportedError(f"zero points of {q.format.name} beyond the integers 0 to 15; gemv_fast holds minima")
     if scheme.version == "gemv":
-        return {"qzeros": layers.to_words(pack(torch.nn.functional.pad(zeros, (0, fill)), 4)), "scales": scales.contiguous()}
-    return {"qzeros": layers.to_words(pack(_reordered(zeros.t(), _NIBBLES), 4)), "scales": scales.t().contiguous()}
+        return {"qzeros": layers.to_words(pack(torch.nn.functional.pad(zeros, (0, fill)), 4)), "scales": layers.in_order(scales)}
+    return {"qzeros": layers.to_words(pack(_reordered(zeros.t(), _NIBBLES), 4)), "scales": layers.in_order(scales.t())}
 
 
 def _minima(q: QuantTensor) -> Tensor:

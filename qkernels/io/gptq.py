@@ -88,13 +88,13 @@ def _unpacked(held: Mapping[str, Tensor], scheme: Scheme) -> QuantTensor:
     scales = layers.check(held, "scales", (count, n), layers.FLOATS)
     qzeros = layers.check(held, "qzeros", (count, -(-n * scheme.bits // 32)), [torch.int32])
     perm, group, order = groups.of_index(held.get("g_idx", torch.arange(k) // size), size, count)
-    zeros = _zeros(qzeros, n, scheme).t()[:, order].contiguous()
+    zeros = layers.in_order(_zeros(qzeros, n, scheme).t()[:, order])
     middle = 2 ** (scheme.bits - 1)
     symmetric = bool((zeros == middle).all())
     code = Int(scheme.bits, middle if symmetric else 0)
     stated = -1 if scheme.group_size == -1 and group == k else group
     format = QuantFormat(code, (1, stated), scale_type(scales.dtype), "none" if symmetric else "int")
-    codes, numbers = _codes(held["qweight"], scheme.bits, k, perm), scales.t()[:, order].contiguous()
+    codes, numbers = _codes(held["qweight"], scheme.bits, k, perm), layers.in_order(scales.t()[:, order])
     return QuantTensor(format, (n, k), codes, numbers, None if symmetric else zeros, perm=perm)
 
 
@@ -126,7 +126,7 @@ def _code_words(q: QuantTensor) -> Tensor:
     codes, bits = q.codes, q.format.bits
     if q.perm is not None:
         codes = pack(unpack(codes, bits, q.shape[1])[:, torch.argsort(q.perm.long())], bits)
-    return layers.to_words(codes).t().contiguous()
+    return layers.in_order(layers.to_words(codes).t())
 
 
 def _zeros(qzeros: Tensor, n: int, scheme: Scheme) -> Tensor:
@@ -157,7 +157,7 @@ def _numbers(q: QuantTensor, scheme: Scheme) -> dict[str, Tensor]:
     words = layers.to_words(pack((zeros.t() - 1) & (2**bits - 1) if minus and bits not in _ONES else zeros.t(), bits))
     if minus and bits in _ONES:
         words = words - _ONES[bits]
-    return {"qzeros": words, "scales": q.scales.t().contiguous(), "g_idx": g_idx}
+    return {"qzeros": words, "scales": layers.in_order(q.scales.t()), "g_idx": g_idx}
 
 
 def _warn(module: str, q: QuantTensor, qzeros: Tensor, scheme: Scheme) -> None:

@@ -73,6 +73,11 @@ def check(held: Mapping[str, Tensor], leaf: str, shape: Sequence[int], dtypes: S
     return t
 
 
+def in_order(t: Tensor) -> Tensor:
+    """Lay a tensor out row by row; `contiguous()` leaves axes of one element with strides over which no wider or narrower view is made."""
+    return t.clone(memory_format=torch.contiguous_format)
+
+
 def to_stream(words: Tensor, bits: int, count: int) -> Tensor:
     """Little-endian words that run along the last axis, as the canonical bit stream of `count` codes.
 
@@ -80,12 +85,12 @@ def to_stream(words: Tensor, bits: int, count: int) -> Tensor:
         words      [..., ceil(count * bits / 32)]    int32
         returns    [..., ceil(count * bits / 8)]     uint8
     """
-    return words.contiguous().view(torch.uint8)[..., : -(-count * bits // 8)].contiguous()
+    return in_order(words).view(torch.uint8)[..., : -(-count * bits // 8)].contiguous()
 
 
 def to_words(stream: Tensor) -> Tensor:
     """Invert `to_stream`; what fills the last word is 0."""
-    return F.pad(stream, (0, -stream.shape[-1] % 4)).view(torch.int32)
+    return in_order(F.pad(stream, (0, -stream.shape[-1] % 4))).view(torch.int32)
 
 
 def same(a: Tensor | None, b: Tensor | None) -> bool:
@@ -93,7 +98,7 @@ def same(a: Tensor | None, b: Tensor | None) -> bool:
     if a is None or b is None:
         return a is b
     same_kind = a.dtype == b.dtype and a.shape == b.shape
-    return same_kind and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    return same_kind and torch.equal(in_order(a).view(torch.uint8), in_order(b).view(torch.uint8))
 
 
 def beyond(made: Mapping[str, Tensor], held: Mapping[str, Tensor], leaves: Sequence[str]) -> dict[str, Tensor | None]:
