@@ -27,7 +27,7 @@ from qkernels.formats import Int, QuantFormat, QuantTensor
 from qkernels.formats.format import scale_type
 from qkernels.formats.packing import pack, unpack
 from qkernels.io import layers
-from qkernels.io.gptq_settings import IGNORED
+from qkernels.io.gptq_settings import ignore_how
 from qkernels.io.settings import Settings
 
 LEAVES = ("qweight", "qzeros", "scales")
@@ -96,7 +96,7 @@ def write(
             add(name, value)
             dense += [name.removesuffix(".weight")] if layers.stays_dense(name, value) else []
             continue
-        q, module = layers.plain_weight(name, value, [4], ("f16", "bf16")), name.removesuffix(".weight")
+        q, module = layers.plain_weight(name, value, [4], ("f16", "bf16"), ("none", "int", "min")), name.removesuffix(".weight")
         first = first or Scheme("gemv_fast" if q.format.zero == "min" else "gemm", q.format.group[1], True)
         with layers.naming(module):
             held = _stored(q, first if scheme_of is None else scheme_of(module), settings is not None)
@@ -272,7 +272,8 @@ def _schemes(settings: Mapping[str, Any]) -> SchemeOf:
         advice = ": take the model's gemm files, which hold the same numbers" if version == "marlin" else ""
         raise UnsupportedError(f"{s.where}: version is {version!r}; {', '.join(_VERSIONS)} are read{advice}")
     dense = s.take("modules_to_not_convert", of=list, default=[])
-    s.ignore(*IGNORED, "sym", "desc_act", "checkpoint_format", "do_fuse", "fuse_max_seq_len", "modules_to_fuse", "exllama_config")
+    ignore_how(s)
+    s.ignore("sym", "desc_act", "checkpoint_format", "do_fuse", "fuse_max_seq_len", "modules_to_fuse")  # GPTQ's, as transformers adds
     s.done()
     scheme = Scheme(_VERSIONS[version], size, zero_point)
 

@@ -67,7 +67,7 @@ def write(
             add(name, value)
             dense += [name.removesuffix(".weight")] if layers.stays_dense(name, value) else []
             continue
-        q, module = layers.plain_weight(name, value, BITS, ("f16", "bf16", "f32")), name.removesuffix(".weight")
+        q, module = layers.plain_weight(name, value, BITS, ("f16", "bf16", "f32"), ("none", "int")), name.removesuffix(".weight")
         with layers.naming(module):
             made[module] = scheme_of_weight(q)
             held = _anew(q, made[module]) if scheme_of is None else _by_settings(q, scheme_of(module))
@@ -189,7 +189,6 @@ def _by_settings(q: QuantTensor, scheme: Scheme | None) -> dict[str, Tensor]:
             f"{q.format.bits} bits in groups of {group}, where the settings say {scheme.bits} in groups of {stated}; "
             "settings=None makes new ones"
         )
-    _check_words(q)
     zeros = _zeros(made["qzeros"], q.shape[0], scheme).t()
     if not (zeros == (q.format.code.bias if q.zeros is None else q.zeros)).all():  # type: ignore[union-attr]  # an Int, as was checked
         raise UnsupportedError("zero points that would be taken for symmetric ones; settings=None makes new settings")
@@ -197,12 +196,9 @@ def _by_settings(q: QuantTensor, scheme: Scheme | None) -> dict[str, Tensor]:
 
 
 def _anew(q: QuantTensor, scheme: Scheme) -> dict[str, Tensor]:
-    _check_words(q)
-    return {"qweight": _code_words(q), **_numbers(q, scheme)}
-
-
-def _check_words(q: QuantTensor) -> None:
+    """The tensors of a weight, if other programs read them: those want whole words."""
     per_word = 32 if q.format.bits == 3 else 32 // q.format.bits
     for axis, extent in zip("NK", q.shape):
         if extent % per_word:
             raise UnsupportedError(f"{axis} = {extent}; codes of {q.format.bits} bits fill words where it is a multiple of {per_word}")
+    return {"qweight": _code_words(q), **_numbers(q, scheme)}

@@ -13,15 +13,24 @@ from qkernels.io import layers
 from qkernels.io.settings import Settings
 
 BITS = (2, 3, 4, 8)
-# how the codes were found, or how some program runs them
-IGNORED = (
-    "act_group_aware", "adapter", "auto_mapping_dict", "backend", "batch_size", "block_name_to_quantize", "cache_block_outputs",
-    "cache_examples_on_gpu", "damp_auto_increment", "damp_percent", "dataset", "device", "disable_exllama", "exllama_config",
-    "fast_layers", "foem", "gptaq", "gptaq_alpha", "hessian", "is_fused", "lm_head", "low_gpu_mem_usage", "max_input_length", "meta",
-    "model_file_base_name", "model_name_or_path", "model_seqlen", "module_name_preceding_first_block", "modules_in_block_to_quantize",
-    "mse", "offload_to_disk", "offload_to_disk_path", "pad_token_id", "parallel_packing", "quantizer", "rotation", "static_groups",
-    "tokenizer", "true_sequential", "use_cuda_fp16", "use_exllama", "v2", "v2_alpha", "v2_memory_device", "vram_strategy",
+_HOW = (
+    "act_bits", "act_data_type", "act_dynamic", "act_group_aware", "act_group_size", "act_sym", "amp", "auto_mapping_dict",
+    "autoround_version", "backend", "batch_size", "block_name_to_quantize", "cache_block_outputs", "cache_examples_on_gpu",
+    "damp_auto_increment", "damp_percent", "dataset", "device", "disable_exllama", "enable_minmax_tuning", "enable_norm_bias_tuning",
+    "enable_quanted_input", "exllama_config", "foem", "gptaq", "gptaq_alpha", "gradient_accumulate_steps", "hessian", "iters", "lm_head",
+    "low_gpu_mem_usage", "lr", "max_input_length", "meta", "minmax_lr", "model_file_base_name", "model_free", "model_name_or_path",
+    "model_seqlen", "module_name_preceding_first_block", "modules_in_block_to_quantize", "mse", "nsamples", "offload_to_disk",
+    "offload_to_disk_path", "pad_token_id", "parallel_packing", "provider", "quant_block_list", "quantizer", "scale_dtype", "seqlen",
+    "static_attention_dtype", "static_attention_granularity", "static_groups", "static_kv_dtype", "static_kv_granularity", "super_bits",
+    "super_group_size", "supported_types", "to_quant_block_names", "tokenizer", "true_sequential", "use_cuda_fp16", "use_exllama", "v2",
+    "v2_alpha", "v2_memory_device", "vram_strategy",
 )  # fmt: skip
+
+
+def ignore_how(s: Settings) -> None:
+    """Leave out what tells how AutoGPTQ, GPTQModel, optimum, AutoAWQ or AutoRound found the codes, or how they run them."""
+    s.take("data_type", of=str, choices=("int", "int_sym", "int_asym", "int_asym_dq"), default="int")
+    s.ignore(*_HOW)
 
 
 class Scheme(NamedTuple):
@@ -48,7 +57,7 @@ def schemes(settings: Mapping[str, Any]) -> SchemeOf:
     exact = _exact(s)
     base = _overridden(s, Scheme(0, 0, True, exact), required=True)
     dynamic = s.take("dynamic", of=dict, default={})
-    s.ignore(*IGNORED)
+    ignore_how(s)
     s.done()
     rules = [_rule(pattern, stated, base) for pattern, stated in dynamic.items()]
 
@@ -95,7 +104,7 @@ def _rule(pattern: Any, stated: Any, base: Scheme) -> tuple[re.Pattern[str], Sch
         return layers.compiled(pattern[2:], where), None
     s = Settings(stated, where)
     scheme = _overridden(s, base)
-    s.ignore(*IGNORED)
+    ignore_how(s)
     s.done()
     return layers.compiled(pattern.removeprefix("+:"), where), scheme
 

@@ -133,7 +133,7 @@ def stays_dense(name: str, value: Value) -> bool:
     return isinstance(value, Tensor) and value.dim() == 2 and _IN_BLOCK.fullmatch(name) is not None
 
 
-def plain_weight(name: str, value: Value, bits: Sequence[int], scales: Sequence[str]) -> QuantTensor:
+def plain_weight(name: str, value: Value, bits: Sequence[int], scales: Sequence[str], zeros: Sequence[str]) -> QuantTensor:
     """The weight, if it has integer codes, groups along K and one level of scales; UnsupportedError says what is in the way."""
     if isinstance(value, QuantStack):
         raise UnsupportedError(f"{name} is a stack {list(value.shape)}; this layout holds single layers")
@@ -143,6 +143,7 @@ def plain_weight(name: str, value: Value, bits: Sequence[int], scales: Sequence[
         (f.block is not None or not isinstance(f.code, Int), f"codes of {f.name}; integers are held"),
         (f.bits not in bits, f"{f.bits} bits; {', '.join(map(str, bits))} are held"),
         (f.group[0] != 1, f"groups of {f.group[0]} rows; each row has its own scales here"),
+        (f.zero not in zeros, f"zero points of type {f.zero!r}; {', '.join(map(repr, zeros))} are held"),
         (f.tensor_scale, "a scale for the whole tensor"),
         (f.scale not in scales, f"{f.scale} scales; {', '.join(scales)} are held"),
         (not name.endswith(".weight"), "a name that does not end in .weight"),

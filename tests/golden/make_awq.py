@@ -8,8 +8,10 @@
 writes the files beside this one, the same bytes every time. A case is called g<group size>_<asym|sym>_<N>x<K> and has
 
     qweight, qzeros, scales    as the file of a model has them
-    dense     [N, K]    float16    gemm: what its dequantize_gemm gives; gemv and gemv_fast, which AutoAWQ decodes on a GPU alone: the points
-                                   of the grid that it packed, (code - zero) * scale or code * scale + qzeros, rounded to float16
+    dense     [N, K]    float16
+
+dense is what its dequantize_gemm gives. gemv and gemv_fast it decodes on a GPU alone: there it is the points of the grid that it packed,
+(code - zero) * scale or code * scale + qzeros, rounded to float16.
 
 AutoAWQ's package does not import without the rest of it, so its files are loaded by their paths, beside stubs of what they import.
 Nothing of qkernels is imported.
@@ -71,7 +73,14 @@ def case(version, size, sym, n, k):
 
 
 CASES = {
-    "gemm": [(16, False, 32, 96), (32, False, 32, 160), (64, False, 64, 64), (128, False, 32, 128), (32, True, 64, 64), (128, True, 32, 128)],
+    "gemm": [
+        (16, False, 32, 96),
+        (32, False, 32, 160),
+        (64, False, 64, 64),
+        (128, False, 32, 128),
+        (32, True, 64, 64),
+        (128, True, 32, 128),
+    ],
     "gemv": [(32, False, 32, 64), (64, False, 32, 192), (32, False, 32, 96), (128, False, 32, 128), (64, True, 32, 64)],
     "gemv_fast": [(32, False, 32, 64), (64, False, 32, 192), (128, False, 32, 256), (64, True, 32, 64)],
 }
