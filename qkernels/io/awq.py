@@ -78,7 +78,8 @@ def read_modules(tensors: Mapping[str, Tensor], scheme_of: SchemeOf) -> Iterator
             if scheme is None:
                 raise CheckpointError("qweight is there, but the settings say that this module is not quantised")
             q = _unpacked(held, scheme)
-            yield f"{name}.weight", replace(q, origin=layers.beyond(_packed(q, scheme), held, _REMADE))
+            q = replace(q, origin=layers.beyond(_packed(q, scheme), held, _REMADE))
+        yield f"{name}.weight", q
 
 
 def write(
