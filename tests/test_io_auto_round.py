@@ -69,7 +69,7 @@ def test_awq():
         q = read(held, packing_format=name)["m.fc.weight"]
         equal_values(reference.decode(q), gptq(codes, zeros, scales, np.arange(32) // 16, 4)[1])
         assert q.format == formats.get("u4_g16_zi_sf16")
-    with pytest.raises(UnsupportedError, match="m.fc: 8 bits in the packing of AWQ, which has 4"):
+    with pytest.raises(UnsupportedError, match=r"m\.fc: 8 bits in the packing of AWQ, which has 4"):
         read(held, packing_format="auto_round:awq", bits=8)
 
 

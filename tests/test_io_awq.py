@@ -112,7 +112,7 @@ def test_symmetric():
     for q, tensors in zip(both, (held, absent)):
         equal_tensors(write({"m.fc.weight": q}, {**STATED, "zero_point": False})[0], tensors)
         equal_tensors(write({"m.fc.weight": q})[0], held)
-    with pytest.raises(CheckpointError, match="m.fc: qzeros are not 8 all over, where the settings say zero_point = false"):
+    with pytest.raises(CheckpointError, match=r"m\.fc: qzeros are not 8 all over, where the settings say zero_point = false"):
         read(gemm(codes, zeros, scales), zero_point=False)
 
 

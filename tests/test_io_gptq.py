@@ -177,6 +177,27 @@ def test_missing_index_and_order():
     assert "m.fc.g_idx" in write({**items})[0]
 
 
+@pytest.mark.parametrize(("bits", "widths"), {2: [2], 3: [2, 1], 4: [4], 5: [4, 1], 6: [4, 2], 7: [4, 2, 1], 8: [8]}.items())
+def test_planes(bits, widths):
+    """GPTQModel's gptq_p: of 32 codes the low bits of all come first; zero points are stored as they are."""
+
+    def planes(codes):
+        runs, found = np.asarray(codes).reshape(len(codes), -1, 32), []
+        for i, width in enumerate(widths):
+            found.append(words(runs // 2 ** sum(widths[:i]) % 2**width, width))
+        return torch.cat(found, -1).flatten(1)
+
+    codes, zeros, scales = numbers(32, 96, bits, 3)
+    for order in ("plain", "random"):
+        g_idx = index(order, 96, 32)
+        held, weight = gptq(codes, zeros, scales, g_idx, bits)
+        held |= {"m.fc.qweight": planes(codes).t().contiguous(), "m.fc.qzeros": planes(zeros)}
+        stated = {**STATED, "bits": bits, "checkpoint_format": "gptq_p"}
+        q = read(held, **stated)["m.fc.weight"]
+        equal_values(reference.decode(q), weight)
+        equal_tensors(write({"m.fc.weight": q}, stated)[0], held)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_scales_keep_their_type(dtype):
     codes, zeros, scales = numbers(8, 64, 4, 2)
@@ -245,7 +266,7 @@ WRONG_SETTINGS = {
     "fraction": ({"bits": 7.5}, CheckpointError, "bits is 7.5, not int"),
     "bool": ({"bits": True}, CheckpointError, "bits is True, not int"),
     "no such bits": ({"bits": 9}, CheckpointError, "bits is 9; 2, 3, 4 and 8 are read"),
-    "5 bits": ({"bits": 5}, UnsupportedError, "bits is 5; 2, 3, 4 and 8 are read"),
+    "5 bits": ({"bits": 5}, UnsupportedError, "bits is 5; 2, 3, 4 and 8 are read, and in 'gptq_p' 5, 6 and 7"),
     "missing": ({"bits": None}, CheckpointError, "lacks bits or w_bit or wbits"),
     "unknown": ({"bit": 4}, CheckpointError, "has bit = 4, which is unknown.*did you mean bits"),
     "synonyms": ({"wbits": 3}, CheckpointError, "contradicts itself"),
@@ -253,7 +274,11 @@ WRONG_SETTINGS = {
     "method": ({"quant_method": "awq"}, CheckpointError, "quant_method is 'awq'; 'gptq' are read"),
     "marlin": ({"checkpoint_format": "marlin"}, UnsupportedError, "tiles of Marlin: take the model's GPTQ files"),
     "marlin flag": ({"is_marlin_format": True}, UnsupportedError, "tiles of Marlin"),
-    "planar": ({"checkpoint_format": "gptq_p"}, UnsupportedError, "checkpoint_format is 'gptq_p'; 'gptq' and 'gptq_v2' are read"),
+    "tiles": (
+        {"checkpoint_format": "bitblas"},
+        UnsupportedError,
+        "checkpoint_format is 'bitblas'; 'gptq', 'gptq_v2' and 'gptq_p' are read",
+    ),
     "word": ({"pack_dtype": "int16"}, UnsupportedError, "pack_dtype is 'int16'"),
     "dynamic": ({"dynamic": []}, CheckpointError, r"dynamic is \[\], not dict"),
     "excluded": ({"dynamic": {"-:m\\..*": {}}}, CheckpointError, "m.fc: qweight is there, but the settings say that this module is not"),

@@ -11,8 +11,8 @@ from torch import Tensor
 from qkernels.errors import CheckpointError, UnsupportedError
 from qkernels.formats import QuantTensor
 from qkernels.io import awq, gptq, layers
-from qkernels.io.gptq_settings import ignore_how
 from qkernels.io.gptq_settings import Scheme as GPTQScheme
+from qkernels.io.gptq_settings import ignore_how
 from qkernels.io.settings import Settings
 
 _LESS_ONE = ("auto_round:auto_gptq", "auto_round:gptq")  # GPTQ's, whose zero points are stored less one

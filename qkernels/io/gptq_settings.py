@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from qkernels.errors import CheckpointError, UnsupportedError
 from qkernels.formats import Int, QuantTensor
 from qkernels.io import layers
+from qkernels.io.planes import WIDTHS
 from qkernels.io.settings import Settings
 
 BITS = (2, 3, 4, 8)
@@ -39,12 +40,14 @@ class Scheme(NamedTuple):
     group_size   columns that share a scale; -1: all
     sym          it says that every zero point is 2^(bits - 1)
     exact        zero points are stored as they are, not less one
+    planar       codes and zero points lie in planes, not in one stream
     """
 
     bits: int
     group_size: int
     sym: bool
     exact: bool
+    planar: bool = False
 
 
 SchemeOf = Callable[[str], Scheme | None]  # of a module by its path; None: it is not quantised
@@ -54,8 +57,8 @@ def schemes(settings: Mapping[str, Any]) -> SchemeOf:
     """What the settings say of each module."""
     s = Settings(settings, "the settings of GPTQ")
     s.take("quant_method", "method", of=str, choices=("gptq",), default="gptq")
-    exact = _exact(s)
-    base = _overridden(s, Scheme(0, 0, True, exact), required=True)
+    label = _label(s)
+    base = _overridden(s, Scheme(0, 0, True, label != "gptq", label == "gptq_p"), required=True)
     dynamic = s.take("dynamic", of=dict, default={})
     ignore_how(s)
     s.done()
@@ -67,17 +70,17 @@ def schemes(settings: Mapping[str, Any]) -> SchemeOf:
     return scheme_of
 
 
-def _exact(s: Settings) -> bool:
-    """Whether zero points are stored as they are; UnsupportedError for what is no layout of words down K."""
+def _label(s: Settings) -> str:
+    """Which of the layouts of words down K it is; UnsupportedError for others."""
     label = s.take("checkpoint_format", "format", "version", of=str, default="gptq").lower()
     if s.take("is_marlin_format", of=bool, default=False) or label == "marlin":
         raise UnsupportedError("this checkpoint is in the tiles of Marlin: take the model's GPTQ files, which hold the same numbers")
-    if label not in ("gptq", "gptq_v2"):
-        raise UnsupportedError(f"{s.where}: checkpoint_format is {label!r}; 'gptq' and 'gptq_v2' are read")
+    if label not in ("gptq", "gptq_v2", "gptq_p"):
+        raise UnsupportedError(f"{s.where}: checkpoint_format is {label!r}; 'gptq', 'gptq_v2' and 'gptq_p' are read")
     word = s.take("pack_dtype", of=str, default="int32").removeprefix("torch.")
     if word != "int32":
         raise UnsupportedError(f"{s.where}: pack_dtype is {word!r}; words of 'int32' are read")
-    return label == "gptq_v2"
+    return label
 
 
 def _overridden(s: Settings, base: Scheme, required: bool = False) -> Scheme:
@@ -89,12 +92,13 @@ def _overridden(s: Settings, base: Scheme, required: bool = False) -> Scheme:
     if sym is not None and sym is zero_point:
         raise CheckpointError(f"{s.where} contradicts itself: sym and zero_point are both {sym}")
     s.take("desc_act", of=bool, default=None)  # g_idx tells
-    if bits is not None and bits not in BITS:
-        raise (UnsupportedError if 1 <= bits <= 8 else CheckpointError)(f"{s.where}: bits is {bits}; 2, 3, 4 and 8 are read")
+    if bits is not None and bits not in (WIDTHS if base.planar else BITS):
+        message = f"{s.where}: bits is {bits}; 2, 3, 4 and 8 are read, and in 'gptq_p' 5, 6 and 7"
+        raise (UnsupportedError if 1 <= bits <= 8 else CheckpointError)(message)
     if size is not None and size != -1 and not 1 <= size < 2**31:
         raise CheckpointError(f"{s.where}: group_size is {size}; -1 (all columns), or at least 1, is possible")
     told = sym if sym is not None else None if zero_point is None else not zero_point
-    return Scheme(bits or base.bits, size or base.group_size, base.sym if told is None else told, base.exact)
+    return Scheme(bits or base.bits, size or base.group_size, base.sym if told is None else told, *base[3:])
 
 
 def _rule(pattern: Any, stated: Any, base: Scheme) -> tuple[re.Pattern[str], Scheme | None]:

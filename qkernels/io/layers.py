@@ -114,7 +114,7 @@ def as_held(
     held = {leaf: t for leaf, t in {**made, **kept}.items() if t is not None}
     try:
         return held if kept and read(held).equal(q) else None
-    except (CheckpointError, FormatError):
+    except (CheckpointError, FormatError, UnsupportedError):
         return None
 
 
