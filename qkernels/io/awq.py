@@ -18,6 +18,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qkernels.errors import CheckpointError, UnsupportedError
@@ -182,15 +183,15 @@ def _packed(q: QuantTensor, scheme: Scheme) -> dict[str, Tensor]:
     """The tensors of a weight other than its codes, made anew."""
     assert q.scales is not None and isinstance(q.format.code, Int)
     fill = scheme.padded(q.shape[1]) - q.scales.shape[1] if scheme.version != "gemm" else 0
-    scales = torch.nn.functional.pad(q.scales, (0, fill))
+    scales = F.pad(q.scales, (0, fill))
     if scheme.version == "gemv_fast":
-        minima = torch.nn.functional.pad(_minima(q), (0, fill))
+        minima = F.pad(_minima(q), (0, fill))
         return {"qzeros": layers.in_order(minima.t()), "scales": layers.in_order(scales.t())}
     zeros = torch.full(q.scales.shape, q.format.code.bias, dtype=torch.uint8) if q.zeros is None else q.zeros
     if q.format.zero not in ("none", "int") or int(zeros.max()) > 15:
         raise UnsupportedError(f"zero points of {q.format.name} beyond the integers 0 to 15; gemv_fast holds minima")
     if scheme.version == "gemv":
-        return {"qzeros": layers.to_words(pack(torch.nn.functional.pad(zeros, (0, fill)), 4)), "scales": layers.in_order(scales)}
+        return {"qzeros": layers.to_words(pack(F.pad(zeros, (0, fill)), 4)), "scales": layers.in_order(scales)}
     return {"qzeros": layers.to_words(pack(reordered(zeros.t(), NIBBLES), 4)), "scales": layers.in_order(scales.t())}
 
 
@@ -233,7 +234,8 @@ def _schemes(settings: Mapping[str, Any]) -> SchemeOf:
     ignore_how(s)
     s.ignore("sym", "desc_act", "checkpoint_format", "do_fuse", "fuse_max_seq_len", "modules_to_fuse")  # GPTQ's, as transformers adds
     s.done()
-    scheme = Scheme(_VERSIONS[version], size, zero_point)
+    version = _VERSIONS[version]
+    scheme = Scheme(version, size, zero_point or version == "gemv_fast")  # whose minima are there in any case
 
     def scheme_of(module: str) -> Scheme | None:
         return None if any(f".{part}." in f".{module}." for part in dense) else scheme
