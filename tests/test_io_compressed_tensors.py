@@ -105,7 +105,7 @@ def test_directories(tmp_path):
     equal_values(reference.decode(items[f"{MODULE}.weight"]), values)
     plain = {name for name, value in items.items() if isinstance(value, torch.Tensor)}
     assert {name for name in plain if name.rpartition(".")[2] in ACTIVATION_LEAVES} == {f"{MODULE}.input_scale", "model.attn.k_scale"}
-    io.write(items.items(), tmp_path / "b", "compressed_tensors", settings=info.settings, config=info.config)
+    io.write(items.items(), tmp_path / "b", "compressed-tensors", settings=info.settings, config=info.config)
     for file in ("model.safetensors", "config.json"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
@@ -126,7 +126,7 @@ ELSEWHERE += ["e2m1_g32_se8m0", "e2m3_g32_se8m0", "e4m3_g32_se8m0", "e2m1_g16_se
 def test_elsewhere(names, tmp_path):
     """Weights that no checkpoint gave: alone, and as a checkpoint of mixed precision."""
     weights = {f"model.{i}.weight": random_quant(formats.get(name), 11, 256, seed=i) for i, name in enumerate(names)}
-    io.write(weights.items(), tmp_path / "made", "compressed_tensors")
+    io.write(weights.items(), tmp_path / "made", "compressed-tensors")
     back = dict(io.read(tmp_path / "made"))
     assert back.keys() == weights.keys() and all(back[name].equal(q) for name, q in weights.items())
 
