@@ -191,7 +191,7 @@ HOSTILE_MXFP4 = {
     "type of blocks": ("blocks", lambda t: t.view(torch.int8), "gate_up_proj_blocks is torch.int8, not torch.uint8"),
     "type of scales": ("scales", lambda t: t.float(), "gate_up_proj_scales is torch.float32"),
     "blocks of 8": ("blocks", lambda t: t[..., :8], r"blocks is \[2, 6, 3, 8\]"),
-    "fewer scales": ("scales", lambda t: t[:, :5], r"gate_up_proj_scales \[2, 5, 3\]"),
+    "fewer scales": ("scales", lambda t: t[:, :5], r"gate_up_proj_scales is \[2, 5, 3\], not \[2, 6, 3\]"),
     "three dimensions": ("blocks", lambda t: t.flatten(2), r"blocks is \[2, 6, 48\]"),
     "no experts": ("blocks", lambda t: t[:0], r"blocks is \[0, 6, 3, 16\]"),
 }
@@ -282,8 +282,12 @@ HOSTILE_MODELOPT = {
     "no scales": ({"weight_scale": None, "weight_scale_2": None}, {}, "model.a.weight is torch.uint8 .* no scale beside it"),
     "no weight": ({"weight": None}, {}, "model.a.weight is missing"),
     "type of scales": ({"weight_scale": torch.ones(6, 6)}, {}, "weight_scale is torch.float32, not torch.float8_e4m3fn"),
-    "shape of scales": ({"weight_scale": torch.ones(6, 3).to(torch.float8_e4m3fn)}, {}, r"are \[6, 3\]; \[6, 6\] belong to 6 x 96"),
-    "two second scales": ({"weight_scale_2": torch.ones(2)}, {}, r"weight_scale_2 is \[2\]; it is one number"),
+    "shape of scales": (
+        {"weight_scale": torch.ones(6, 3).to(torch.float8_e4m3fn)},
+        {},
+        r"model.a.weight: .* scales of 6 x 96 .* is \[6, 3\], not \[6, 6\]",
+    ),
+    "two second scales": ({"weight_scale_2": torch.ones(2)}, {}, r"weight_scale_2 is \[2\], not \[1\]"),
     "FP8 weight": ({"weight": torch.ones(6, 48).to(torch.float8_e4m3fn)}, {}, "weight is torch.float8_e4m3fn, not torch.uint8"),
     "three dimensions": ({"weight": torch.ones(1, 6, 48, dtype=torch.uint8)}, {}, r"is \[1, 6, 48\]; packed weights have two"),
     "other algorithm": ({}, {"quant_algo": "FP8"}, "weight is torch.uint8, not torch.float8_e4m3fn"),

@@ -150,7 +150,7 @@ def test_mislabelled_symmetric_zeros(bits, label, exact):
     held, weight = gptq(codes, np.full_like(zeros, 2 ** (bits - 1)), scales, np.arange(64) // 32, bits, exact)
     stated = {**STATED, "bits": bits, "sym": True, "checkpoint_format": label}
     q = read(held, **stated)["m.fc.weight"]
-    assert q.format == formats.get(f"u{bits}b{2 ** (bits - 1)}_g32_sf16") and q.origin.keys() == {"qzeros"}
+    assert q.format == formats.get(f"u{bits}b{2 ** (bits - 1)}_g32_sf16") and q.origin.keys() == {"layout", "qzeros"}
     equal_values(reference.decode(q), weight)
     equal_tensors(write({"m.fc.weight": q}, stated)[0], held)
     right = {**held, "m.fc.qzeros": less_one(np.full((2, 32), 2 ** (bits - 1)), bits)}
@@ -231,19 +231,22 @@ def changed(**leaves):
 
 I32 = torch.int32
 WRONG = {
-    "dtype of codes": ({"qweight": torch.zeros(8, 16)}, r"m\.fc: qweight is \[8, 16\] torch.float32, not .* torch.int32"),
-    "dimensions": ({"qweight": torch.zeros(8, dtype=I32)}, r"qweight is \[8\] torch.int32"),
-    "empty": ({"qweight": torch.zeros(0, 16, dtype=I32), "g_idx": torch.zeros(0, dtype=I32)}, "qweight is empty"),
+    "dtype of codes": ({"qweight": torch.zeros(8, 16)}, r"m\.fc\.qweight is torch.float32, not torch.int32"),
+    "dimensions": ({"qweight": torch.zeros(8, dtype=I32)}, r"qweight is \[8\], not \[any, any\]"),
+    "empty": ({"qweight": torch.zeros(0, 16, dtype=I32), "g_idx": torch.zeros(0, dtype=I32)}, r"qweight is \[0, 16\], not \[any, any\]"),
     "rows": ({"qweight": torch.zeros(9, 16, dtype=I32)}, "qweight has 9 rows; 64 columns, as g_idx has, of 4 bits take 8"),
-    "no scales": ({"scales": None}, "m.fc: scales is missing"),
-    "no zeros": ({"qzeros": None}, "m.fc: qzeros is missing"),
+    "no scales": ({"scales": None}, "m.fc.scales is missing"),
+    "no zeros": ({"qzeros": None}, "m.fc.qzeros is missing"),
     "no codes": ({"qweight": None}, r"m\.fc\.\w+ is there, but m\.fc\.qweight is missing"),
-    "scales of integers": ({"scales": torch.ones(2, 16, dtype=I32)}, r"scales is \[2, 16\] torch.int32, not \[2, 16\] torch.float16"),
-    "scales the other way": ({"scales": torch.ones(16, 2).half()}, r"scales is \[16, 2\] .*, not \[2, 16\]"),
-    "zeros": ({"qzeros": torch.zeros(2, 3, dtype=I32)}, r"qzeros is \[2, 3\] torch.int32, not \[2, 2\]"),
+    "scales of integers": (
+        {"scales": torch.ones(2, 16, dtype=I32)},
+        "scales is torch.int32, not torch.float16 or",
+    ),
+    "scales the other way": ({"scales": torch.ones(16, 2).half()}, r"scales is \[16, 2\], not \[2, 16\]"),
+    "zeros": ({"qzeros": torch.zeros(2, 3, dtype=I32)}, r"qzeros is \[2, 3\], not \[2, 2\]"),
     "index beyond": ({"g_idx": torch.full((64,), 2, dtype=I32)}, r"m\.fc: g_idx\[0\] is 2; there are 2 groups"),
     "index below": ({"g_idx": torch.full((64,), -1, dtype=I32)}, r"g_idx\[0\] is -1"),
-    "index of floats": ({"g_idx": torch.zeros(64)}, "g_idx is .* torch.float32, not"),
+    "index of floats": ({"g_idx": torch.zeros(64)}, "g_idx is torch.float32, not torch.int32 or torch.int64"),
     "codes beyond K": (
         {"qweight": torch.full((8, 16), -1, dtype=I32), "g_idx": torch.arange(60, dtype=I32) // 32},
         "qweight has bits set beyond the 60 columns",
@@ -266,7 +269,7 @@ def test_tensors_of_no_module():
 
 
 WRONG_SETTINGS = {
-    "group of other shapes": ({"group_size": 16}, CheckpointError, r"scales is \[2, 16\] torch.float16, not \[4, 16\]"),
+    "group of other shapes": ({"group_size": 16}, CheckpointError, r"scales is \[2, 16\], not \[4, 16\]"),
     "no group": ({"group_size": 0}, CheckpointError, "group_size is 0; -1"),
     "group beyond words": ({"group_size": 2**70}, CheckpointError, "group_size is"),
     "text": ({"bits": "4"}, CheckpointError, "bits is '4', not int"),

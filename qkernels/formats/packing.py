@@ -60,3 +60,8 @@ def unpack(packed: Tensor, bits: int, k: int) -> Tensor:
 def swap_nibbles(packed: Tensor) -> Tensor:
     """Exchange the nibbles of every byte, for files that hold the first of two 4-bit codes in the high one: uint8 -> uint8, as shaped."""
     return (packed << 4) | (packed >> 4)
+
+
+def in_order(t: Tensor) -> Tensor:
+    """Lay a tensor out row by row; `contiguous()` leaves axes of one element with strides over which no wider or narrower view is made."""
+    return t.clone(memory_format=torch.contiguous_format)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qkernels.errors import FormatError
 from qkernels.formats.format import SCALE_DTYPES, QuantFormat
+from qkernels.formats.packing import in_order
 
 FIELDS = ("codes", "scales", "zeros", "tensor_scale", "perm")  # the order in which they are saved and listed
 
@@ -70,7 +71,7 @@ class QuantTensor:
         """Bit for bit the same: format, shape and every tensor."""
         mine, theirs = self.tensors(), other.tensors()
         same = self.format == other.format and self.shape == other.shape and mine.keys() == theirs.keys()
-        return same and all(torch.equal(t.view(torch.uint8), theirs[name].view(torch.uint8)) for name, t in mine.items())
+        return same and all(same_bits(t, theirs[name]) for name, t in mine.items())
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,14 @@ class QuantStack:
     @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in self.tensors.values())
+
+
+def same_bits(a: Tensor | None, b: Tensor | None) -> bool:
+    """Bit for bit the same, dtype and shape too; or both absent."""
+    if a is None or b is None:
+        return a is b
+    alike = a.dtype == b.dtype and a.shape == b.shape
+    return alike and torch.equal(in_order(a).flatten().view(torch.uint8), in_order(b).flatten().view(torch.uint8))
 
 
 def expected_tensors(format: QuantFormat, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from qkernels.errors import CheckpointError, UnsupportedError
-from qkernels.formats import QuantTensor
-from qkernels.io import awq, gptq, layers
+from qkernels.io import awq, compressed_tensors, gptq
+from qkernels.io.expressions import compiled
 from qkernels.io.gptq_settings import HOW, ignore_how
 from qkernels.io.gptq_settings import Scheme as GPTQScheme
 from qkernels.io.settings import Settings
+from qkernels.io.weights import Value
 
 _LESS_ONE = ("auto_round:auto_gptq", "auto_round:gptq")  # GPTQ's, whose zero points are stored less one
 _EXACT = ("auto_round", "auto_round:gptqmodel")  # GPTQ's, whose zero points are stored as they are
@@ -30,12 +30,12 @@ class Stated(NamedTuple):
     sym: bool
 
 
-def read(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Iterator[tuple[str, QuantTensor | Tensor]]:
+def read(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Iterator[tuple[str, Value]]:
     """Yield every weight and every other tensor of an AutoRound checkpoint. Raises CheckpointError, UnsupportedError."""
     packing = settings.get("packing_format") or "auto_round:gptq"  # which AutoRound's own loaders take where it is absent
     if isinstance(packing, str) and packing.startswith(_OTHERS):
         others = _of_others(settings)
-        yield from importlib.import_module("qkernels.io.compressed_tensors").read(tensors, others)
+        yield from compressed_tensors.read(tensors, others)
         return
     stated_of = _stated(settings)
     if packing in _AWQ:
@@ -92,7 +92,7 @@ def _stated(settings: Mapping[str, Any]) -> Callable[[str], Stated]:
         inner.done()
         exact[name] = numbers
         if _PATTERN & set(name):
-            patterns.append((layers.compiled(name, inner.where), numbers))
+            patterns.append((compiled(name, inner.where), numbers))
 
     def stated_of(module: str) -> Stated:
         if module in exact:

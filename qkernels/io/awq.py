@@ -14,7 +14,6 @@ Tensors of a module, whose weight is W [N, K] in G = ceil(K / group_size) groups
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -22,17 +21,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qkernels.errors import CheckpointError, UnsupportedError
-from qkernels.formats import Int, QuantFormat, QuantTensor
-from qkernels.formats.format import scale_type
-from qkernels.formats.packing import pack, unpack
-from qkernels.io import layers
+from qkernels.formats import Int, QuantTensor
+from qkernels.formats.packing import in_order, pack, unpack
+from qkernels.io import gptq_family as family
+from qkernels.io import weights
 from qkernels.io.awq_words import COLUMNS, NIBBLES, PACK, UNPACK, reordered
 from qkernels.io.gptq_settings import ignore_how
+from qkernels.io.modules import Module
 from qkernels.io.settings import Settings
+from qkernels.io.words import octets, to_words
 
-LEAVES = ("qweight", "qzeros", "scales")
-_REMADE = LEAVES[1:]  # may be stored in more than one way: padding, and zero points that are left out
-_ACTIVATIONS = ("act", "gelu_impl")  # modules whose `scales` divide their output: plain tensors, which a loader deals with
+# padding may hold anything, and zero points may be left out; `scales` of activations divide their output: a loader deals with them
+LAYOUT = family.Layout("awq", ("qweight", "qzeros", "scales"), lone=("act", "gelu_impl"))
 _FLOATS = (torch.float16, torch.bfloat16)
 _MIDDLE = 8
 _VERSIONS = {"gemm": "gemm", "gemv": "gemv", "gemv_fast": "gemv_fast", "llm-awq": "gemv_fast"}
@@ -67,40 +67,24 @@ def read(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Iterator
 
 def read_modules(tensors: Mapping[str, Tensor], scheme_of: SchemeOf) -> Iterator[tuple[str, QuantTensor | Tensor]]:
     """The same, of checkpoints that say otherwise how their modules are stored."""
-    for name, held in layers.walk(tensors, LEAVES, _ACTIVATIONS):
-        if held is None:
-            yield name, tensors[name]
-            continue
-        with layers.naming(name):
-            scheme = scheme_of(name)
-            if scheme is None:
-                raise CheckpointError("qweight is there, but the settings say that this module is not quantised")
-            q = _unpacked(held, scheme)
-            q = replace(q, origin=layers.beyond(_packed(q, scheme), held, _REMADE))
-        yield f"{name}.weight", q
+    return family.read_modules(tensors, LAYOUT, scheme_of, _unpacked, _packed)
 
 
-def write(
-    items: Iterable[tuple[str, layers.Value]], settings: Mapping[str, Any] | None, add: Callable[[str, Tensor], None]
-) -> Mapping[str, Any]:
+def write(items: Iterable[tuple[str, weights.Value]], settings: Mapping[str, Any] | None, add: weights.Add) -> Mapping[str, Any]:
     """Store weights as AWQ has them, by the settings of a checkpoint that was read, or anew as gemm (gemv_fast where they have minima).
 
     Raises UnsupportedError for a weight that the layout, or the settings, cannot hold exactly: the message says which limit.
     """
     scheme_of = None if settings is None else _schemes(settings)
     first: Scheme | None = None
-    dense = []
-    for name, value in items:
-        if isinstance(value, Tensor):
-            add(name, value)
-            dense += [name.removesuffix(".weight")] if layers.stays_dense(name, value) else []
-            continue
-        q, module = layers.plain_weight(name, value, [4], ("f16", "bf16"), ("none", "int", "min")), name.removesuffix(".weight")
+
+    def stored(name: str, module: str, value: weights.Value) -> dict[str, Tensor]:
+        nonlocal first
+        q = family.plain_weight(name, value, [4], ("f16", "bf16"), ("none", "int", "min"))
         first = first or Scheme("gemv_fast" if q.format.zero == "min" else "gemm", q.format.group[1], True)
-        with layers.naming(module):
-            held = _stored(q, first if scheme_of is None else scheme_of(module), settings is not None)
-        for leaf, t in held.items():
-            add(f"{module}.{leaf}", t)
+        return _stored(q, first if scheme_of is None else scheme_of(module), settings is not None)
+
+    dense = family.write_modules(items, add, stored)
     if settings is not None:
         return settings
     if first is None:
@@ -112,21 +96,20 @@ def write(
 # -- tensors ----------------------------------------------------------------------------------------------------------------------
 
 
-def _unpacked(held: Mapping[str, Tensor], scheme: Scheme) -> QuantTensor:
+def _unpacked(module: Module, scheme: Scheme) -> QuantTensor:
     """The weight of a module's tensors."""
-    qweight = layers.check(held, "qweight", (-1, -1), [torch.int16 if scheme.version == "gemv_fast" else torch.int32])
-    if 0 in qweight.shape:
-        raise CheckpointError(f"qweight is empty: {list(qweight.shape)}")
+    qweight = module.take("qweight", torch.int16 if scheme.version == "gemv_fast" else torch.int32, shape=(-1, -1))
     codes = UNPACK[scheme.version](qweight)
     n, k = codes.shape
-    scales = _of_groups(layers.check(held, "scales", _shapes(n, k, scheme)[0], _FLOATS), scheme, k)
-    zeros = _zeros(held, n, k, scheme)
+    scales = _of_groups(module.take("scales", *_FLOATS, shape=_shapes(n, k, scheme)[0]), scheme, k)
+    zeros = _zeros(module, n, k, scheme, scales.dtype)
     symmetric = scheme.version != "gemv_fast" and bool((zeros == _MIDDLE).all())
     if not scheme.zero_point and not symmetric:
-        raise CheckpointError("qzeros are not 8 all over, where the settings say zero_point = false")
-    code, zero = (Int(4, _MIDDLE), "none") if symmetric else (Int(4), "min" if scheme.version == "gemv_fast" else "int")
-    format = QuantFormat(code, (1, scheme.group_size), scale_type(scales.dtype), zero)  # type: ignore[arg-type]  # one of the literals
-    return QuantTensor(format, (n, k), pack(codes, 4), scales, None if symmetric else zeros)
+        raise CheckpointError(f"{module.full('qzeros')} are not 8 all over, where the settings say zero_point = false")
+    group, packed = (1, scheme.group_size), pack(codes, 4)
+    if symmetric:
+        return weights.assemble(module.name, Int(4, _MIDDLE), (n, k), group, packed, scales)
+    return weights.assemble(module.name, Int(4), (n, k), group, packed, scales, zeros, "min" if scheme.version == "gemv_fast" else "int")
 
 
 def _shapes(n: int, k: int, scheme: Scheme) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -140,17 +123,17 @@ def _shapes(n: int, k: int, scheme: Scheme) -> tuple[tuple[int, int], tuple[int,
 def _of_groups(numbers: Tensor, scheme: Scheme, k: int) -> Tensor:
     """Numbers as they are stored -> [N, G], without padding."""
     numbers = numbers if scheme.version == "gemv" else numbers.t()
-    return layers.in_order(numbers[:, : scheme.groups(k)])
+    return in_order(numbers[:, : scheme.groups(k)])
 
 
-def _zeros(held: Mapping[str, Tensor], n: int, k: int, scheme: Scheme) -> Tensor:
-    if "qzeros" not in held and not scheme.zero_point:
+def _zeros(module: Module, n: int, k: int, scheme: Scheme, dtype: torch.dtype) -> Tensor:
+    if "qzeros" not in module and not scheme.zero_point:
         return torch.full((n, scheme.groups(k)), _MIDDLE, dtype=torch.uint8)
     shape = _shapes(n, k, scheme)[1]
     if scheme.version == "gemv_fast":
-        return _of_groups(layers.check(held, "qzeros", shape, [held["scales"].dtype]), scheme, k)
-    words = layers.check(held, "qzeros", shape, [torch.int32])
-    zeros = unpack(layers.in_order(words).view(torch.uint8), 4, 8 * shape[1])
+        return _of_groups(module.take("qzeros", dtype, shape=shape), scheme, k)
+    words = module.take("qzeros", torch.int32, shape=shape)
+    zeros = unpack(octets(words), 4, 8 * shape[1])
     return _of_groups(zeros if scheme.version == "gemv" else reordered(zeros, COLUMNS), scheme, k)
 
 
@@ -160,7 +143,7 @@ def _stored(q: QuantTensor, scheme: Scheme | None, by_settings: bool) -> dict[st
         raise UnsupportedError("the settings say that this module is not quantised")
     _check(q, scheme)
     made = {"qweight": PACK[scheme.version](unpack(q.codes, 4, q.shape[1])), **_packed(q, scheme)}
-    held = layers.as_held(made, q, _REMADE, lambda held: _unpacked(held, scheme)) if by_settings else None
+    held = family.as_held(made, q, LAYOUT, lambda module: _unpacked(module, scheme)) if by_settings else None
     return held or made
 
 
@@ -186,13 +169,13 @@ def _packed(q: QuantTensor, scheme: Scheme) -> dict[str, Tensor]:
     scales = F.pad(q.scales, (0, fill))
     if scheme.version == "gemv_fast":
         minima = F.pad(_minima(q), (0, fill))
-        return {"qzeros": layers.in_order(minima.t()), "scales": layers.in_order(scales.t())}
+        return {"qzeros": in_order(minima.t()), "scales": in_order(scales.t())}
     zeros = torch.full(q.scales.shape, q.format.code.bias, dtype=torch.uint8) if q.zeros is None else q.zeros
     if q.format.zero not in ("none", "int") or int(zeros.max()) > 15:
         raise UnsupportedError(f"zero points of {q.format.name} beyond the integers 0 to 15; gemv_fast holds minima")
     if scheme.version == "gemv":
-        return {"qzeros": layers.to_words(pack(F.pad(zeros, (0, fill)), 4)), "scales": layers.in_order(scales)}
-    return {"qzeros": layers.to_words(pack(reordered(zeros.t(), NIBBLES), 4)), "scales": layers.in_order(scales.t())}
+        return {"qzeros": to_words(pack(F.pad(zeros, (0, fill)), 4)), "scales": in_order(scales)}
+    return {"qzeros": to_words(pack(reordered(zeros.t(), NIBBLES), 4)), "scales": in_order(scales.t())}
 
 
 def _minima(q: QuantTensor) -> Tensor:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from qkernels.errors import CheckpointError
-from qkernels.formats.packing import pack, unpack
-from qkernels.io import layers
+from qkernels.formats.packing import in_order, pack, unpack
+from qkernels.io.words import octets, to_words
 
 NIBBLES = [0, 2, 4, 6, 1, 3, 5, 7]  # columns of a word of gemm
 COLUMNS = [0, 4, 1, 5, 2, 6, 3, 7]  # its inverse
@@ -24,27 +24,27 @@ def reordered(nibbles: Tensor, order: list[int]) -> Tensor:
 
 
 def _unpack_gemm(qweight: Tensor) -> Tensor:
-    nibbles = unpack(layers.in_order(qweight).view(torch.uint8), 4, 8 * qweight.shape[1])
-    return layers.in_order(reordered(nibbles, COLUMNS).t())
+    nibbles = unpack(octets(qweight), 4, 8 * qweight.shape[1])
+    return in_order(reordered(nibbles, COLUMNS).t())
 
 
 def _pack_gemm(codes: Tensor) -> Tensor:
-    return layers.to_words(pack(reordered(codes.t(), NIBBLES), 4))
+    return to_words(pack(reordered(codes.t(), NIBBLES), 4))
 
 
 def _unpack_gemv(qweight: Tensor) -> Tensor:
-    return unpack(layers.in_order(qweight).view(torch.uint8), 4, 8 * qweight.shape[1])
+    return unpack(octets(qweight), 4, 8 * qweight.shape[1])
 
 
 def _pack_gemv(codes: Tensor) -> Tensor:
-    return layers.to_words(pack(codes, 4))
+    return to_words(pack(codes, 4))
 
 
 def _unpack_gemv_fast(qweight: Tensor) -> Tensor:
     quarter, k = qweight.shape
     if k % 64:
         raise CheckpointError(f"qweight has {k} columns; those of gemv_fast are a multiple of 64")
-    nibbles = unpack(layers.in_order(qweight).view(torch.uint8), 4, 4 * k)
+    nibbles = unpack(octets(qweight), 4, 4 * k)
     # [n // 4, k // 64, n % 4, k % 64 // 32, k % 8, k % 32 // 8] -> n, then k
     return nibbles.view(quarter, k // 64, 4, 2, 8, 4).permute(0, 2, 1, 3, 5, 4).reshape(4 * quarter, k)
 

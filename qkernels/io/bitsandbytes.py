@@ -14,36 +14,39 @@ Source: the tensors that bitsandbytes 0.50.2 saves.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qkernels.errors import CheckpointError, UnsupportedError
-from qkernels.formats import Int, QuantFormat, QuantStack, QuantTensor
+from qkernels.formats import Int, QuantStack, QuantTensor
+from qkernels.formats.tensor import same_bits
 from qkernels.io import bitsandbytes_4bit as four_bits
 from qkernels.io import checked
+from qkernels.io.modules import by_owner, dense
 from qkernels.io.settings import Settings
+from qkernels.io.weights import Add, Value, assemble, kept
 
 log = logging.getLogger("qkernels")
 
-_INT8 = QuantFormat(Int(8, 128), (1, -1), "f32")
+_INT8 = Int(8, 128)
 
 
 def read(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Iterator[tuple[str, QuantTensor | Tensor]]:
     """Go through a checkpoint: 4- and 8-bit weights as QuantTensor, everything else as it is. See `qkernels.io`."""
     _check_settings(settings)
-    done: set[str] = set()
-    for name in tensors:
-        weight = _weight_of(name, tensors)
-        if weight is None:
+    count = 0
+    for name, quantised in by_owner(tensors, lambda name: _weight_of(name, tensors)):
+        count += quantised
+        if not quantised:
             yield name, _plain(name, tensors)
-        elif weight not in done:
-            done.add(weight)
-            is_int8 = f"{weight.removesuffix('.weight')}.SCB" in tensors
-            yield weight, _read_int8(weight, tensors) if is_int8 else four_bits.read_weight(weight, tensors)
-    if not done:
+        elif f"{name.removesuffix('.weight')}.SCB" in tensors:
+            yield name, _read_int8(name, tensors)
+        else:
+            yield name, four_bits.read_weight(name, tensors)
+    if not count:
         log.warning("no weight of this bitsandbytes checkpoint is quantised: its config asks to quantise on load, which is not done")
 
 
@@ -77,10 +80,7 @@ def _weight_of(name: str, tensors: Mapping[str, Tensor]) -> str | None:
 def _plain(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
     if any(f"{name}_{leaf}" in tensors for leaf in ("quant_state", "scb")) or name.endswith(("_quant_state", "_scb")):
         raise UnsupportedError(f"{name}: GPTQModel's names of bitsandbytes tensors are not read; those that bitsandbytes itself saves are")
-    value = tensors[name]
-    if name.endswith(".weight") and value.dtype in (torch.int8, torch.uint8):
-        raise CheckpointError(f"{name} is {value.dtype} {list(value.shape)} but has neither {name}.{four_bits.STATE}… nor an SCB beside it")
-    return value
+    return dense(name, tensors[name])
 
 
 def _read_int8(name: str, tensors: Mapping[str, Tensor]) -> QuantTensor:
@@ -93,14 +93,10 @@ def _read_int8(name: str, tensors: Mapping[str, Tensor]) -> QuantTensor:
         if order.item() != 0:
             raise UnsupportedError(f"{module}.weight_format is {order.item()}: a GPU's tile order; 0, rows, is read. Save it anew")
     codes = weight.contiguous().view(torch.uint8) + 128  # modulo 256
-    return QuantTensor(_INT8, (n, k), codes, sides["SCB"][:, None] / 127, origin={"layout": "bitsandbytes", "sides": sides})
+    return assemble(name, _INT8, (n, k), (1, -1), codes, sides["SCB"] / 127, origin={"layout": four_bits.LAYOUT, "sides": sides})
 
 
-def write(
-    items: Iterable[tuple[str, QuantTensor | QuantStack | Tensor]],
-    settings: Mapping[str, Any] | None,
-    add: Callable[[str, Tensor], None],
-) -> Mapping[str, Any]:
+def write(items: Iterable[tuple[str, Value]], settings: Mapping[str, Any] | None, add: Add) -> Mapping[str, Any]:
     """Write what `read` gave byte for byte, and other weights whose codes are NF4, FP4 or int8; see `qkernels.io`.
 
     Scales of other weights are not nested. Raises UnsupportedError for a weight that bitsandbytes cannot hold exactly, saying why.
@@ -139,11 +135,11 @@ def _made_settings(kinds: Mapping[str, str], skipped: list[str]) -> dict[str, An
     }
 
 
-def _write_weight(name: str, q: QuantTensor, add: Callable[[str, Tensor], None]) -> str:
+def _write_weight(name: str, q: QuantTensor, add: Add) -> str:
     if q.perm is not None:
         raise UnsupportedError(f"{name} has permuted columns (act-order); bitsandbytes holds them in order")
     plain = q.format.block is None and q.format.scale in ("f32", "f16", "bf16") and not q.format.tensor_scale
-    if plain and q.format.code == Int(8, 128):
+    if plain and q.format.code == _INT8:
         _write_int8(name, q, add)
         return "int8"
     if not plain or q.format.code not in four_bits.BOOKS.values():
@@ -152,7 +148,7 @@ def _write_weight(name: str, q: QuantTensor, add: Callable[[str, Tensor], None])
     return q.format.code.name
 
 
-def _write_int8(name: str, q: QuantTensor, add: Callable[[str, Tensor], None]) -> None:
+def _write_int8(name: str, q: QuantTensor, add: Add) -> None:
     n, k = q.shape
     if q.format.zero != "none" or q.format.group_extent(n, k) != (1, k):
         raise UnsupportedError(f"{name} is {q.format.name}; bitsandbytes' int8 has one float scale per row and no zero point")
@@ -160,8 +156,8 @@ def _write_int8(name: str, q: QuantTensor, add: Callable[[str, Tensor], None]) -
         raise UnsupportedError(f"{name} is no .weight: bitsandbytes' int8 has no name for its scales")
     assert q.scales is not None
     scales = q.scales.float().flatten()
-    sides = q.origin.get("sides", {}) if q.origin.get("layout") == "bitsandbytes" else {}
-    if "SCB" not in sides or not torch.equal((sides["SCB"] / 127).view(torch.int32), scales.view(torch.int32)):
+    sides = kept(q, four_bits.LAYOUT).get("sides", {})
+    if "SCB" not in sides or not same_bits(sides["SCB"] / 127, scales):
         sides = {"SCB": _row_maxima(name, scales), "weight_format": torch.tensor(0, dtype=torch.uint8)}
     add(name, (q.codes + 128).view(torch.int8))
     for side, value in sides.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -14,10 +14,14 @@ from qkernels.errors import CheckpointError, UnsupportedError
 from qkernels.formats import Codebook, QuantFormat, QuantTensor
 from qkernels.formats.codebook import FP4, NF4
 from qkernels.formats.packing import pack, swap_nibbles, unpack
+from qkernels.formats.tensor import same_bits
 from qkernels.io import checked
 from qkernels.io.groups import of_flat_blocks, to_flat_blocks
+from qkernels.io.modules import Module
 from qkernels.io.settings import Settings
+from qkernels.io.weights import Add, assemble, kept
 
+LAYOUT = "bitsandbytes"
 BOOKS = {"nf4": NF4, "fp4": FP4}
 _BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 STATE = "quant_state.bitsandbytes__"
@@ -38,18 +42,18 @@ class _State(NamedTuple):
 
 def read_weight(name: str, tensors: Mapping[str, Tensor]) -> QuantTensor:
     """Read a weight; what its numbers do not tell (nested scales, the JSON, how the bytes were seen) goes into its origin."""
-    sides = {side: tensors[f"{name}.{side}"] for side in SIDES if f"{name}.{side}" in tensors}
-    state = _state(name, sides)
+    held = Module(tensors, name, SIDES).held()
+    sides = Module.of(name, held)
+    state = _state(sides)
     weight = checked.tensor(tensors, name, _STORAGES)
     count = state.n * state.k
     raw = weight.reshape(-1).view(torch.uint8)
     if raw.numel() != -(-count // 2):
         raise CheckpointError(f"{name} has {raw.numel()} bytes; its quant_state says {state.n} x {state.k}, {-(-count // 2)} bytes")
-    scales, group = _scales(name, sides, state)
-    format = QuantFormat(state.book, (1, group), "f32")
+    scales, group = _scales(sides, state)
     codes, pad = _codes(swap_nibbles(raw), state.n, state.k)
-    origin = {"layout": "bitsandbytes", "sides": sides, "dtype": weight.dtype, "shape": tuple(weight.shape), "pad": pad}
-    return QuantTensor(format, (state.n, state.k), codes, scales, origin=origin)
+    origin = {"layout": LAYOUT, "sides": held, "dtype": weight.dtype, "shape": tuple(weight.shape), "pad": pad}
+    return assemble(name, state.book, (state.n, state.k), (1, group), codes, scales, origin=origin)
 
 
 def _codes(packed: Tensor, n: int, k: int) -> tuple[Tensor, Tensor]:
@@ -60,15 +64,13 @@ def _codes(packed: Tensor, n: int, k: int) -> tuple[Tensor, Tensor]:
     return pack(codes[: n * k].view(n, k), 4), codes[n * k :]
 
 
-def _state(name: str, sides: Mapping[str, Tensor]) -> _State:
-    stated = [side for side in sides if side.startswith(STATE)]
+def _state(sides: Module) -> _State:
+    stated = [side for side in sides.leaves if side.startswith(STATE)]
     if len(stated) != 1:
-        raise CheckpointError(f"{name} has {' and '.join(stated) or 'no ' + STATE + 'nf4 or fp4'} beside it; exactly one is needed")
-    where = f"{name}.{stated[0]}"
-    blob = checked.tensor({where: sides[stated[0]]}, where, (torch.uint8,), (-1,))
-    if blob.numel() > checked.MOST_JSON:
-        raise CheckpointError(f"{where} has {blob.numel()} bytes; {checked.MOST_JSON} at most are read")
-    said = Settings(checked.json_object(bytes(blob.tolist()), where), where)
+        raise CheckpointError(f"{sides.name} has {' and '.join(stated) or 'no ' + STATE + 'nf4 or fp4'} beside it; exactly one is needed")
+    where = sides.full(stated[0])
+    blob = checked.text(where, sides.take(stated[0], torch.uint8), checked.MOST_JSON)
+    said = Settings(checked.json_object(blob, where), where)
     kind = said.take("quant_type", of=str, choices=(stated[0].removeprefix(STATE),))
     block = said.take("blocksize", of=int, choices=_BLOCKS)
     said.take("dtype", of=str, choices=("float16", "bfloat16", "float32"))  # into which bitsandbytes decodes
@@ -83,38 +85,35 @@ def _state(name: str, sides: Mapping[str, Tensor]) -> _State:
         if not abs(nested[1]) <= _LARGEST:
             raise CheckpointError(f"{where}: nested_offset is {nested[1]!r:.80}, no finite float32")
     said.done()
-    _check_map(name, sides, BOOKS[kind])
+    _check_map(sides, BOOKS[kind])
     return _State(BOOKS[kind], n, k, block, nested)
 
 
-def _check_map(name: str, sides: Mapping[str, Tensor], book: Codebook) -> None:
-    values = _side(name, sides, "quant_map", torch.float32, 16)
+def _check_map(sides: Module, book: Codebook) -> None:
+    values = sides.take("quant_map", torch.float32, shape=(16,))
     if not torch.equal(values, torch.tensor(book.values)):
         shown = ", ".join(f"{v:.6g}" for v in values.tolist())
-        raise UnsupportedError(f"{name}.quant_map is [{shown}], not the table of {book.name}; nf4 and fp4 are read")
+        raise UnsupportedError(f"{sides.full('quant_map')} is [{shown}], not the table of {book.name}; nf4 and fp4 are read")
 
 
-def _side(name: str, sides: Mapping[str, Tensor], side: str, dtype: torch.dtype, count: int) -> Tensor:
-    return checked.tensor({f"{name}.{key}": t for key, t in sides.items()}, f"{name}.{side}", (dtype,), (count,))
-
-
-def _scales(name: str, sides: Mapping[str, Tensor], state: _State) -> tuple[Tensor, int]:
+def _scales(sides: Module, state: _State) -> tuple[Tensor, int]:
     """The scales as groups along K, with the roundings of bitsandbytes: bit for bit its absmax."""
     blocks = -(-state.n * state.k // state.block)
     if state.nested is None:
-        absmax = _side(name, sides, "absmax", torch.float32, blocks)
+        absmax = sides.take("absmax", torch.float32, shape=(blocks,))
     else:
         block, offset = state.nested
-        index = _side(name, sides, "absmax", torch.uint8, blocks).int()
-        scales = _side(name, sides, "nested_absmax", torch.float32, -(-blocks // block)).repeat_interleave(block)[:blocks]
-        absmax = _side(name, sides, "nested_quant_map", torch.float32, 256)[index] * scales + torch.tensor(offset, dtype=torch.float32)
+        index = sides.take("absmax", torch.uint8, shape=(blocks,)).int()
+        scales = sides.take("nested_absmax", torch.float32, shape=(-(-blocks // block),)).repeat_interleave(block)[:blocks]
+        book = sides.take("nested_quant_map", torch.float32, shape=(256,))
+        absmax = book[index] * scales + torch.tensor(offset, dtype=torch.float32)
     return of_flat_blocks(absmax, state.n, state.k, state.block)
 
 
-def write_weight(name: str, q: QuantTensor, add: Callable[[str, Tensor], None]) -> None:
+def write_weight(name: str, q: QuantTensor, add: Add) -> None:
     """Write a weight of NF4 or FP4 codes with float scales: as it was read if it still has those numbers, else with plain scales."""
     k = q.shape[1]
-    origin = q.origin if _fits(name, q) else _made_origin(name, q)
+    origin = kept(q, LAYOUT) if _fits(name, q) else _made_origin(name, q)
     packed = q.codes.flatten() if k % 2 == 0 else pack(torch.cat([unpack(q.codes, 4, k).flatten(), origin["pad"]]), 4)
     add(name, swap_nibbles(packed).view(origin["dtype"]).reshape(origin["shape"]))
     for side, value in origin["sides"].items():
@@ -123,13 +122,14 @@ def write_weight(name: str, q: QuantTensor, add: Callable[[str, Tensor], None]) 
 
 def _fits(name: str, q: QuantTensor) -> bool:
     """Whether the weight was read from bitsandbytes 4-bit tensors and has still their numbers."""
-    sides = q.origin.get("sides", {})
-    if q.origin.get("layout") != "bitsandbytes" or f"{STATE}{q.format.code.name}" not in sides or q.scales is None:
+    held = kept(q, LAYOUT).get("sides", {})
+    if f"{STATE}{q.format.code.name}" not in held:
         return False
-    state = _state(name, sides)
-    scales, group = _scales(name, sides, state)
+    sides = Module.of(name, held)
+    state = _state(sides)
+    scales, group = _scales(sides, state)
     same = (state.n, state.k) == q.shape and q.format == QuantFormat(state.book, (1, group), "f32")
-    return same and torch.equal(scales.view(torch.uint8), q.scales.view(torch.uint8))
+    return same and same_bits(scales, q.scales)
 
 
 def _made_origin(name: str, q: QuantTensor) -> dict[str, Any]:

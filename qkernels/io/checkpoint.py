@@ -16,8 +16,8 @@ from qkernels.errors import CheckpointError, FormatError, UnsupportedError
 from qkernels.formats import QuantStack, QuantTensor
 from qkernels.io import directory, native, shards
 from qkernels.io.detect import CheckpointInfo, detect
+from qkernels.io.weights import Value
 
-Value = QuantTensor | QuantStack | Tensor
 _LEAVES = {"codes": "weight", "scales": "scales", "zeros": "zeros", "tensor_scale": "tensor_scale", "perm": "perm"}  # of native
 # those that can be written; "qkernels" is our own
 LAYOUTS = ("gptq", "awq", "compressed-tensors", "bitsandbytes", "gguf", "qkernels")
@@ -105,7 +105,5 @@ def _write_native(items: Iterable[tuple[str, Value]], path: str | os.PathLike[st
 
 
 def _reader(layout: str) -> Any:
-    try:
-        return importlib.import_module(f"qkernels.io.{layout.replace('-', '_')}")
-    except ModuleNotFoundError as error:
-        raise UnsupportedError(f"{layout} checkpoints are not read yet") from error
+    """The module of a layout, imported when it is needed."""
+    return importlib.import_module(f"qkernels.io.{layout.replace('-', '_')}")

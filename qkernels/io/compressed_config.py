@@ -10,7 +10,8 @@ from typing import Any
 from qkernels.errors import CheckpointError, UnsupportedError
 from qkernels.formats import Float, Int
 from qkernels.formats.format import Code
-from qkernels.io.modules import expression
+from qkernels.io import checked
+from qkernels.io.expressions import compiled
 from qkernels.io.settings import Settings
 
 # format -> what its weights may be: (type, bits)
@@ -112,7 +113,7 @@ def _refuse_others(top: Settings) -> None:
 def _target(target: Any, where: str) -> str | re.Pattern[str]:
     if not isinstance(target, str):
         raise CheckpointError(f"{_WHERE}: {where} has {target!r:.80}, no name")
-    return expression(target[3:], f"{_WHERE}: {where}") if target.startswith("re:") else target
+    return compiled(target[3:], f"{_WHERE}: {where}") if target.startswith("re:") else target
 
 
 def _groups(group: Settings, format: str | None) -> list[tuple[str | re.Pattern[str], Scheme]]:
@@ -168,6 +169,5 @@ def _block(where: str, block: Any) -> tuple[int, int]:
     """[128, 128], or "128x128" as it was once written."""
     written = isinstance(block, str) and re.fullmatch(r"\d{1,9}x\d{1,9}", block)
     sizes = [int(size) for size in block.split("x")] if written else block
-    if not isinstance(sizes, list) or len(sizes) != 2 or not all(type(size) is int and size > 0 for size in sizes):
-        raise CheckpointError(f"{where}: block_structure is {block!r:.80}, no [rows, columns]")
-    return sizes[0], sizes[1]
+    rows, columns = checked.extents(sizes, 2, f"{where}: block_structure")
+    return rows, columns

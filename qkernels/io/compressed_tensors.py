@@ -28,19 +28,19 @@ from torch import Tensor
 from qkernels.errors import CheckpointError
 from qkernels.formats import Int, QuantStack, QuantTensor
 from qkernels.formats.packing import pack, unpack
+from qkernels.io import checked, groups
 from qkernels.io import compressed_words as words
-from qkernels.io import groups
 from qkernels.io.compressed_config import Config, Scheme
 from qkernels.io.compressed_writer import LAYOUT, write
 from qkernels.io.floats import exponents
-from qkernels.io.modules import Module, assemble, walk
+from qkernels.io.modules import Module, walk
+from qkernels.io.weights import Value, assemble, naming
 
 __all__ = ["read", "write"]
 MARKS = ("weight_packed", "weight_scale")
 LEAVES = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx", "weight_global_scale")
 _SCALES = (torch.float32, torch.float16, torch.bfloat16)
 _E8M0 = (torch.uint8, torch.float8_e8m0fnu)
-Value = QuantTensor | QuantStack | Tensor
 
 
 def read(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Iterator[tuple[str, Value]]:
@@ -57,7 +57,9 @@ def read(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Iterator
             yield name, found
             continue
         count += 1
-        yield name, _read(found, config.scheme(found.name), config.version)
+        with naming(found.name):
+            weight = _read(found, config.scheme(found.name), config.version)
+        yield name, weight
     if not count:
         raise CheckpointError(f"the settings say compressed-tensors, and no module has {' or '.join(MARKS)}")
 
@@ -115,7 +117,7 @@ def _weight(module: Module, scheme: Scheme, version: str | None, held: Mapping[s
         zeros = _unsigned(module.full("weight_zero_point"), zeros, scheme.code.bits)
     if scheme.format.startswith("mx"):
         scales = exponents(scales)
-    more = {"tensor_scale": _reciprocal(module, held["weight_global_scale"])} if "weight_global_scale" in held else {}
+    more: dict[str, Any] = {} if "weight_global_scale" not in held else {"tensor_scale": _reciprocal(module, held["weight_global_scale"])}
     q = assemble(module.full("weight"), scheme.code, shape, scheme.group, codes, scales, zeros, origin=origin, **more)
     if "weight_g_idx" in held:
         return _indexed(module, q, held["weight_g_idx"])
@@ -167,10 +169,10 @@ def _unsigned(name: str, signed: Tensor, bits: int) -> Tensor:
 
 
 def _reciprocal(module: Module, scale: Tensor) -> Tensor:
-    inverse = 1 / scale.reshape(-1)
-    if scale.numel() != 1 or not bool(torch.isfinite(inverse).all() and (inverse != 0).all()):
-        found = f"{scale.flatten()[:4].tolist()} {list(scale.shape)}"
-        raise CheckpointError(f"{module.full('weight_global_scale')} is {found}; one number that can be divided by is needed")
+    name = module.full("weight_global_scale")
+    inverse = 1 / checked.reshaped(name, scale, (1,))
+    if not torch.isfinite(inverse) or not inverse:
+        raise CheckpointError(f"{name} is {scale.item()}; a number that can be divided by is needed")
     return inverse
 
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import re
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from qkernels.errors import CheckpointError
 from qkernels.formats.packing import pack, unpack
+from qkernels.io.words import octets as octets_of
+from qkernels.io.words import to_words as to_dense_words
 
 DENSE_SINCE, PADDED_UNTIL = (0, 18, 0), (0, 17, 1)
 
@@ -72,7 +73,7 @@ def from_words(name: str, words: Tensor, bits: int, count: int, padded: bool) ->
         words     [R, width(count)]           int32
         returns   [R, ceil(count * bits / 8)] uint8
     """
-    octets = _as(torch.uint8, words)
+    octets = octets_of(words)
     if padded and 32 % bits:
         per_word = 32 // bits
         each = unpack(octets.unflatten(1, (-1, 4)), bits, per_word).flatten(1)
@@ -92,10 +93,5 @@ def to_words(codes: Tensor, bits: int, count: int, padded: bool) -> Tensor:
     if padded and 32 % bits:
         per_word = 32 // bits
         each = F.pad(unpack(codes, bits, count), (0, -count % per_word)).unflatten(1, (-1, per_word))
-        return _as(torch.int32, pack(each, bits).flatten(1))  # 28 or 30 bits: 4 bytes
-    return _as(torch.int32, F.pad(codes, (0, -codes.shape[1] % 4)))
-
-
-def _as(dtype: torch.dtype, rows: Tensor) -> Tensor:
-    """Each row's bytes as another type; `contiguous` alone keeps strides of a single row or column that `view` refuses."""
-    return rows.clone(memory_format=torch.contiguous_format).view(dtype)
+        return to_dense_words(pack(each, bits).flatten(1))  # 28 or 30 bits: 4 bytes
+    return to_dense_words(codes)

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qkernels.errors import UnsupportedError
-from qkernels.formats import Float, Int, QuantStack, QuantTensor
-from qkernels.formats.packing import pack, unpack
+from qkernels.formats import Float, Int, QuantTensor
+from qkernels.formats.packing import in_order, pack, unpack
+from qkernels.formats.tensor import same_bits
 from qkernels.io import compressed_words as words
 from qkernels.io import groups
 from qkernels.io.compressed_config import Config, Scheme
+from qkernels.io.weights import Add, Value, kept
 
-LAYOUT = "compressed_tensors"  # whose reader's `origin` is used; that of another layout says nothing here
+LAYOUT = "compressed_tensors"
 VERSION = "0.18.0"  # whose words are written where no settings ask for others
-Value = QuantTensor | QuantStack | Tensor
 
 
-def write(items: Iterable[tuple[str, Value]], settings: Mapping[str, Any] | None, add: Callable[[str, Tensor], None]) -> Mapping[str, Any]:
+def write(items: Iterable[tuple[str, Value]], settings: Mapping[str, Any] | None, add: Add) -> Mapping[str, Any]:
     """Add the tensors of every weight, and return the settings; made anew, they name each module as a target.
 
     Without settings integers become pack-quantized, floats what their group and scales are: float-, mxfp8-, mxfp4-, mxfp6- or
@@ -84,7 +85,7 @@ def _float_format(q: QuantTensor) -> str | None:
 
 def _tensors(name: str, q: QuantTensor, scheme: Scheme, version: str | None, anew: bool) -> dict[str, Tensor]:
     """What is stored of a weight, by leaf."""
-    bits, (n, k), origin = scheme.code.bits, q.shape, _origin(q)
+    bits, (n, k), origin = scheme.code.bits, q.shape, kept(q, LAYOUT)
     codes, scales, zeros, g_idx = _by_column(name, q, scheme)
     held = {} if g_idx is None else {"weight_g_idx": g_idx}
     padded = False
@@ -97,7 +98,7 @@ def _tensors(name: str, q: QuantTensor, scheme: Scheme, version: str | None, ane
     else:
         held[scheme.stored] = codes.view(torch.float8_e4m3fn) if scheme.stored == "weight" else codes
     if zeros is not None and scheme.packs_zeros:
-        held["weight_zero_point"] = words.to_words(pack(zeros.t(), bits), bits, n, padded).t().clone(memory_format=torch.contiguous_format)
+        held["weight_zero_point"] = in_order(words.to_words(pack(zeros.t(), bits), bits, n, padded).t())
     elif zeros is not None:
         held["weight_zero_point"] = _shaped(_signed(zeros, bits), origin.get("zero_shape"), scheme)
     if scheme.format == "pack-quantized":
@@ -108,10 +109,6 @@ def _tensors(name: str, q: QuantTensor, scheme: Scheme, version: str | None, ane
     if q.tensor_scale is not None:
         held["weight_global_scale"] = _global_scale(name, q)
     return held
-
-
-def _origin(q: QuantTensor) -> Mapping[str, Any]:
-    return q.origin if q.origin.get("layout") == LAYOUT else {}
 
 
 def _check_words(name: str, held: Mapping[str, Tensor], q: QuantTensor, scheme: Scheme, version: str | None, padded: bool) -> None:
@@ -148,7 +145,7 @@ def _by_column(name: str, q: QuantTensor, scheme: Scheme) -> tuple[Tensor, Tenso
 
 def _as_read(q: QuantTensor, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor | None, Tensor] | None:
     """By the weight_g_idx that the weight was read with, if it still gives these columns and scales."""
-    g_idx = _origin(q).get("weight_g_idx")
+    g_idx = kept(q, LAYOUT).get("weight_g_idx")
     if g_idx is None or g_idx.shape != q.shape[1:] or scheme.group[0] != 1 or q.scales is None:
         return None
     if bool((g_idx == -1).all()):
@@ -158,11 +155,11 @@ def _as_read(q: QuantTensor, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor | N
     perm, group, order = groups.of_index(g_idx, extent, count)
     same = (perm is None) == (q.perm is None) and (perm is None or q.perm is None or torch.equal(perm, q.perm))
     spread: list[Tensor | None] = []
-    for numbers, spare in ((q.scales, _origin(q).get("scales")), (q.zeros, _origin(q).get("zeros"))):
+    for numbers, spare in ((q.scales, kept(q, LAYOUT).get("scales")), (q.zeros, kept(q, LAYOUT).get("zeros"))):
         full = None if numbers is None else (numbers.new_zeros(q.shape[0], count) if spare is None else spare.clone())
         if full is not None and numbers is not None:
             full[:, order] = numbers
-            same = same and torch.equal(full[:, order].view(torch.uint8), numbers.contiguous().view(torch.uint8))
+            same = same and same_bits(full[:, order], numbers)
         spread.append(full)
     scales, zeros = spread
     return (_unpermuted(q), scales, zeros, g_idx) if same and q.format.group_extent(*q.shape)[1] == group and scales is not None else None
@@ -191,7 +188,7 @@ def _global_scale(name: str, q: QuantTensor) -> Tensor:
     assert q.tensor_scale is not None
     about = 1 / q.tensor_scale
     around = [torch.nextafter(about, about.new_tensor(end)) for end in (0.0, torch.inf)]
-    read = _origin(q).get("weight_global_scale")
+    read = kept(q, LAYOUT).get("weight_global_scale")
     for scale in ([] if read is None else [read]) + [about, *around]:
         if torch.equal(1 / scale.reshape(1), q.tensor_scale):
             return scale

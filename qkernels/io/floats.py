@@ -10,7 +10,8 @@ from torch import Tensor
 
 from qkernels.errors import CheckpointError, UnsupportedError
 from qkernels.formats import Float, QuantStack, QuantTensor
-from qkernels.io.modules import assemble, of_dtype
+from qkernels.io import checked
+from qkernels.io.weights import assemble
 
 E2M1, MX_GROUP, NV_GROUP = Float(2, 1), 32, 16
 SCALES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e8m0fnu)
@@ -35,7 +36,7 @@ def fp8(name: str, weight: Tensor, scale_name: str, scales: Tensor, block: Seque
         raise UnsupportedError(f"{name} is {weight.dtype}, which is not read; {' and '.join(map(str, _FP8))} are")
     if weight.dim() not in (2, 3) or 0 in weight.shape:
         raise CheckpointError(f"{name} is {list(weight.shape)}; a weight has two dimensions, a stack of them three, none of them 0")
-    scales = exponents(of_dtype(scale_name, scales, *SCALES, torch.uint8))
+    scales = exponents(checked.fitting(scale_name, scales, (*SCALES, torch.uint8)))
     if weight.dim() == 3:
         each_scale = scales.reshape(1).expand(len(weight)) if scales.numel() == 1 else scales
         if len(each_scale) != len(weight):

@@ -10,19 +10,17 @@ FP4 experts ("expert_dtype": "fp4") are int8 [N, K / 2] with an exponent per 32.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qkernels.errors import CheckpointError
-from qkernels.formats import QuantStack, QuantTensor
-from qkernels.io import floats
+from qkernels.io import checked, floats
 from qkernels.io.modules import dense
 from qkernels.io.settings import Settings
-
-Value = QuantTensor | QuantStack | Tensor
+from qkernels.io.weights import Value
 
 
 def read(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Iterator[tuple[str, Value]]:
@@ -44,18 +42,15 @@ def read(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Iterator
             yield name, dense(name, tensors[name])
 
 
-def _parse(settings: Mapping[str, Any]) -> tuple[list[int] | None, list[str], bool]:
+def _parse(settings: Mapping[str, Any]) -> tuple[tuple[int, ...] | None, list[str], bool]:
     """(block size, modules that are not quantised, whether experts are FP4)"""
     s = Settings(settings, "quantization_config")
     s.take("quant_method", of=str, choices=["fp8", "fbgemm_fp8"])
     s.take("fmt", of=str, default="e4m3", choices=["e4m3", "float8_e4m3fn"])
     s.take("scale_fmt", of=str, default="float", choices=["float", "ue8m0"])
     block = s.take("weight_block_size", of=list, default=None)
-    if block is not None and (len(block) != 2 or not all(type(size) is int and size > 0 for size in block)):
-        raise CheckpointError(f"{s.where}: weight_block_size is {block!r:.80}, not [rows, columns]")
-    kept = s.take("modules_to_not_convert", "ignored_layers", of=list, default=[])
-    if not all(isinstance(part, str) for part in kept):
-        raise CheckpointError(f"{s.where}: modules_to_not_convert is {kept!r:.80}, no list of names")
+    block = None if block is None else checked.extents(block, 2, f"{s.where}: weight_block_size")
+    kept = s.names("modules_to_not_convert", "ignored_layers")
     experts = s.take("expert_dtype", of=str, default="fp8", choices=["fp8", "fp4"])
     s.ignore("activation_scheme", "activation_scale_ub", "kv_cache_scheme", "modules_to_convert", "dequantize")
     s.done()
@@ -78,7 +73,7 @@ def _pairs(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def _weight(
-    tensors: Mapping[str, Tensor], name: str, scale: str, block: list[int] | None, fp4_experts: bool
+    tensors: Mapping[str, Tensor], name: str, scale: str, block: Sequence[int] | None, fp4_experts: bool
 ) -> Iterator[tuple[str, Value]]:
     weight = tensors[name]
     if floats.is_fp8(weight) and weight.dtype != torch.float4_e2m1fn_x2:

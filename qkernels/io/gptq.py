@@ -12,23 +12,25 @@ Tensors of a module, whose weight is W [N, K] in G = ceil(K / group_size) groups
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
+import logging
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qkernels.errors import CheckpointError, UnsupportedError
-from qkernels.formats import Int, QuantFormat, QuantTensor
-from qkernels.formats.format import scale_type
-from qkernels.formats.packing import pack, unpack
-from qkernels.io import groups, layers
+from qkernels.formats import Int, QuantTensor
+from qkernels.formats.packing import in_order, pack, unpack
+from qkernels.io import gptq_family as family
+from qkernels.io import groups, weights
+from qkernels.io.gptq_planes import from_planes, to_planes
 from qkernels.io.gptq_settings import BITS, Scheme, SchemeOf, scheme_of_weight, schemes, stated
-from qkernels.io.planes import from_planes, to_planes
+from qkernels.io.modules import Module
+from qkernels.io.words import to_stream, to_words
 
-LEAVES = ("qweight", "qzeros", "scales", "g_idx")
-_REMADE = LEAVES[1:]  # may be stored in more than one way; the words of the codes may not
+LAYOUT = family.Layout("gptq", ("qweight", "qzeros", "scales", "g_idx"))
+LOG = logging.getLogger("qkernels")
 # one in every field of a word: v1 subtracts it from whole words, so that a zero point of 0 borrows from its neighbour
 _ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
 
@@ -40,78 +42,62 @@ def read(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Iterator
 
 def read_modules(tensors: Mapping[str, Tensor], scheme_of: SchemeOf) -> Iterator[tuple[str, QuantTensor | Tensor]]:
     """The same, of checkpoints that say otherwise how their modules are stored."""
-    for name, held in layers.walk(tensors, LEAVES):
-        if held is None:
-            yield name, tensors[name]
-            continue
-        with layers.naming(name):
-            scheme = scheme_of(name)
-            if scheme is None:
-                raise CheckpointError("qweight is there, but the settings say that this module is not quantised")
-            q = _unpacked(held, scheme)
-            _warn(name, q, held["qzeros"], scheme)
-            q = replace(q, origin=layers.beyond(_numbers(q, scheme), held, _REMADE))
-        yield f"{name}.weight", q
+
+    def unpacked(module: Module, scheme: Scheme) -> QuantTensor:
+        q = _unpacked(module, scheme)
+        _warn(module, q, scheme)
+        return q
+
+    return family.read_modules(tensors, LAYOUT, scheme_of, unpacked, _numbers)
 
 
-def write(
-    items: Iterable[tuple[str, layers.Value]], settings: Mapping[str, Any] | None, add: Callable[[str, Tensor], None]
-) -> Mapping[str, Any]:
+def write(items: Iterable[tuple[str, weights.Value]], settings: Mapping[str, Any] | None, add: weights.Add) -> Mapping[str, Any]:
     """Store weights as GPTQ has them, by the settings of a checkpoint that was read, or anew as "gptq" (v1); returns the settings.
 
     Raises UnsupportedError for a weight that the layout, or the settings, cannot hold exactly: the message says which limit.
     """
     scheme_of = None if settings is None else schemes(settings)
     made: dict[str, Scheme] = {}
-    dense, order = [], False
-    for name, value in items:
-        if isinstance(value, Tensor):
-            add(name, value)
-            dense += [name.removesuffix(".weight")] if layers.stays_dense(name, value) else []
-            continue
-        q = layers.plain_weight(name, value, BITS if scheme_of is None else range(2, 9), ("f16", "bf16", "f32"), ("none", "int"))
-        module = name.removesuffix(".weight")
-        with layers.naming(module):
-            made[module] = scheme_of_weight(q)
-            held = _anew(q, made[module]) if scheme_of is None else _by_settings(q, scheme_of(module))
-        order |= q.perm is not None
-        for leaf, t in held.items():
-            add(f"{module}.{leaf}", t)
-    return settings if settings is not None else stated(made, dense, order)
+    permuted = []
+
+    def stored(name: str, module: str, value: weights.Value) -> dict[str, Tensor]:
+        q = family.plain_weight(name, value, BITS if scheme_of is None else range(2, 9), ("f16", "bf16", "f32"), ("none", "int"))
+        made[module] = scheme_of_weight(q)
+        permuted.extend([] if q.perm is None else [module])
+        return _anew(q, made[module]) if scheme_of is None else _by_settings(q, scheme_of(module))
+
+    dense = family.write_modules(items, add, stored)
+    return settings if settings is not None else stated(made, dense, bool(permuted))
 
 
 # -- tensors ----------------------------------------------------------------------------------------------------------------------
 
 
-def _unpacked(held: Mapping[str, Tensor], scheme: Scheme) -> QuantTensor:
+def _unpacked(module: Module, scheme: Scheme) -> QuantTensor:
     """The weight of a module's tensors."""
-    n, k = _shape(held, scheme.bits)
+    qweight, g_idx = module.take("qweight", torch.int32, shape=(-1, -1)), module.find("g_idx", torch.int32, torch.int64, shape=(-1,))
+    n, k = _shape(module, qweight, g_idx, scheme.bits)
     _check_planes(n, k, scheme)
     size = k if scheme.group_size == -1 else scheme.group_size
     count = -(-k // size)
-    scales = layers.check(held, "scales", (count, n), layers.FLOATS)
-    qzeros = layers.check(held, "qzeros", (count, -(-n * scheme.bits // 32)), [torch.int32])
-    perm, group, order = groups.of_index(held.get("g_idx", torch.arange(k) // size), size, count)
-    zeros = layers.in_order(_zeros(qzeros, n, scheme).t()[:, order])
+    scales = module.take("scales", *family.FLOATS, shape=(count, n))
+    qzeros = module.take("qzeros", torch.int32, shape=(count, -(-n * scheme.bits // 32)))
+    perm, group, order = groups.of_index(torch.arange(k) // size if g_idx is None else g_idx, size, count)
+    zeros = in_order(_zeros(qzeros, n, scheme).t()[:, order])
     middle = 2 ** (scheme.bits - 1)
     symmetric = bool((zeros == middle).all())
     code = Int(scheme.bits, middle if symmetric else 0)
     stated = -1 if scheme.group_size == -1 and group == k else group
-    format = QuantFormat(code, (1, stated), scale_type(scales.dtype), "none" if symmetric else "int")
-    codes, numbers = _codes(held["qweight"], k, perm, scheme), layers.in_order(scales.t()[:, order])
-    return QuantTensor(format, (n, k), codes, numbers, None if symmetric else zeros, perm=perm)
+    codes, numbers = _codes(qweight, k, perm, scheme), in_order(scales.t()[:, order])
+    return weights.assemble(module.name, code, (n, k), (1, stated), codes, numbers, None if symmetric else zeros, perm=perm)
 
 
-def _shape(held: Mapping[str, Tensor], bits: int) -> tuple[int, int]:
-    qweight = layers.check(held, "qweight", (-1, -1), [torch.int32])
+def _shape(module: Module, qweight: Tensor, g_idx: Tensor | None, bits: int) -> tuple[int, int]:
     rows, n = qweight.shape
-    k = rows * 32 // bits
-    if "g_idx" in held:
-        k = layers.check(held, "g_idx", (-1,), [torch.int32, torch.int64]).numel()
-        if rows != -(-k * bits // 32):
-            raise CheckpointError(f"qweight has {rows} rows; {k} columns, as g_idx has, of {bits} bits take {-(-k * bits // 32)}")
-    if n == 0 or k == 0:
-        raise CheckpointError(f"qweight is empty: {list(qweight.shape)}")
+    k = rows * 32 // bits if g_idx is None else g_idx.numel()
+    if g_idx is not None and rows != -(-k * bits // 32):
+        needed = f"{k} columns, as g_idx has, of {bits} bits take {-(-k * bits // 32)}"
+        raise CheckpointError(f"{module.full('qweight')} has {rows} rows; {needed}")
     return n, k
 
 
@@ -124,18 +110,18 @@ def _fields(words: Tensor, count: int, scheme: Scheme) -> Tensor:
     """Codes (or zero points) of words that run along the last axis, as uint8."""
     if scheme.planar:
         return from_planes(words, scheme.bits, count)
-    return unpack(layers.to_stream(words, scheme.bits, count), scheme.bits, count)
+    return unpack(to_stream(words, scheme.bits, count), scheme.bits, count)
 
 
 def _words(fields: Tensor, scheme: Scheme) -> Tensor:
     """Invert `_fields`."""
-    return to_planes(fields, scheme.bits) if scheme.planar else layers.to_words(pack(fields, scheme.bits))
+    return to_planes(fields, scheme.bits) if scheme.planar else to_words(pack(fields, scheme.bits))
 
 
 def _codes(qweight: Tensor, k: int, perm: Tensor | None, scheme: Scheme) -> Tensor:
     """Canonical codes; where words are filled and nothing is permuted they are those of the file."""
     if k * scheme.bits % 32 == 0 and perm is None and not scheme.planar:
-        return layers.to_stream(qweight.t(), scheme.bits, k)
+        return to_stream(qweight.t(), scheme.bits, k)
     codes = _fields(qweight.t(), k, scheme)
     if not torch.equal(_words(codes, scheme), qweight.t()):
         raise CheckpointError(f"qweight has bits set beyond the {k} columns of the weight")
@@ -145,10 +131,10 @@ def _codes(qweight: Tensor, k: int, perm: Tensor | None, scheme: Scheme) -> Tens
 def _code_words(q: QuantTensor, scheme: Scheme) -> Tensor:
     """Invert `_codes`."""
     if q.perm is None and not scheme.planar:
-        return layers.in_order(layers.to_words(q.codes).t())
+        return in_order(to_words(q.codes).t())
     codes = unpack(q.codes, q.format.bits, q.shape[1])
     codes = codes if q.perm is None else codes[:, torch.argsort(q.perm.long())]
-    return layers.in_order(_words(codes, scheme).t())
+    return in_order(_words(codes, scheme).t())
 
 
 def _zeros(qzeros: Tensor, n: int, scheme: Scheme) -> Tensor:
@@ -179,22 +165,22 @@ def _numbers(q: QuantTensor, scheme: Scheme) -> dict[str, Tensor]:
     words = _words((zeros.t() - 1) & (2**bits - 1) if minus and bits not in _ONES else zeros.t(), scheme)
     if minus and bits in _ONES:
         words = words - _ONES[bits]
-    return {"qzeros": words, "scales": layers.in_order(q.scales.t()), "g_idx": g_idx}
+    return {"qzeros": words, "scales": in_order(q.scales.t()), "g_idx": g_idx}
 
 
-def _warn(module: str, q: QuantTensor, qzeros: Tensor, scheme: Scheme) -> None:
+def _warn(module: Module, q: QuantTensor, scheme: Scheme) -> None:
     """Report what is sound, but known of files that are not."""
     bits, top = scheme.bits, 2**scheme.bits - 1
     if not q.codes.any():
-        layers.LOG.warning("%s: all codes are 0, as where a release of GPTQModel lost them: expect wrong outputs", module)
+        LOG.warning("%s: all codes are 0, as where a release of GPTQModel lost them: expect wrong outputs", module.name)
     if scheme.exact or bits < 4 or q.zeros is None:
         return
-    stored, per_word = _fields(qzeros, q.shape[0], scheme), 32 // bits
+    stored, per_word = _fields(module.take("qzeros", torch.int32), q.shape[0], scheme), 32 // bits
     last = stored[:, per_word - 1 :: per_word] == top
     lost = int((last & (stored[:, per_word - 2 :: per_word][:, : last.shape[1]] == top)).sum())
     if lost:
         what = "%s: %d words of qzeros end in fields of %d, as where AutoGPTQ stored a zero point of 0 and lost those after it"
-        layers.LOG.warning(what, module, lost, top)
+        LOG.warning(what, module.name, lost, top)
 
 
 def _by_settings(q: QuantTensor, scheme: Scheme | None) -> dict[str, Tensor]:
@@ -208,7 +194,7 @@ def _by_settings(q: QuantTensor, scheme: Scheme | None) -> dict[str, Tensor]:
         raise UnsupportedError(other)
     _check_planes(*q.shape, scheme)
     made = {"qweight": _code_words(q, scheme), **_numbers(q, scheme)}
-    if held := layers.as_held(made, q, _REMADE, lambda held: _unpacked(held, scheme)):
+    if held := family.as_held(made, q, LAYOUT, lambda module: _unpacked(module, scheme)):
         return held
     if group != min(size, k):
         raise UnsupportedError(other)

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from qkernels.errors import CheckpointError, UnsupportedError
 from qkernels.formats import Int, QuantTensor
-from qkernels.io import layers
-from qkernels.io.planes import WIDTHS
+from qkernels.io.expressions import compiled
+from qkernels.io.gptq_planes import WIDTHS
 from qkernels.io.settings import Settings
 
 BITS = (2, 3, 4, 8)
@@ -105,12 +105,12 @@ def _rule(pattern: Any, stated: Any, base: Scheme) -> tuple[re.Pattern[str], Sch
     """An entry of `dynamic`: "-:<regex>" leaves modules out, "+:<regex>" or "<regex>" stores them otherwise."""
     where = f"the settings of GPTQ: dynamic: {pattern}"
     if pattern.startswith("-:"):
-        return layers.compiled(pattern[2:], where), None
+        return compiled(pattern[2:], where), None
     s = Settings(stated, where)
     scheme = _overridden(s, base)
     ignore_how(s)
     s.done()
-    return layers.compiled(pattern.removeprefix("+:"), where), scheme
+    return compiled(pattern.removeprefix("+:"), where), scheme
 
 
 def scheme_of_weight(q: QuantTensor) -> Scheme:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from qkernels.errors import CheckpointError
+from qkernels.formats.tensor import same_bits
 
 
 def of_flat_blocks(numbers: Tensor, n: int, k: int, block: int) -> tuple[Tensor, int]:
@@ -37,7 +38,7 @@ def to_flat_blocks(numbers: Tensor, n: int, k: int, group: int, block: int) -> T
     flat = numbers.reshape(-1)
     owner = torch.arange(flat.numel(), device=flat.device) * group // block
     blocks = flat[:: block // group] if block % group == 0 else flat
-    return blocks if torch.equal(blocks[owner].view(torch.uint8), flat.view(torch.uint8)) else None
+    return blocks if same_bits(blocks[owner], flat) else None
 
 
 def of_index(g_idx: Tensor, group_size: int, groups: int) -> tuple[Tensor | None, int, Tensor]:

@@ -22,9 +22,10 @@ from torch import Tensor
 
 from qkernels.errors import CheckpointError, UnsupportedError
 from qkernels.formats import QuantStack, QuantTensor
-from qkernels.io import floats
+from qkernels.io import checked, floats
 from qkernels.io.modules import Module, walk
 from qkernels.io.settings import Settings
+from qkernels.io.weights import Value
 
 MARKS = ("weight_scale", "weight_scale_2", "pre_quant_scale")
 LEAVES = ("weight", *MARKS)
@@ -32,7 +33,6 @@ BLOCK = [128, 128]
 _FP4 = ("NVFP4", "W4A16_NVFP4", "NVFP4_AWQ")
 _FP8 = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "FP8_BLOCK_SCALES", "MXFP8")
 _GROUPS = dict.fromkeys(_FP4, 16) | {"FP8_PB_WO": 128, "FP8_BLOCK_SCALES": 128, "MXFP8": 32}
-Value = QuantTensor | QuantStack | Tensor
 
 
 def read(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Iterator[tuple[str, Value]]:
@@ -59,10 +59,8 @@ def _weight(module: Module, algorithm: str) -> QuantTensor | QuantStack:
     name, scale = module.full("weight"), module.full("weight_scale")
     if algorithm in _FP4:
         scales = module.take("weight_scale", torch.float8_e4m3fn)
-        tensor_scale = module.take("weight_scale_2", torch.float32)
-        if tensor_scale.numel() != 1:
-            raise CheckpointError(f"{module.full('weight_scale_2')} is {list(tensor_scale.shape)}; it is one number")
-        return floats.fp4(name, module.take("weight", torch.uint8), scales, floats.NV_GROUP, tensor_scale=tensor_scale.reshape(1))
+        tensor_scale = checked.reshaped(module.full("weight_scale_2"), module.take("weight_scale_2", torch.float32), (1,))
+        return floats.fp4(name, module.take("weight", torch.uint8), scales, floats.NV_GROUP, tensor_scale=tensor_scale)
     weight = module.take("weight", torch.float8_e4m3fn)
     scales = module.take("weight_scale", *floats.SCALES, torch.uint8)
     if algorithm in ("FP8_PB_WO", "FP8_BLOCK_SCALES"):
@@ -86,9 +84,7 @@ def _parse(settings: Mapping[str, Any]) -> tuple[str, dict[str, str] | None, lis
     s = outer.inner("quantization") or outer
     algorithm = _algorithm(s, ("MIXED_PRECISION",))
     layers = s.take("quantized_layers", of=dict, default=None)
-    excluded = s.take("exclude_modules", "ignore", of=list, default=[])
-    if not all(isinstance(pattern, str) for pattern in excluded):
-        raise CheckpointError(f"{s.where}: exclude_modules is {excluded!r:.80}, no list of names")
+    excluded = s.names("exclude_modules", "ignore")
     if s.take("has_zero_point", of=bool, default=False):
         raise UnsupportedError(f"{s.where}: has_zero_point is True; floats are read without zero points")
     for name, group in s.take("config_groups", of=dict, default={}).items():

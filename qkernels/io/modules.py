@@ -1,17 +1,14 @@
-"""Tensors of a checkpoint by the module that they belong to, and what every reader checks of them."""
+"""Tensors of a checkpoint by the module that they belong to."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from qkernels.errors import CheckpointError, FormatError
-from qkernels.formats import QuantFormat, QuantTensor
-from qkernels.formats.format import Code, scale_type
+from qkernels.errors import CheckpointError
+from qkernels.io import checked
 
 # Last parts of names that are no model weights: they quantise activations and the cache. Readers yield them as plain tensors, as stored.
 ACTIVATION_LEAVES = frozenset(
@@ -21,101 +18,94 @@ ACTIVATION_LEAVES = frozenset(
 
 
 class Module:
-    """The tensors of one module by leaf ("weight_scale"), each read when it is taken; `done` raises for those that nobody took."""
+    """The tensors of one module by leaf ("weight_scale"), each read when it is taken; `done` raises for those that nobody took.
 
-    def __init__(self, tensors: Mapping[str, Tensor], name: str, leaves: Collection[str]) -> None:
-        self.name, self._tensors = name, tensors
-        self._left = {leaf for leaf in leaves if self.full(leaf) in tensors}
+    prefix   what comes before a leaf in the name of its tensor; a module's name and a dot, if nothing else is said
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], name: str, leaves: Iterable[str], prefix: str | None = None) -> None:
+        self.name, self._tensors, self._prefix = name, tensors, f"{name}." if prefix is None else prefix
+        self.leaves = [leaf for leaf in leaves if self.full(leaf) in tensors]
+        self._left = set(self.leaves)
+
+    @classmethod
+    def of(cls, name: str, held: Mapping[str, Tensor]) -> Module:
+        """A module of tensors that are there already, by leaf."""
+        return cls({f"{name}.{leaf}": t for leaf, t in held.items()}, name, held)
 
     def full(self, leaf: str) -> str:
-        return f"{self.name}.{leaf}" if self.name else leaf
+        return f"{self._prefix}{leaf}"
 
-    def find(self, leaf: str, *dtypes: torch.dtype) -> Tensor | None:
-        """The tensor, of one of `dtypes`, or None where there is none."""
-        if leaf not in self._left:
-            return None
+    def __contains__(self, leaf: str) -> bool:
+        return leaf in self.leaves
+
+    def take(self, leaf: str, *dtypes: torch.dtype, shape: Sequence[int] | None = None) -> Tensor:
+        """The tensor, of one of `dtypes` and of the shape (see `checked.fitting`)."""
+        if leaf not in self.leaves:
+            raise CheckpointError(f"{self.full(leaf)} is missing; {', '.join(sorted(self.leaves)) or 'nothing else'} is there")
         self._left.discard(leaf)
-        return of_dtype(self.full(leaf), self._tensors[self.full(leaf)], *dtypes)
+        return checked.tensor(self._tensors, self.full(leaf), dtypes, shape)
 
-    def take(self, leaf: str, *dtypes: torch.dtype) -> Tensor:
-        found = self.find(leaf, *dtypes)
-        if found is None:
-            raise CheckpointError(f"{self.full(leaf)} is missing; {', '.join(sorted(self._left)) or 'nothing else'} is there")
-        return found
+    def find(self, leaf: str, *dtypes: torch.dtype, shape: Sequence[int] | None = None) -> Tensor | None:
+        """The same, or None where there is none."""
+        return self.take(leaf, *dtypes, shape=shape) if leaf in self.leaves else None
+
+    def held(self) -> dict[str, Tensor]:
+        """All that is there, unchecked."""
+        return {leaf: self._tensors[self.full(leaf)] for leaf in self.leaves}
 
     def done(self) -> None:
         if self._left:
             raise CheckpointError(f"{self.full(min(self._left))} is there, which the settings of {self.name} leave no use for")
 
 
-def walk(tensors: Mapping[str, Tensor], marks: Collection[str], leaves: Collection[str]) -> Iterator[tuple[str, Module | Tensor]]:
-    """Go through names in order: ("<module>.weight", Module) once for each that has a leaf of `marks`, and plain tensors by their names."""
-    quantised = {name.rpartition(".")[0] for name in tensors if name.rpartition(".")[2] in marks}
-    seen = set()
-    for name in tensors:
+def walk(
+    tensors: Mapping[str, Tensor], marks: Collection[str], leaves: Sequence[str], beside: Collection[str] | None = None
+) -> Iterator[tuple[str, Module | Tensor]]:
+    """Go through a checkpoint in its order: ("<module>.weight", Module) once for each quantised one, and plain tensors by their names.
+
+    marks    leaves of which a quantised module has one
+    leaves   of a quantised module
+    beside   leaves that it may have besides, which are plain tensors; None: any
+    Raises   CheckpointError for a leaf beside them that may change what the numbers mean, and a module without a name
+    """
+    quantised = {module: leaf for module, _, leaf in (name.rpartition(".") for name in tensors) if leaf in marks}
+
+    def owner_of(name: str) -> str | None:
         module, _, leaf = name.rpartition(".")
-        if module not in quantised or leaf not in leaves:
-            yield name, dense(name, tensors[name])
-        elif module not in seen:
-            seen.add(module)
-            found = Module(tensors, module, leaves)
+        if module not in quantised:
+            return None
+        if not module:
+            raise CheckpointError(f"a tensor is called {quantised['']}, and not <module>.{quantised['']}: nothing says whose it is")
+        if leaf not in leaves and beside is not None and leaf not in beside:
+            known = ", ".join(dict.fromkeys((*leaves, *beside)))
+            raise CheckpointError(f"{name} lies beside {module}.{quantised[module]}; a quantised module has {known}")
+        return module if leaf in leaves else None
+
+    for name, quantised_here in by_owner(tensors, owner_of):
+        if quantised_here:
+            found = Module(tensors, name, leaves)
             yield found.full("weight"), found
+        else:
+            yield name, dense(name, tensors[name])
+
+
+def by_owner(names: Iterable[str], owner_of: Callable[[str], str | None]) -> Iterator[tuple[str, bool]]:
+    """Go through names in their order: (owner, True) where the first tensor of each owner comes, (name, False) for those of none."""
+    seen = set()
+    for name in names:
+        owner = owner_of(name)
+        if owner is None:
+            yield name, False
+        elif owner not in seen:
+            seen.add(owner)
+            yield owner, True
 
 
 def dense(name: str, tensor: Tensor) -> Tensor:
     """The tensor itself; CheckpointError for codes whose scale was not found: cast to a float, they would be off by that scale."""
-    integers = (
-        tensor.dtype in (torch.int8, torch.uint8) and tensor.dim() > 1 and not name.endswith("bias")
-    )  # a mask of GPT-2's is called so
+    # GPT-2's mask is called bias
+    integers = tensor.dtype in (torch.int8, torch.uint8) and not name.endswith("bias") and (tensor.dim() > 1 or name.endswith(".weight"))
     if integers or (tensor.is_floating_point() and tensor.dtype.itemsize == 1):
         raise CheckpointError(f"{name} is {tensor.dtype} {list(tensor.shape)}, codes of a quantised weight, and has no scale beside it")
     return tensor
-
-
-def of_dtype(name: str, tensor: Tensor, *dtypes: torch.dtype) -> Tensor:
-    if tensor.dtype not in dtypes:
-        raise CheckpointError(f"{name} is {tensor.dtype}, not {' or '.join(map(str, dtypes))}")
-    return tensor
-
-
-def assemble(
-    name: str,
-    code: Code,
-    shape: Sequence[int],
-    group: tuple[int, int],
-    codes: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None = None,
-    **more: Any,
-) -> QuantTensor:
-    """A QuantTensor of what a checkpoint gives; CheckpointError naming it for whatever does not fit together.
-
-    Shapes:
-        scales, zeros   [N / group_n, K / group_k] rounded up; extents of 1 may be left out or put in: [], [N], [N / 128, 1, K / 128, 1]
-    """
-    n, k = (int(extent) for extent in shape)
-    if n < 1 or k < 1:
-        raise CheckpointError(f"{name} is {n} x {k}; a weight is at least 1 x 1")
-    try:
-        format = QuantFormat(code, group, scale_type(scales.dtype), "none" if zeros is None else "int", "tensor_scale" in more)
-        scales = _per_group(f"the scales of {name}", scales, format, n, k)
-        zeros = None if zeros is None else _per_group(f"the zero points of {name}", zeros, format, n, k)
-        return QuantTensor(format, (n, k), codes, scales, zeros, **more)
-    except FormatError as error:
-        raise CheckpointError(f"{name}: {error}") from error
-
-
-def _per_group(what: str, numbers: Tensor, format: QuantFormat, n: int, k: int) -> Tensor:
-    expected = format.group_shape(n, k)
-    if [extent for extent in numbers.shape if extent != 1] != [extent for extent in expected if extent != 1]:
-        group = " x ".join("all" if extent == -1 else str(extent) for extent in format.group)
-        raise CheckpointError(f"{what} are {list(numbers.shape)}; {list(expected)} belong to {n} x {k} weights in groups of {group}")
-    return numbers.reshape(expected)
-
-
-def expression(pattern: str, where: str) -> re.Pattern[str]:
-    """Compile a regular expression of a checkpoint."""
-    try:
-        return re.compile(pattern)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise CheckpointError(f"{where} has the expression {pattern!r}, which is none: {error}") from error

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkernels.errors import CheckpointError, FormatError
+from qkernels.errors import CheckpointError
 from qkernels.formats import QuantFormat, QuantStack
-from qkernels.io import floats
-from qkernels.io.modules import dense, of_dtype
+from qkernels.io import checked, floats
+from qkernels.io.modules import dense
 from qkernels.io.settings import Settings
+from qkernels.io.weights import naming
 
 FORMAT = QuantFormat(floats.E2M1, (1, floats.MX_GROUP), "e8m0")
 
@@ -44,15 +45,9 @@ def read(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Iterator
 
 
 def _stack(name: str, blocks: Tensor, scales: Tensor) -> QuantStack:
-    of_dtype(f"{name}_blocks", blocks, torch.uint8)
-    of_dtype(f"{name}_scales", scales, torch.uint8)
-    if blocks.dim() != 4 or blocks.shape[3] != 16 or blocks.shape[:3] != scales.shape or 0 in blocks.shape:
-        raise CheckpointError(
-            f"{name}_blocks is {list(blocks.shape)} and {name}_scales {list(scales.shape)}; [E, N, K / 32, 16] and [E, N, K / 32] are read"
-        )
+    checked.fitting(f"{name}_blocks", blocks, (torch.uint8,), (-1, -1, -1, 16))
+    checked.fitting(f"{name}_scales", scales, (torch.uint8,), blocks.shape[:3])
     experts, n, groups, _ = blocks.shape
     held = {"codes": blocks.flatten(2), "scales": floats.exponents(scales)}
-    try:
+    with naming(name):
         return QuantStack(FORMAT, (experts, n, groups * floats.MX_GROUP), held)
-    except FormatError as error:
-        raise CheckpointError(f"{name}: {error}") from error

@@ -20,7 +20,7 @@ import torch
 
 from qkernels.errors import CheckpointError
 from qkernels.io import directory
-from qkernels.io.shards import WEIGHTS, Tensors
+from qkernels.io.shards import WEIGHTS, Tensors, read_json
 from qkernels.progress import track
 
 VERSION = 1
@@ -139,13 +139,9 @@ def read_manifest(source: Path) -> dict[str, Any]:
     path = source / MANIFEST
     if not path.is_file():
         raise CheckpointError(f"{source} is no directory that qkernels.save wrote: {MANIFEST} is missing")
-    try:
-        manifest = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is unreadable or no JSON: {error}") from error
-    if not isinstance(manifest, dict) or manifest.get("version") != VERSION:
-        version = manifest.get("version") if isinstance(manifest, dict) else None
-        raise CheckpointError(f"{path} has version {version!r}; this qkernels reads version {VERSION}")
+    manifest = read_json(path)
+    if manifest.get("version") != VERSION:
+        raise CheckpointError(f"{path} has version {manifest.get('version')!r}; this qkernels reads version {VERSION}")
     layers, digests, tied = manifest.get("layers"), manifest.get("sha256"), manifest.get("tied")
     if not isinstance(layers, dict) or not isinstance(digests, dict) or not isinstance(tied, dict):
         raise CheckpointError(f"{path} lacks its layers, ties or digests")

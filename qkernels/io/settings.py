@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qkernels.errors import CheckpointError
+from qkernels.io import checked
 
 _REQUIRED: Any = object()
 
@@ -49,6 +50,10 @@ class Settings:
         """An object within, to be read likewise; None where it is not there."""
         value = self.take(*names, of=dict, default=None)
         return None if value is None else Settings(value, f"{self.where}: {names[0]}")
+
+    def names(self, *names: str) -> list[str]:
+        """A list of strings; empty where it is not there."""
+        return checked.names(self.take(*names, of=list, default=[]), f"{self.where}: {names[0]}")
 
     def ignore(self, *names: str) -> None:
         """Leave out keys that change no number: how a checkpoint was made, or how some other program runs it."""

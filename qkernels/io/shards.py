@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qkernels.errors import CheckpointError
+from qkernels.io import checked
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MOST_JSON = 64 << 20  # bytes: an index of the largest models has 20 MB
@@ -82,16 +82,13 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Parse a JSON object from outside: CheckpointError for anything else, for one too large or nested too deeply."""
+    """Parse a file of a JSON object: CheckpointError for anything else. Infinity is read, which Python writes and some models state."""
     try:
-        if path.stat().st_size > MOST_JSON:
-            raise CheckpointError(f"{path} has {path.stat().st_size} bytes; {MOST_JSON} at most are read")
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is unreadable or no JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} is no JSON object")
-    return found
+        with path.open("rb") as file:
+            said = file.read(MOST_JSON + 1)
+    except OSError as error:
+        raise CheckpointError(f"{path} is unreadable: {error}") from error
+    return checked.json_object(said, str(path), MOST_JSON, finite=False)
 
 
 @contextmanager

@@ -24,12 +24,13 @@ import torch
 from torch import Tensor
 
 from qkernels.errors import CheckpointError, UnsupportedError
-from qkernels.formats import Float, Int, QuantFormat, QuantTensor
-from qkernels.formats.format import scale_type
+from qkernels.formats import Float, Int, QuantTensor
 from qkernels.formats.packing import pack
 from qkernels.io import checked
+from qkernels.io.modules import Module, by_owner
 from qkernels.io.settings import Settings
 from qkernels.io.shards import Tensors
+from qkernels.io.weights import assemble
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _FLOAT_CODES = {
@@ -44,29 +45,12 @@ _BYTES = (torch.uint8, torch.int8, torch.float4_e2m1fn_x2)
 _IGNORED = ("act_quant_scale", "act_quant_zero_point", "act_per_tensor_scale")
 
 
-class _Weight(NamedTuple):
-    """A weight's name, its attributes and its tensors by their full names."""
+class _Weight(Module):
+    """A weight's tensors, and its attributes."""
 
-    name: str
-    said: Settings
-    parts: Mapping[str, Tensor]
-
-    def part(self, leaf: str) -> str:
-        module, _, own = self.name.rpartition(".")
-        return f"{module}._{own}_{leaf}"
-
-    def has(self, leaf: str) -> bool:
-        return self.part(leaf) in self.parts
-
-    def take(self, leaf: str, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...] | None = None) -> Tensor:
-        return checked.tensor(self.parts, self.part(leaf), dtypes, shape)
-
-    def numbers(self, leaf: str, dtypes: tuple[torch.dtype, ...], shape: tuple[int, int]) -> Tensor:
-        """Of one number per group, [N groups, K groups]; torchao drops or adds axes of one."""
-        found = self.take(leaf, dtypes)
-        if found.numel() != shape[0] * shape[1]:
-            raise CheckpointError(f"{self.part(leaf)} is {list(found.shape)}; {list(shape)} is needed")
-        return found.reshape(shape)
+    def __init__(self, tensors: Mapping[str, Tensor], name: str, leaves: tuple[str, ...], prefix: str, said: Settings) -> None:
+        super().__init__(tensors, name, leaves, prefix)
+        self.said = said
 
 
 def read(tensors: Tensors, settings: Mapping[str, Any]) -> Iterator[tuple[str, QuantTensor | Tensor]]:
@@ -78,18 +62,12 @@ def read(tensors: Tensors, settings: Mapping[str, Any]) -> Iterator[tuple[str, Q
     _check_settings(settings)
     weights = _weights(tensors.metadata)
     owners = {f"{prefix}{leaf}": name for name, (prefix, kind) in weights.items() for leaf in _CLASSES[kind].leaves}
-    done: set[str] = set()
-    for name in tensors:
-        weight = owners.get(name)
-        if weight is None:
-            if name.rpartition(".")[2].startswith("_"):
-                raise CheckpointError(f"{name} belongs to no tensor that the metadata describes")
-            yield name, tensors[name]
-        elif weight not in done:
-            done.add(weight)
-            yield weight, _read_weight(weight, tensors, *weights[weight])
-    if missing := weights.keys() - done:
+    if missing := weights.keys() - {owners.get(name) for name in tensors}:
         raise CheckpointError(f"{min(missing)} is in the metadata, but has no tensors")
+    for name, quantised in by_owner(tensors, owners.get):
+        if not quantised and name.rpartition(".")[2].startswith("_"):
+            raise CheckpointError(f"{name} belongs to no tensor that the metadata describes")
+        yield name, _read_weight(name, tensors, *weights[name]) if quantised else tensors[name]
 
 
 def _check_settings(values: Mapping[str, Any]) -> None:
@@ -132,14 +110,13 @@ def _description(name: str, metadata: Mapping[str, str]) -> Settings:
 def _read_weight(name: str, tensors: Tensors, prefix: str, kind: str) -> QuantTensor:
     described = _description(name, tensors.metadata)
     described.ignore("_type")
-    parts = {part: tensors[part] for leaf in _CLASSES[kind].leaves if (part := f"{prefix}{leaf}") in tensors}
-    weight = _Weight(name, Settings(described.take("_data", of=dict), described.where), parts)
+    weight = _Weight(tensors, name, _CLASSES[kind].leaves, prefix, Settings(described.take("_data", of=dict), described.where))
     listed = described.take("_tensor_data_names", of=list, default=None)
     described.done()
-    if listed is not None and {weight.part(str(leaf)) for leaf in listed} != parts.keys():
-        raise CheckpointError(f"{name} has the tensors {sorted(parts)}, and {listed!r:.200} in the metadata")
-    if weight.has("act_pre_scale"):
-        raise UnsupportedError(f"{weight.part('act_pre_scale')}: a weight whose activations are scaled first is not read")
+    if listed is not None and set(map(str, listed)) != set(weight.leaves):
+        raise CheckpointError(f"{name} has the tensors {weight.leaves}, and {listed!r:.200} in the metadata")
+    if "act_pre_scale" in weight:
+        raise UnsupportedError(f"{weight.full('act_pre_scale')}: a weight whose activations are scaled first is not read")
     weight.said.ignore("dtype", "orig_dtype", "activation_dtype", "kernel_preference", "mm_config", "use_triton_kernel", "reduce_range")
     weight.said.ignore("act_quant_kwargs", "activation_quantization")
     q = _CLASSES[kind].read(weight)
@@ -157,9 +134,9 @@ def _dtype(said: Settings, name: str, choices: tuple[str, ...]) -> str:
 
 
 def _qdata(weight: _Weight, dtypes: tuple[torch.dtype, ...]) -> Tensor:
-    qdata = weight.take("qdata", dtypes)
+    qdata = weight.take("qdata", *dtypes)
     if qdata.dim() != 2:
-        raise UnsupportedError(f"{weight.part('qdata')} is {list(qdata.shape)}; weights of two dimensions are read")
+        raise UnsupportedError(f"{weight.full('qdata')} is {list(qdata.shape)}; weights of two dimensions are read")
     return qdata.contiguous()
 
 
@@ -183,53 +160,47 @@ def _read_intx(weight: _Weight) -> QuantTensor:
 def _integers(weight: _Weight, bits: int) -> QuantTensor:
     qdata = _qdata(weight, (torch.int8,))
     n, k = qdata.shape
-    group, shape = _group(weight, n, k, weight.said.take("block_size", of=list))
+    group, _ = _group(weight, n, k, weight.said.take("block_size", of=list))
     half = 2 ** (bits - 1)
     codes = qdata.view(torch.uint8) + half  # modulo 256
     if (wrong := codes.int() >= 2 * half).any():
-        raise CheckpointError(f"{weight.part('qdata')} holds {qdata[wrong][0].item()}, beyond int{bits}")
-    scales = weight.numbers("scale", _FLOATS, shape).contiguous()
-    zeros = weight.numbers("zero_point", (torch.int8, torch.int32, torch.int64, *_FLOATS), shape) if weight.has("zero_point") else None
+        raise CheckpointError(f"{weight.full('qdata')} holds {qdata[wrong][0].item()}, beyond int{bits}")
+    scales, zeros = weight.take("scale", *_FLOATS), weight.find("zero_point", torch.int8, torch.int32, torch.int64, *_FLOATS)
     packed = pack(codes, bits)
     if zeros is None or not zeros.any():
-        return QuantTensor(QuantFormat(Int(bits, half), group, scale_type(scales.dtype)), (n, k), packed, scales)
+        return assemble(weight.name, Int(bits, half), (n, k), group, packed, scales)
     shifted = zeros.double() + half
     if torch.equal(shifted, shifted.round().clamp(0, 255)):
-        format = QuantFormat(Int(bits), group, scale_type(scales.dtype), "int")
-        return QuantTensor(format, (n, k), packed, scales, shifted.to(torch.uint8))
+        return assemble(weight.name, Int(bits), (n, k), group, packed, scales, shifted.to(torch.uint8))
     if not torch.equal(zeros.to(scales.dtype).double(), zeros.double()):
-        raise UnsupportedError(f"{weight.part('zero_point')} has numbers that {scales.dtype}, the type of the scales, does not hold")
-    format = QuantFormat(Int(bits, half), group, scale_type(scales.dtype), "float")
-    return QuantTensor(format, (n, k), packed, scales, zeros.to(scales.dtype).contiguous())
+        raise UnsupportedError(f"{weight.full('zero_point')} has numbers that {scales.dtype}, the type of the scales, does not hold")
+    return assemble(weight.name, Int(bits, half), (n, k), group, packed, scales, zeros.to(scales.dtype), "float")
 
 
 def _read_int4(weight: _Weight) -> QuantTensor:
     qdata = _qdata(weight, (torch.uint8, torch.int8))
     n, k = qdata.shape[0], 2 * qdata.shape[1]
     if (stated := checked.extents(weight.said.take("shape", of=list), 2, f"{weight.said.where}: shape")) != (n, k):
-        raise CheckpointError(f"{weight.said.where}: shape is {list(stated)}, but {weight.part('qdata')} holds {n} x {k} codes")
+        raise CheckpointError(f"{weight.said.where}: shape is {list(stated)}, but {weight.full('qdata')} holds {n} x {k} codes")
     group, (rows, groups) = _group(weight, n, k, weight.said.take("block_size", of=list))
     if rows != n:
         raise CheckpointError(f"{weight.said.where}: block_size has {n // rows} rows; an Int4Tensor has 1")
-    scales = weight.take("scale", _FLOATS, (groups, n)).T.contiguous()
-    minima = weight.take("zero_point", (scales.dtype,), (groups, n)).T.contiguous()
+    scales = weight.take("scale", *_FLOATS, shape=(groups, n)).T
+    minima = weight.take("zero_point", scales.dtype, shape=(groups, n)).T
     # a signed nibble with its highest bit turned over is code - 8
     codes = qdata.view(torch.uint8) ^ 0x88
-    if not minima.any():
-        return QuantTensor(QuantFormat(Int(4, 8), group, scale_type(scales.dtype)), (n, k), codes, scales)
-    return QuantTensor(QuantFormat(Int(4, 8), group, scale_type(scales.dtype), "min"), (n, k), codes, scales, minima)
+    return assemble(weight.name, Int(4, 8), (n, k), group, codes, scales, minima if minima.any() else None, "min")
 
 
 def _read_float8(weight: _Weight) -> QuantTensor:
     qdata = _qdata(weight, (torch.float8_e4m3fn, torch.float8_e5m2))
     n, k = qdata.shape
-    block = weight.said.take("block_size", of=list, default=None)
+    scales, block = weight.take("scale", *_FLOATS), weight.said.take("block_size", of=list, default=None)
     if block is None:  # older ones do not say it
-        block = {1: [n, k], n: [1, k]}.get(weight.take("scale", _FLOATS).numel(), [])
-    group, shape = _group(weight, n, k, block)
-    scales = weight.numbers("scale", _FLOATS, shape).contiguous()
-    format = QuantFormat(_FLOAT_CODES[str(qdata.dtype).removeprefix("torch.")], group, scale_type(scales.dtype))
-    return QuantTensor(format, (n, k), qdata.view(torch.uint8), scales)
+        block = {1: [n, k], n: [1, k]}.get(scales.numel(), [])
+    group, _ = _group(weight, n, k, block)
+    code = _FLOAT_CODES[str(qdata.dtype).removeprefix("torch.")]
+    return assemble(weight.name, code, (n, k), group, qdata.view(torch.uint8), scales)
 
 
 def _read_nvfp4(weight: _Weight) -> QuantTensor:
@@ -237,9 +208,10 @@ def _read_nvfp4(weight: _Weight) -> QuantTensor:
     n, k = qdata.shape[0], 2 * qdata.shape[1]
     weight.said.take("block_size", of=int, choices=(16,))
     scales = _micro_scales(weight, torch.float8_e4m3fn, n, k, 16)
-    tensor_scale = weight.numbers("per_tensor_scale", (torch.float32,), (1, 1)).reshape(1) if weight.has("per_tensor_scale") else None
-    format = QuantFormat(Float(2, 1), (1, 16), "e4m3", tensor_scale=tensor_scale is not None)
-    return QuantTensor(format, (n, k), qdata.view(torch.uint8), scales, tensor_scale=tensor_scale)
+    tensor_scale = weight.find("per_tensor_scale", torch.float32)
+    if tensor_scale is not None:
+        tensor_scale = checked.reshaped(weight.full("per_tensor_scale"), tensor_scale, (1,))
+    return assemble(weight.name, Float(2, 1), (n, k), (1, 16), qdata.view(torch.uint8), scales, tensor_scale=tensor_scale)
 
 
 def _read_mx(weight: _Weight) -> QuantTensor:
@@ -250,10 +222,10 @@ def _read_mx(weight: _Weight) -> QuantTensor:
     block = weight.said.take("block_size", of=int, choices=(16, 32, 64, 128))
     if code.bits == 6:  # one in a byte
         if int(codes.max()) >= 64:
-            raise CheckpointError(f"{weight.part('qdata')} holds the code {int(codes.max())}, beyond 6 bits")
+            raise CheckpointError(f"{weight.full('qdata')} holds the code {int(codes.max())}, beyond 6 bits")
         codes = pack(codes, 6)
     scales = _micro_scales(weight, torch.float8_e8m0fnu, n, k, block)
-    return QuantTensor(QuantFormat(code, (1, block), "e8m0"), (n, k), codes, scales)
+    return assemble(weight.name, code, (n, k), (1, block), codes, scales)
 
 
 def _micro_scales(weight: _Weight, dtype: torch.dtype, n: int, k: int, block: int) -> Tensor:
@@ -262,9 +234,12 @@ def _micro_scales(weight: _Weight, dtype: torch.dtype, n: int, k: int, block: in
         raise CheckpointError(f"{weight.name} has K = {k}, no multiple of its blocks of {block}")
     columns = k // block
     if not weight.said.take("is_swizzled_scales", of=bool, default=False):
-        return weight.numbers("scale", (dtype,), (n, columns)).contiguous()
+        return weight.take("scale", dtype)
     tiles_n, tiles_k = -(-n // 128), -(-columns // 4)
-    tiles = weight.numbers("scale", (dtype,), (tiles_n * tiles_k, 512)).view(torch.uint8).view(tiles_n, tiles_k, 32, 4, 4)
+    stored = weight.take("scale", dtype)
+    if stored.numel() != tiles_n * tiles_k * 512:
+        raise CheckpointError(f"{weight.full('scale')} is {list(stored.shape)}, not {[tiles_n * tiles_k, 512]}")
+    tiles = stored.view(torch.uint8).view(tiles_n, tiles_k, 32, 4, 4)
     rows = tiles.permute(0, 3, 2, 1, 4).reshape(tiles_n * 128, tiles_k * 4)
     return rows[:n, :columns].contiguous().view(dtype)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qkernels.formats import Codebook, Float, Int, QuantFormat, QuantTensor
 from qkernels.formats.format import SCALE_DTYPES, Code
-from qkernels.formats.packing import pack, unpack
+from qkernels.formats.packing import in_order, pack, unpack
 from qkernels.kernels.cpu import memory
 from qkernels.kernels.registry import Problem
 
@@ -137,7 +137,7 @@ def _canonical_rows(packed: Tensor, format: QuantFormat, n: int, k: int, lanes: 
     panels = _panels(packed.view(_BYTES[packed.element_size()]).view(-(-n // PANEL), -1, lanes))
     rows = panels.transpose(1, 2).reshape(-1, panels.shape[1])
     step = group_n if lanes == PANEL else max(1, group_n // PANEL) if group_n % PANEL == 0 else rows.shape[0]
-    return rows[: n if lanes == PANEL else None : step].clone(memory_format=torch.contiguous_format).view(packed.dtype)
+    return in_order(rows[: n if lanes == PANEL else None : step]).view(packed.dtype)
 
 
 _BYTES = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # indexing and padding work for these, not for every 8-bit float

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qkernels.formats.packing import pack, unpack
-from qkernels.io.layers import in_order
+from qkernels.formats.packing import in_order, pack, unpack
+from qkernels.io.words import octets
 
 WIDTHS = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}  # bits -> planes, from the low bits on
 _RUN = 32  # codes whose planes lie together
@@ -24,7 +24,7 @@ def from_planes(words: Tensor, bits: int, count: int) -> Tensor:
         words      [..., B * bits]    int32
         returns    [..., count]       uint8, count <= 32 B
     """
-    planes = in_order(words).view(torch.uint8).unflatten(-1, (-1, bits * _RUN // 8)).split([w * _RUN // 8 for w in WIDTHS[bits]], -1)
+    planes = octets(words).unflatten(-1, (-1, bits * _RUN // 8)).split([w * _RUN // 8 for w in WIDTHS[bits]], -1)
     codes, unit = torch.zeros((), dtype=torch.uint8), 1
     for width, plane in zip(WIDTHS[bits], planes):
         codes, unit = codes + unpack(plane, width, _RUN) * unit, unit * 2**width
