@@ -130,7 +130,7 @@ def described(case, changes):
 DESCRIBED = [
     ("int8_PerRow", {"block_size": [0, 48]}, r"block_size is \[0, 48\], not 2 positive integers"),
     ("int8_PerRow", {"block_size": [1, 47]}, r"block_size is \[1, 47\], which does not divide 5 x 48"),
-    ("int8_PerRow", {"block_size": [1, 24]}, r"int8_PerRow.weight: the tensor of scales .* is \[5, 1\], not \[5, 2\]"),
+    ("int8_PerRow", {"block_size": [1, 24]}, r"_weight_scale is \[5, 1\], not \[5, 2\]"),
     ("int8_PerRow", {"block_size": [1, 2, 3]}, "not 2 positive integers"),
     ("int8_PerRow", {"block_size": "1x48"}, "block_size is '1x48', not list"),
     ("int8_PerRow", {"bias": 3}, "bias = 3, which is unknown"),
@@ -142,7 +142,7 @@ DESCRIBED = [
     ("int4_minima", {"block_size": [1, 8]}, r"_weight_scale is \[2, 3\], not \[4, 3\]"),
     ("nvfp4", {"block_size": 32}, "block_size is 32; 16 are read"),
     ("nvfp4", {"is_swizzled_scales": True}, r"_weight_scale is \[6, 3\], not \[1, 512\]"),
-    ("nvfp4_swizzled", {"is_swizzled_scales": False}, r"is \[64, 32\], not \[130, 5\]"),
+    ("nvfp4_swizzled", {"is_swizzled_scales": False}, r"_weight_scale is \[64, 32\], not \[130, 5\]"),
     ("mx_e4m3", {"elem_dtype": {"_type": "torch.dtype", "_data": "float8_e5m2"}}, "qdata is torch.float8_e4m3fn, not torch.float8_e5m2"),
     ("mx_e4m3", {"elem_dtype": "fp7"}, "elem_dtype is 'fp7'"),
     ("mx_e4m3", {"block_size": 128}, "has K = 64, no multiple of its blocks of 128"),

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -100,8 +101,9 @@ def _read_layer(module: Module) -> QuantTensor | Tensor:
     layer = _layer(module)
     codes = _codes(module, layer)
     rows, columns = layer.matrix
-    shape = None if layer.one else (rows, 1) if layer.axis == 1 else (1, columns)
-    scale, zero = (module.take(leaf, *_FLOATS, shape=shape) for leaf in ("scale", "zero"))
+    shape = (rows, 1) if layer.axis == 1 else (1, columns)
+    take = partial(module.numbers, shape=(1, 1)) if layer.one else partial(module.take, shape=shape)
+    scale, zero = (take(leaf, *_FLOATS) for leaf in ("scale", "zero"))
     if scale.dtype != zero.dtype:
         raise UnsupportedError(f"{module.full('scale')} is {scale.dtype}, its zero {zero.dtype}; they have one type in what is read")
     n, k = layer.n, layer.k

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from qkernels.errors import CheckpointError, UnsupportedError
 from qkernels.formats import QuantStack, QuantTensor
-from qkernels.io import checked, floats
+from qkernels.io import floats
 from qkernels.io.modules import Module, walk
 from qkernels.io.settings import Settings
 from qkernels.io.weights import Value
@@ -59,7 +59,7 @@ def _weight(module: Module, algorithm: str) -> QuantTensor | QuantStack:
     name, scale = module.full("weight"), module.full("weight_scale")
     if algorithm in _FP4:
         scales = module.take("weight_scale", torch.float8_e4m3fn)
-        tensor_scale = checked.reshaped(module.full("weight_scale_2"), module.take("weight_scale_2", torch.float32), (1,))
+        tensor_scale = module.numbers("weight_scale_2", torch.float32, shape=(1,))
         return floats.fp4(name, module.take("weight", torch.uint8), scales, floats.NV_GROUP, tensor_scale=tensor_scale)
     weight = module.take("weight", torch.float8_e4m3fn)
     scales = module.take("weight_scale", *floats.SCALES, torch.uint8)

@@ -50,6 +50,10 @@ class Module:
         """The same, or None where there is none."""
         return self.take(leaf, *dtypes, shape=shape) if leaf in self.leaves else None
 
+    def numbers(self, leaf: str, *dtypes: torch.dtype, shape: Sequence[int]) -> Tensor:
+        """The same, of this shape whether extents of 1 are there or not: [] or [1, 1] as [1]."""
+        return checked.reshaped(self.full(leaf), self.take(leaf, *dtypes), shape)
+
     def held(self) -> dict[str, Tensor]:
         """All that is there, unchecked."""
         return {leaf: self._tensors[self.full(leaf)] for leaf in self.leaves}

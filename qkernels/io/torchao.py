@@ -27,7 +27,7 @@ from qkernels.errors import CheckpointError, UnsupportedError
 from qkernels.formats import Float, Int, QuantTensor
 from qkernels.formats.packing import pack
 from qkernels.io import checked
-from qkernels.io.modules import Module, by_owner
+from qkernels.io.modules import Module, by_owner, dense
 from qkernels.io.settings import Settings
 from qkernels.io.shards import Tensors
 from qkernels.io.weights import assemble
@@ -67,7 +67,7 @@ def read(tensors: Tensors, settings: Mapping[str, Any]) -> Iterator[tuple[str, Q
     for name, quantised in by_owner(tensors, owners.get):
         if not quantised and name.rpartition(".")[2].startswith("_"):
             raise CheckpointError(f"{name} belongs to no tensor that the metadata describes")
-        yield name, _read_weight(name, tensors, *weights[name]) if quantised else tensors[name]
+        yield name, _read_weight(name, tensors, *weights[name]) if quantised else dense(name, tensors[name])
 
 
 def _check_settings(values: Mapping[str, Any]) -> None:
@@ -160,12 +160,14 @@ def _read_intx(weight: _Weight) -> QuantTensor:
 def _integers(weight: _Weight, bits: int) -> QuantTensor:
     qdata = _qdata(weight, (torch.int8,))
     n, k = qdata.shape
-    group, _ = _group(weight, n, k, weight.said.take("block_size", of=list))
+    group, shape = _group(weight, n, k, weight.said.take("block_size", of=list))
     half = 2 ** (bits - 1)
     codes = qdata.view(torch.uint8) + half  # modulo 256
     if (wrong := codes.int() >= 2 * half).any():
         raise CheckpointError(f"{weight.full('qdata')} holds {qdata[wrong][0].item()}, beyond int{bits}")
-    scales, zeros = weight.take("scale", *_FLOATS), weight.find("zero_point", torch.int8, torch.int32, torch.int64, *_FLOATS)
+    scales, zeros = weight.numbers("scale", *_FLOATS, shape=shape), None
+    if "zero_point" in weight:
+        zeros = weight.numbers("zero_point", torch.int8, torch.int32, torch.int64, *_FLOATS, shape=shape)
     packed = pack(codes, bits)
     if zeros is None or not zeros.any():
         return assemble(weight.name, Int(bits, half), (n, k), group, packed, scales)
@@ -195,10 +197,11 @@ def _read_int4(weight: _Weight) -> QuantTensor:
 def _read_float8(weight: _Weight) -> QuantTensor:
     qdata = _qdata(weight, (torch.float8_e4m3fn, torch.float8_e5m2))
     n, k = qdata.shape
-    scales, block = weight.take("scale", *_FLOATS), weight.said.take("block_size", of=list, default=None)
+    block = weight.said.take("block_size", of=list, default=None)
     if block is None:  # older ones do not say it
-        block = {1: [n, k], n: [1, k]}.get(scales.numel(), [])
-    group, _ = _group(weight, n, k, block)
+        block = {1: [n, k], n: [1, k]}.get(weight.take("scale", *_FLOATS).numel(), [])
+    group, shape = _group(weight, n, k, block)
+    scales = weight.numbers("scale", *_FLOATS, shape=shape)
     code = _FLOAT_CODES[str(qdata.dtype).removeprefix("torch.")]
     return assemble(weight.name, code, (n, k), group, qdata.view(torch.uint8), scales)
 
@@ -208,9 +211,7 @@ def _read_nvfp4(weight: _Weight) -> QuantTensor:
     n, k = qdata.shape[0], 2 * qdata.shape[1]
     weight.said.take("block_size", of=int, choices=(16,))
     scales = _micro_scales(weight, torch.float8_e4m3fn, n, k, 16)
-    tensor_scale = weight.find("per_tensor_scale", torch.float32)
-    if tensor_scale is not None:
-        tensor_scale = checked.reshaped(weight.full("per_tensor_scale"), tensor_scale, (1,))
+    tensor_scale = weight.numbers("per_tensor_scale", torch.float32, shape=(1,)) if "per_tensor_scale" in weight else None
     return assemble(weight.name, Float(2, 1), (n, k), (1, 16), qdata.view(torch.uint8), scales, tensor_scale=tensor_scale)
 
 
@@ -234,7 +235,7 @@ def _micro_scales(weight: _Weight, dtype: torch.dtype, n: int, k: int, block: in
         raise CheckpointError(f"{weight.name} has K = {k}, no multiple of its blocks of {block}")
     columns = k // block
     if not weight.said.take("is_swizzled_scales", of=bool, default=False):
-        return weight.take("scale", dtype)
+        return weight.numbers("scale", dtype, shape=(n, columns))
     tiles_n, tiles_k = -(-n // 128), -(-columns // 4)
     stored = weight.take("scale", dtype)
     if stored.numel() != tiles_n * tiles_k * 512:
