@@ -94,19 +94,25 @@ before = set(sys.modules)
 import qkernels
 print(qkernels.kernels.cpu.library.level(), qkernels.QuantLinear(8, 8)(torch.ones(1, 8)).shape == (1, 8))
 print(*{name.split(".")[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names))
+print(*{name.removeprefix("qkernels.io.") for name in sys.modules if name.startswith("qkernels.io.")})
 """
+IO = (ROOT / "qkernels" / "io").glob("*.py")
+READERS = {path.stem for path in IO if path.stem == "gguf" or "\ndef read(tensors: " in path.read_text()}
+    path.stem for path in (ROOT / "qkernels" / "io").glob("*.py") if "\ndef read(tensors: " in path.read_text() or path.stem == "gguf"
+}
 
 
 @pytest.mark.parametrize("compiled", [True, False])
 def test_import_is_light(compiled, tmp_path):
-    """Beyond torch (and what that imports) safetensors alone; also where the library is missing, and then it works as well."""
+    """Beyond torch (and what that imports) safetensors alone, and no reader of a checkpoint; where the library is missing, it works too."""
     if compiled and library.why_missing():
         pytest.skip(library.why_missing())
     shutil.copytree(ROOT / "qkernels", tmp_path / "qkernels", ignore=shutil.ignore_patterns("__pycache__", "" if compiled else "_C*"))
     run = subprocess.run([sys.executable, "-c", LIGHT], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=120)
-    works, loaded = run.stdout.splitlines()
+    works, loaded, of_io = run.stdout.splitlines()
     assert works == f"{library.level() if compiled else 'none'} True"
     assert set(loaded.split()) == {"qkernels", "safetensors"}
+    assert len(READERS) == 11 and "checkpoint" in of_io.split() and not READERS & set(of_io.split())
 
 
 # -- instructions: a level's may be met nowhere else, as all other code runs before the CPU has been asked what it has -------------
