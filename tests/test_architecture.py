@@ -98,8 +98,6 @@ print(*{name.removeprefix("qkernels.io.") for name in sys.modules if name.starts
 """
 IO = (ROOT / "qkernels" / "io").glob("*.py")
 READERS = {path.stem for path in IO if path.stem == "gguf" or "\ndef read(tensors: " in path.read_text()}
-    path.stem for path in (ROOT / "qkernels" / "io").glob("*.py") if "\ndef read(tensors: " in path.read_text() or path.stem == "gguf"
-}
 
 
 @pytest.mark.parametrize("compiled", [True, False])

@@ -1,14 +1,13 @@
 """AutoRound checkpoints: its own packings and values, and which reader each packing_format goes to."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from cases import equal_values
-from safetensors.torch import save_file
-from words import equal_tensors, gptq, numbers, words
+from checkpoints import equal_tensors, saved
+from words import gptq, numbers, words
 
 from qkernels import formats, io, reference
 from qkernels.errors import CheckpointError, UnsupportedError
@@ -51,9 +50,7 @@ def test_extra_config(tmp_path):
     extra = {".*gate.*": {"bits": 8}, "a.1.q": {"bits": 2, "group_size": 32}, r"a\.[12]\.q": {"bits": 3}}
     extra["lm_head"] = {"bits": 16, "data_type": "float"}
     stated = {**STATED, "extra_config": extra, "iters": 200, "autoround_version": "0.13.0", "block_name_to_quantize": "a"}
-    save_file(held | plain, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": stated}))
-    items = dict(io.read(tmp_path))
+    items = dict(io.read(saved(tmp_path, held | plain, stated)))
     for name, weight in expected.items():
         equal_values(reference.decode(items.pop(name)), weight)
     equal_tensors(items, plain)

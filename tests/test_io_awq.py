@@ -1,16 +1,16 @@
 """AWQ checkpoints: AutoAWQ's own packings and values, a few from the description (words.py), and files that are wrong."""
 
-import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from cases import equal_values, random_quant
-from safetensors.torch import save_file
-from words import equal_tensors, gptq, numbers, words
+from checkpoints import copied, equal_tensors, replaced, saved, written
+from words import gptq, numbers, words
 
-from qkernels import formats, io, reference
+from qkernels import formats, reference
 from qkernels.errors import CheckpointError, UnsupportedError
 from qkernels.formats import Int, QuantStack
 from qkernels.io import awq as layout
@@ -33,9 +33,7 @@ def read(tensors, **stated):
     return dict(layout.read(tensors, {**STATED, **stated}))
 
 
-def write(items, stated=None):
-    tensors = {}
-    return tensors, layout.write(items.items(), stated, lambda name, t: tensors.update({name: t}))
+write = partial(written, layout)
 
 
 @pytest.mark.parametrize(("version", "case"), CASES)
@@ -59,18 +57,10 @@ def test_golden_directory(version, tmp_path):
     """A checkpoint as AutoAWQ writes it, its version in capitals; written again it is the same, file for file."""
     held, stated, dense = golden(version, next(case for v, case in CASES if v == version))
     plain = {"m.fc.bias": torch.rand(len(dense)).half(), "m.act.scales": torch.rand(8), "lm_head.weight": torch.rand(9, 8)}
-    source = tmp_path / "source"
-    source.mkdir()
-    save_file(held | plain, source / "model.safetensors", {"format": "pt"})
     stated = {**stated, "version": version.upper(), "modules_to_not_convert": ["lm_head"]}
-    (source / "config.json").write_text(json.dumps({"quantization_config": stated}, indent=2) + "\n")
-    info = io.detect(source)
-    items = dict(io.read(info))
+    items = copied(saved(tmp_path / "source", held | plain, stated), tmp_path / "copy")
     equal_values(reference.decode(items.pop("m.fc.weight")).half(), dense)
     equal_tensors(items, plain)
-    io.write(io.read(info), tmp_path / "copy", "awq", settings=info.settings, config=info.config)
-    for file in source.iterdir():
-        assert (tmp_path / "copy" / file.name).read_bytes() == file.read_bytes()
 
 
 def test_names_of_versions():
@@ -151,8 +141,7 @@ WRONG = {
 
 
 def changed(**leaves):
-    held = gemm(*numbers(24, 64, 4, 2)) | {f"m.fc.{leaf}": t for leaf, t in leaves.items()}
-    return {name: t for name, t in held.items() if t is not None}
+    return replaced(gemm(*numbers(24, 64, 4, 2)), {f"m.fc.{leaf}": t for leaf, t in leaves.items()})
 
 
 @pytest.mark.parametrize("case", WRONG)

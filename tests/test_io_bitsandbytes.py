@@ -3,23 +3,23 @@
 import json
 import logging
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
 from cases import equal_values, random_quant
-from safetensors.torch import load_file, save_file
+from checkpoints import copied, equal_tensors, golden_cases, replaced, saved, written
 
-import qkernels
 from qkernels import formats, reference
 from qkernels.errors import CheckpointError, UnsupportedError
 from qkernels.formats import Block, Int, QuantFormat, QuantTensor
 from qkernels.io import bitsandbytes
 
-GOLDEN = load_file(Path(__file__).parent / "golden" / "bitsandbytes.safetensors")
-FOUR_BITS = sorted({name.split("/")[0] for name in GOLDEN} - {"int8"})
+GOLDEN = golden_cases("bitsandbytes.safetensors")
+FOUR_BITS = sorted(GOLDEN.keys() - {"int8"})
 CASES = [*FOUR_BITS, "int8"]
 STATE = "X.weight.quant_state.bitsandbytes__nf4"
+write = partial(written, bitsandbytes)
 CONFIG = {
     "_load_in_4bit": True,
     "_load_in_8bit": False,
@@ -39,28 +39,13 @@ CONFIG = {
 
 def golden(case):
     """The tensors of a layer, its values, and the scales of its blocks."""
-    held = {name.removeprefix(f"{case}/"): t for name, t in GOLDEN.items() if name.startswith(f"{case}/")}
+    held = dict(GOLDEN[case])
     values, absmax = held.pop("values"), held.pop("absmax", None)
     return held, values, held.get("X.weight.absmax") if absmax is None else absmax
 
 
 def read(tensors, settings=CONFIG):
     return dict(bitsandbytes.read(tensors, settings))
-
-
-def written(items, settings=None):
-    """The tensors and settings that are written."""
-    held = {}
-    return held, bitsandbytes.write(items.items(), settings, held.__setitem__)
-
-
-def same(a, b):
-    assert a.keys() == b.keys()
-    for name, t in a.items():
-        assert (t.dtype, t.shape) == (b[name].dtype, b[name].shape), name
-        assert (
-            t.numpy(force=True).tobytes() == b[name].numpy(force=True).tobytes() if t.dtype != torch.bfloat16 else torch.equal(t, b[name])
-        )
 
 
 def by_bitsandbytes(tensors):
@@ -100,16 +85,10 @@ def test_values_of_int8():
 @pytest.mark.parametrize("case", CASES)
 def test_byte_for_byte(case, tmp_path):
     tensors, _, _ = golden(case)
-    again, settings = written(read(tensors), CONFIG)
-    same(again, tensors)
+    again, settings = write(read(tensors), CONFIG)
+    equal_tensors(again, tensors)
     assert settings is CONFIG
-    (tmp_path / "a").mkdir()
-    save_file(tensors, tmp_path / "a" / "model.safetensors", {"format": "pt"})
-    (tmp_path / "a" / "config.json").write_text(json.dumps({"model_type": "x", "quantization_config": CONFIG}))
-    info = qkernels.io.detect(tmp_path / "a")
-    qkernels.io.write(qkernels.io.read(info), tmp_path / "b", "bitsandbytes", settings=info.settings, config=info.config)
-    same(load_file(tmp_path / "b" / "model.safetensors"), tensors)
-    assert json.loads((tmp_path / "b" / "config.json").read_text()) == info.config
+    copied(saved(tmp_path / "a", tensors, config={"model_type": "x", "quantization_config": CONFIG}), tmp_path / "b")
 
 
 @pytest.mark.parametrize("case", FOUR_BITS)
@@ -117,7 +96,7 @@ def test_other_numbers_are_written_anew(case):
     """What the reader kept is of no use once the scales are others; the tensors are then not nested."""
     q = read(golden(case)[0])["X.weight"]
     q = replace(q, scales=q.scales * 2)
-    tensors, settings = written({"X.weight": q})
+    tensors, settings = write({"X.weight": q})
     equal_values(by_bitsandbytes(tensors), reference.decode(q))
     assert settings["load_in_4bit"] and settings["bnb_4bit_quant_type"] == q.format.code.name
     equal_values(reference.decode(read(tensors, settings)["X.weight"]), reference.decode(q))
@@ -127,18 +106,18 @@ def test_other_numbers_are_written_anew(case):
 @pytest.mark.parametrize("name", ["nf4", "fp4", "nf4_g-1_sf16", "nf4_g128_sbf16", "fp4_g32x2_sf32"])
 def test_weights_from_elsewhere(name, shape):
     q = random_quant(formats.get(name), *shape)
-    tensors, settings = written({"X.weight": q})
+    tensors, settings = write({"X.weight": q})
     equal_values(by_bitsandbytes(tensors), reference.decode(q))
     again = read(tensors, settings)["X.weight"]
     equal_values(reference.decode(again), reference.decode(q))
-    same(written({"X.weight": again})[0], tensors)
+    equal_tensors(write({"X.weight": again})[0], tensors)
 
 
 def test_loaded_by_its_layer():
     """Linear4bit takes the tensors that we write and multiplies by their values."""
     nn = pytest.importorskip("bitsandbytes.nn")
     q = random_quant(formats.get("nf4"), 24, 128)
-    tensors, _ = written({"X.weight": q})
+    tensors, _ = write({"X.weight": q})
     packed = tensors.pop("X.weight")
     layer = nn.Linear4bit(128, 24, bias=False, quant_type="nf4")
     layer.weight = nn.Params4bit.from_prequantized(packed, {k.removeprefix("X.weight."): v for k, v in tensors.items()}, device="cpu")
@@ -150,7 +129,7 @@ def test_int8_from_elsewhere():
     scb = torch.rand(40) + 0.1
     q = random_quant(formats.get("int8"), 40, 24)
     q = QuantTensor(q.format, q.shape, q.codes, (scb / 127)[:, None])
-    tensors, settings = written({"X.weight": q, "Y.weight": torch.ones(2, 2), "Z.bias": torch.ones(2)})
+    tensors, settings = write({"X.weight": q, "Y.weight": torch.ones(2, 2), "Z.bias": torch.ones(2)})
     assert torch.equal(tensors["X.SCB"] / 127, scb / 127) and tensors["X.weight_format"].item() == 0
     assert settings["load_in_8bit"] and not settings["load_in_4bit"] and settings["llm_int8_skip_modules"] == ["Y"]
     assert read(tensors, settings)["X.weight"].equal(q)
@@ -162,7 +141,7 @@ def test_no_maximum_gives_the_scale():
     assert 0 < len(lost) < len(one) / 32
     q = random_quant(formats.get("int8"), 1, 24)
     with pytest.raises(UnsupportedError, match=r"row 0 has the scale .* SCB / 127 for no float32 SCB"):
-        written({"X.weight": replace(q, scales=lost[:1, None])})
+        write({"X.weight": replace(q, scales=lost[:1, None])})
 
 
 @pytest.mark.parametrize(
@@ -174,22 +153,22 @@ def test_no_maximum_gives_the_scale():
         ("nf4_g-1_sf32", (4, 50), "groups of 50 in rows of 50"),
     ],
 )
-def test_cannot_be_written(name, shape, message):
+def test_cannot_be_write(name, shape, message):
     with pytest.raises(UnsupportedError, match=message):
-        written({"X.weight": random_quant(formats.get(name), *shape)})
+        write({"X.weight": random_quant(formats.get(name), *shape)})
 
 
 def test_cannot_be_written_together():
     blocks = QuantFormat(Int(8, 128), block=Block(32, 34, lambda raw: raw), name="blocks")
     with pytest.raises(UnsupportedError, match=r"X.weight is blocks; bitsandbytes holds"):
-        written({"X.weight": QuantTensor(blocks, (1, 32), torch.zeros(1, 34, dtype=torch.uint8))})
+        write({"X.weight": QuantTensor(blocks, (1, 32), torch.zeros(1, 34, dtype=torch.uint8))})
     four, eight = (random_quant(formats.get(name), 2, 64) for name in ("nf4", "int8"))
     with pytest.raises(UnsupportedError, match="permuted columns"):
-        written({"X.weight": replace(four, perm=torch.arange(64).flip(0).int())})
+        write({"X.weight": replace(four, perm=torch.arange(64).flip(0).int())})
     with pytest.raises(UnsupportedError, match=r"not both: X.weight, Y.weight"):
-        written({"X.weight": four, "Y.weight": read(golden("int8")[0])["X.weight"]})
+        write({"X.weight": four, "Y.weight": read(golden("int8")[0])["X.weight"]})
     with pytest.raises(UnsupportedError, match=r"is a stack \[2, 2, 64\]"):
-        written({"X.weight": formats.QuantStack.of([eight, eight])})
+        write({"X.weight": formats.QuantStack.of([eight, eight])})
 
 
 def test_dense_under_its_config(caplog):
@@ -245,8 +224,8 @@ HOSTILE = {
 
 
 def changed(tensors, changes):
-    changes = {k: torch.frombuffer(bytearray(v.encode()), dtype=torch.uint8) if isinstance(v, str) else v for k, v in changes.items()}
-    return {name: t for name, t in (tensors | changes).items() if t is not None}
+    texts = {k: torch.frombuffer(bytearray(v.encode()), dtype=torch.uint8) for k, v in changes.items() if isinstance(v, str)}
+    return replaced(tensors, changes | texts)
 
 
 @pytest.mark.parametrize("case", HOSTILE)
@@ -315,7 +294,7 @@ def test_hostile_settings(settings, message):
     with pytest.raises(CheckpointError, match=message):
         read({}, settings)
     with pytest.raises(CheckpointError, match=message):
-        written({}, settings)
+        write({}, settings)
 
 
 def test_packed_in_two_dimensions():
@@ -324,4 +303,4 @@ def test_packed_in_two_dimensions():
     tensors["X.weight"] = tensors["X.weight"].view(5, 64)
     items = read(tensors)
     equal_values(reference.decode(items["X.weight"]), values)
-    same(written(items)[0], tensors)
+    equal_tensors(write(items)[0], tensors)

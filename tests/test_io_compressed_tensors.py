@@ -5,13 +5,14 @@ tests/golden/make_compressed_tensors.py made the files.
 
 import copy
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from cases import equal_values, random_quant
+from checkpoints import copied, equal_tensors, saved, written
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from qkernels import formats, io, reference
 from qkernels.errors import CheckpointError, UnsupportedError
@@ -49,16 +50,7 @@ def read_one(tensors, settings):
     return q
 
 
-def written(items, settings=None):
-    tensors = {}
-    return tensors, compressed_tensors.write(items, settings, tensors.__setitem__)
-
-
-def same_tensors(a, b):
-    assert a.keys() == b.keys()
-    for name, t in a.items():
-        assert (t.dtype, t.shape) == (b[name].dtype, b[name].shape), name
-        assert t.flatten().tolist() == b[name].flatten().tolist(), name
+write = partial(written, compressed_tensors)
 
 
 @every_case
@@ -74,8 +66,8 @@ def test_values(case):
 @every_case
 def test_written_as_read(case):
     tensors, settings, _ = load(*case)
-    out, stated = written(compressed_tensors.read(tensors, settings), settings)
-    same_tensors(out, tensors)
+    out, stated = write(compressed_tensors.read(tensors, settings), settings)
+    equal_tensors(out, tensors)
     assert stated == settings
 
 
@@ -85,10 +77,10 @@ def test_written_anew(case):
     tensors, settings, _ = load(*case)
     q = read_one(tensors, settings)
     elsewhere = QuantTensor.from_tensors(q.format, q.shape, q.tensors())  # without its origin
-    out, made = written([(f"{MODULE}.weight", elsewhere)])
+    out, made = write([(f"{MODULE}.weight", elsewhere)])
     assert read_one(out, made).equal(q)
     if settings["version"] >= "0.18" and made["format"] == settings["format"]:
-        same_tensors(out, tensors)
+        equal_tensors(out, tensors)
 
 
 def test_directories(tmp_path):
@@ -97,17 +89,10 @@ def test_directories(tmp_path):
     settings["config_groups"]["group_0"]["targets"], settings["ignore"] = ["re:.*layer$"], ["lm_head", "re:.*embed.*"]
     tensors |= {f"{MODULE}.bias": torch.ones(3), "model.embed.weight": torch.ones(4, 5), "model.norm.weight": torch.ones(5)}
     tensors |= {f"{MODULE}.input_scale": torch.tensor([0.5]), "model.attn.k_scale": torch.tensor(2.0)}
-    (tmp_path / "a").mkdir()
-    save_file(tensors, str(tmp_path / "a/model.safetensors"), {"format": "pt"})
-    (tmp_path / "a/config.json").write_text(json.dumps({"quantization_config": settings}, indent=2) + "\n")
-    info = io.detect(tmp_path / "a")
-    items = dict(io.read(info))
+    items = copied(saved(tmp_path / "a", tensors, settings), tmp_path / "b")
     equal_values(reference.decode(items[f"{MODULE}.weight"]), values)
     plain = {name for name, value in items.items() if isinstance(value, torch.Tensor)}
     assert {name for name in plain if name.rpartition(".")[2] in ACTIVATION_LEAVES} == {f"{MODULE}.input_scale", "model.attn.k_scale"}
-    io.write(items.items(), tmp_path / "b", "compressed-tensors", settings=info.settings, config=info.config)
-    for file in ("model.safetensors", "config.json"):
-        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
 
 ELSEWHERE = [
@@ -134,7 +119,7 @@ def test_elsewhere(names, tmp_path):
 @pytest.mark.parametrize("name", ["u4b8_g32_sf16", "u3_g32_zi_sf32"])
 def test_permuted(name):
     q = random_quant(formats.get(name), 7, 96, perm=True)
-    tensors, settings = written([(f"{MODULE}.weight", q)])
+    tensors, settings = write([(f"{MODULE}.weight", q)])
     back = read_one(tensors, settings)
     equal_values(reference.decode(back), reference.decode(q))
     assert settings["config_groups"]["group_0"]["weights"]["actorder"] == "group"
@@ -156,7 +141,7 @@ def test_index(kind):
     columns = changed.long() if kind != "none" else torch.arange(96) // 32
     zeros, scales = golden_zeros(tensors), tensors[f"{MODULE}.weight_scale"]
     equal_values(reference.decode(q), (codes - zeros[:, columns]) * scales[:, columns])
-    same_tensors(written([(f"{MODULE}.weight", q)], settings)[0], tensors)
+    equal_tensors(write([(f"{MODULE}.weight", q)], settings)[0], tensors)
 
 
 def golden_codes(tensors):
@@ -179,7 +164,7 @@ def test_stack():
     assert isinstance(stack, QuantStack) and stack.shape == (2, 3, 576)
     equal_values(reference.decode(stack[0]), values)
     assert not torch.equal(reference.decode(stack[1]), values)
-    same_tensors(written([(f"{MODULE}.weight", stack)], settings)[0], stacked)
+    equal_tensors(write([(f"{MODULE}.weight", stack)], settings)[0], stacked)
     stacked[f"{MODULE}.weight_shape"][0] = 3
     with pytest.raises(CheckpointError, match=r"weight_shape is \[3, 3, 576\], and weight_packed \[2, 3, 54\]"):
         read_one(stacked, settings)
@@ -194,10 +179,10 @@ def test_ambiguous_words(version, which, case):
     settings["version"] = version
     q = read_one(tensors, settings)
     equal_values(reference.decode(q), values)
-    same_tensors(written([(f"{MODULE}.weight", q)], settings)[0], tensors)
+    equal_tensors(write([(f"{MODULE}.weight", q)], settings)[0], tensors)
     other = {**settings, "version": "0.18.0" if which == "0_17" else "0.17.0"}
     with pytest.raises(UnsupportedError, match="does not write them"):
-        written([(f"{MODULE}.weight", q)], other)
+        write([(f"{MODULE}.weight", q)], other)
 
 
 @pytest.mark.parametrize("version", ["0.17.1", "0.18.0", None])
@@ -205,19 +190,19 @@ def test_ambiguous_words(version, which, case):
 def test_unmistakable_words(name, k, version):
     """Weights of elsewhere under the settings of any version, where the two layouts are one."""
     q = random_quant(formats.get(name), 9, k)
-    tensors, settings = written([(f"{MODULE}.weight", q)])
+    tensors, settings = write([(f"{MODULE}.weight", q)])
     settings["version"] = version
-    again, _ = written([(f"{MODULE}.weight", q)], settings)
-    same_tensors(again, tensors)
+    again, _ = write([(f"{MODULE}.weight", q)], settings)
+    equal_tensors(again, tensors)
     assert read_one(again, settings).equal(q)
 
 
 @pytest.mark.parametrize("version", ["0.17.1", "0.18.0"])
 def test_words_of_the_stated_version(version):
     q = random_quant(formats.get("u3_g-1_zi_sf32"), 11, 40)
-    _, settings = written([(f"{MODULE}.weight", q)])
+    _, settings = write([(f"{MODULE}.weight", q)])
     settings["version"] = version
-    tensors, _ = written([(f"{MODULE}.weight", q)], settings)
+    tensors, _ = write([(f"{MODULE}.weight", q)], settings)
     assert read_one(tensors, settings).equal(q)
     assert torch.equal(golden_codes(tensors), reference.unpack(q.codes, 3, 40).float()) == (version == "0.17.1")
 
@@ -252,7 +237,7 @@ def test_which_group():
     """A module's very name goes before an expression, and that before a class."""
     q8, q4 = (random_quant(formats.get(name), 6, 64) for name in ("u8b128_g-1_sf32", "u4b8_g32_sf32"))
     items = {"a.x.weight": q8, "a.y.weight": q4, "b.weight": q8}
-    tensors, settings = written(items.items())
+    tensors, settings = write(items.items())
     groups = settings["config_groups"]
     groups["group_0"]["targets"], groups["group_1"]["targets"] = ["re:a.*", "b"], ["a.y", "Linear"]
     back = dict(compressed_tensors.read(tensors, settings))
@@ -428,7 +413,7 @@ REFUSED = {
 @pytest.mark.parametrize("name,message", REFUSED.values(), ids=REFUSED)
 def test_refused(name, message):
     with pytest.raises(UnsupportedError, match=message):
-        written([("a.weight", random_quant(formats.get(name), 8, 64))])
+        write([("a.weight", random_quant(formats.get(name), 8, 64))])
 
 
 def test_refused_by_settings():
@@ -441,13 +426,13 @@ def test_refused_by_settings():
         "u4b8_g32_se8m0": "scales of pack-quantized are f32",
     }.items():
         with pytest.raises(UnsupportedError, match=message):
-            written([(f"{MODULE}.weight", random_quant(formats.get(name), 8, 64))], settings)
+            write([(f"{MODULE}.weight", random_quant(formats.get(name), 8, 64))], settings)
     with pytest.raises(UnsupportedError, match="columns permuted; the settings"):
-        written([(f"{MODULE}.weight", random_quant(formats.get("u4b8_g32_sf32"), 8, 64, perm=True))], settings)
+        write([(f"{MODULE}.weight", random_quant(formats.get("u4b8_g32_sf32"), 8, 64, perm=True))], settings)
     with pytest.raises(UnsupportedError, match="no weight of a module"):
-        written([("gate_up_proj", random_quant(formats.get("u4b8_g32_sf32"), 8, 64))])
+        write([("gate_up_proj", random_quant(formats.get("u4b8_g32_sf32"), 8, 64))])
     with pytest.raises(UnsupportedError, match="no weight is quantised"):
-        written([("a.weight", torch.ones(3))])
+        write([("a.weight", torch.ones(3))])
 
 
 def test_changed_since_it_was_read():
@@ -455,12 +440,12 @@ def test_changed_since_it_was_read():
     tensors, settings, _ = golden("pack-4-index", "0_17")
     q = read_one(tensors, settings)
     foreign = QuantTensor(q.format, q.shape, origin={"layout": "gptq", "padded": True, "scale_shape": (3,)}, **q.tensors())
-    same_tensors(written([(f"{MODULE}.weight", foreign)], settings)[0], tensors)
+    equal_tensors(write([(f"{MODULE}.weight", foreign)], settings)[0], tensors)
     other = copy.copy(q.origin)
     other["weight_g_idx"] = q.origin["weight_g_idx"].roll(1)
     changed = QuantTensor(q.format, q.shape, origin=other, **q.tensors())
-    assert read_one(*written([(f"{MODULE}.weight", changed)], settings)).equal(q)
+    assert read_one(*write([(f"{MODULE}.weight", changed)], settings)).equal(q)
     tensors, settings, _ = golden("nvfp4")
     q = read_one(tensors, settings)
     changed = QuantTensor(q.format, q.shape, origin=q.origin, **{**q.tensors(), "tensor_scale": torch.tensor([0.25])})
-    assert written([(f"{MODULE}.weight", changed)], settings)[0][f"{MODULE}.weight_global_scale"] == 4
+    assert write([(f"{MODULE}.weight", changed)], settings)[0][f"{MODULE}.weight_global_scale"] == 4

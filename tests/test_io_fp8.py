@@ -1,13 +1,10 @@
 """FP8, gpt-oss and ModelOpt checkpoints: values of transformers and torchao (tests/golden), names, and hostile files."""
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from cases import equal_values
-from safetensors.torch import save_file
+from checkpoints import GOLDEN, replaced, saved
 
 from qkernels import io, reference
 from qkernels.errors import CheckpointError, UnsupportedError
@@ -15,7 +12,6 @@ from qkernels.formats import QuantStack
 from qkernels.io import fp8, modelopt, mxfp4
 from qkernels.io.modules import ACTIVATION_LEAVES
 
-GOLDEN = Path(__file__).parent / "golden"
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
 
 
@@ -30,14 +26,6 @@ def fp8_case(case, scale_name="weight_scale_inv", **more):
     tensors = {"a.weight": held["weight"].view(torch.float8_e4m3fn), f"a.{scale_name}": held["scale"]}
     block = {"weight_block_size": held["block"].tolist()} if "block" in held else {}
     return tensors, {**FP8, **block, **more}, held["values"]
-
-
-def saved(path, tensors, settings=None, **files):
-    path.mkdir()
-    save_file(tensors, str(path / "model.safetensors"), {"format": "pt"})
-    for name, content in {"config": {"quantization_config": settings} if settings else {}, **files}.items():
-        (path / f"{name}.json").write_text(json.dumps(content))
-    return dict(io.read(path))
 
 
 NAMED = {
@@ -81,7 +69,7 @@ def test_fp8_directory(tmp_path):
     tensors, settings, values = fp8_case("block", modules_to_not_convert=["lm_head", "b.gate"])
     tensors |= {"a.bias": torch.ones(576), "b.gate.weight": torch.ones(3, 4), "norm.weight": torch.ones(5), "norm.scale": torch.ones(5)}
     tensors |= {"a.input_scale": torch.tensor(0.5), "attn.k_scale": torch.tensor(0.5), "a.activation_scale_ub": torch.tensor([1200.0])}
-    items = saved(tmp_path / "model", tensors, settings)
+    items = dict(io.read(saved(tmp_path / "model", tensors, settings)))
     equal_values(reference.decode(items.pop("a.weight")), values)
     assert items.keys() == tensors.keys() - {"a.weight", "a.weight_scale_inv"}
     activations = {name for name in items if name.rpartition(".")[2] in ACTIVATION_LEAVES}
@@ -153,7 +141,7 @@ HOSTILE_FP8 = {
 @pytest.mark.parametrize("tensors,settings,message", HOSTILE_FP8.values(), ids=HOSTILE_FP8)
 def test_hostile_fp8(tensors, settings, message):
     held, stated, _ = fp8_case("rows")
-    held = {name: t for name, t in {**held, **tensors}.items() if t is not None}
+    held = replaced(held, tensors)
     with pytest.raises(CheckpointError, match=message):
         list(fp8.read(held, {**stated, **settings}))
 
@@ -177,7 +165,7 @@ def gpt_oss():
 
 def test_mxfp4(tmp_path):
     tensors, values = gpt_oss()
-    items = saved(tmp_path / "model", tensors, MXFP4)
+    items = dict(io.read(saved(tmp_path / "model", tensors, MXFP4)))
     assert items.keys() == {f"{EXPERTS}.gate_up_proj", f"{EXPERTS}.gate_up_proj_bias"}
     stack = items[f"{EXPERTS}.gate_up_proj"]
     assert stack.format.name == "e2m1_g32_se8m0" and stack.shape == (2, 6, 96)
@@ -225,7 +213,7 @@ def test_nvfp4(algorithm, tmp_path):
     tensors, values = nvfp4()
     tensors["lm_head.weight"] = torch.ones(3, 4)
     settings = stated(algorithm, group_size=16, exclude_modules=["lm_head", "model.b*"], kv_cache_quant_algo="FP8")
-    items = saved(tmp_path / "model", tensors, hf_quant_config=settings)
+    items = dict(io.read(saved(tmp_path / "model", tensors, hf_quant_config=settings)))
     assert items.keys() == {"model.a.weight", "model.a.input_scale", "lm_head.weight"}
     q = items["model.a.weight"]
     assert q.format.name == "e2m1_g16_se4m3_t"
@@ -246,10 +234,10 @@ def test_nvfp4_in_config_json(tmp_path):
         "ignore": ["lm_head"],
         "producer": {},
     }
-    equal_values(reference.decode(saved(tmp_path / "model", tensors, settings)["model.a.weight"]), values)
+    equal_values(reference.decode(dict(io.read(saved(tmp_path / "model", tensors, settings)))["model.a.weight"]), values)
     group["weights"]["group_size"] = 32
     with pytest.raises(CheckpointError, match="group_size is 32, and NVFP4 has groups of 16"):
-        saved(tmp_path / "other", tensors, settings)
+        dict(io.read(saved(tmp_path / "other", tensors, settings)))
 
 
 @pytest.mark.parametrize("algorithm,case,shape", [

@@ -2,16 +2,18 @@
 
 import json
 import logging
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from cases import equal_values, random_quant
+from checkpoints import copied, equal_tensors, replaced, saved, written
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
-from words import GOLDEN_LEAVES, equal_tensors, gptq, less_one, numbers, words
+from safetensors.torch import load_file
+from words import GOLDEN_LEAVES, gptq, less_one, numbers, words
 
 from qkernels import formats, io, reference
 from qkernels.errors import CheckpointError, UnsupportedError
@@ -34,9 +36,7 @@ def read(tensors, **stated):
     return dict(layout.read(tensors, {**STATED, **stated}))
 
 
-def write(items, stated=None):
-    tensors = {}
-    return tensors, layout.write(items.items(), stated, lambda name, t: tensors.update({name: t}))
+write = partial(written, layout)
 
 
 @pytest.mark.parametrize(("bits", "case"), CASES)
@@ -62,20 +62,13 @@ def test_golden_directory(tmp_path):
         dynamic[f"+:^model\\.layers\\.{i}\\."] = stated
         expected[f"{module}.weight"] = dense
     tensors |= {"model.norm.weight": torch.rand(8), "lm_head.weight": torch.rand(16, 8)}
-    source = tmp_path / "source"
-    source.mkdir()
-    save_file(tensors, source / "model.safetensors", {"format": "pt"})
     config = {"model_type": "llama", "quantization_config": {**STATED, "dynamic": {"-:.*lm_head": {}, **dynamic}}}
-    (source / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    info = io.detect(source)
-    assert info.layout == "gptq"
-    items = dict(io.read(info))
+    source = saved(tmp_path / "source", tensors, config=config)
+    assert io.detect(source).layout == "gptq"
+    items = copied(source, tmp_path / "copy")
     assert items.keys() == expected.keys() | {name for name in tensors if name.endswith(("bias", "norm.weight", "head.weight"))}
     for name, dense in expected.items():
         equal_values(reference.decode(items[name]).to(dense.dtype), dense)
-    io.write(items.items(), tmp_path / "copy", "gptq", settings=info.settings, config=info.config)
-    for file in source.iterdir():
-        assert (tmp_path / "copy" / file.name).read_bytes() == file.read_bytes()
     io.write(items.items(), tmp_path / "anew", "gptq")  # without the settings: others that say the same
     equal_tensors(load_file(tmp_path / "anew" / "model.safetensors"), tensors)
     again = dict(io.read(tmp_path / "anew"))
@@ -84,10 +77,9 @@ def test_golden_directory(tmp_path):
 
 def test_legacy_settings_file(tmp_path):
     held, stated, dense = golden(4, "g32_asym_none_32x96")
-    save_file(held, tmp_path / "model.safetensors")
     legacy = {"wbits": 4, "q_group_size": stated["group_size"], "zero_point": True, "model_name_or_path": None, "static_groups": False}
-    (tmp_path / "quantize_config.json").write_text(json.dumps(legacy))
-    equal_values(reference.decode(dict(io.read(tmp_path))["m.fc.weight"]).half(), dense)
+    items = dict(io.read(saved(tmp_path, held, quantize_config=legacy)))
+    equal_values(reference.decode(items["m.fc.weight"]).half(), dense)
 
 
 # -- what no producer makes: from the description ---------------------------------------------------------------------------------
@@ -225,8 +217,8 @@ def test_warnings(caplog):
 def changed(**leaves):
     """Tensors of a sound module, some replaced; None takes one away."""
     codes, zeros, scales = numbers(16, 64, 4, 2)
-    held = gptq(codes, zeros, scales, np.arange(64) // 32, 4)[0] | {f"m.fc.{leaf}": t for leaf, t in leaves.items()}
-    return {name: t for name, t in held.items() if t is not None}
+    held = gptq(codes, zeros, scales, np.arange(64) // 32, 4)[0]
+    return replaced(held, {f"m.fc.{leaf}": t for leaf, t in leaves.items()})
 
 
 I32 = torch.int32

@@ -2,26 +2,25 @@
 
 import json
 import logging
-from pathlib import Path
 
 import pytest
 import torch
 from cases import equal_values
-from safetensors.torch import load_file, save_file
+from checkpoints import golden_cases, replaced, saved
 
 import qkernels
 from qkernels import formats, reference
 from qkernels.errors import CheckpointError, UnsupportedError
 from qkernels.io import hqq
 
-GOLDEN = load_file(Path(__file__).parent / "golden" / "hqq.safetensors")
-CASES = sorted({name.split("/")[0] for name in GOLDEN})
+GOLDEN = golden_cases("hqq.safetensors")
+CASES = sorted(GOLDEN)
 STRIDED = [case for case in CASES if "axis0" in case]
 CONFIG = {"quant_method": "hqq", "quant_config": {"weight_quant_params": {"nbits": 4}, "offload_meta": False}, "skip_modules": ["lm_head"]}
 
 
 def golden(case):
-    held = {name.removeprefix(f"{case}/"): t for name, t in GOLDEN.items() if name.startswith(f"{case}/")}
+    held = dict(GOLDEN[case])
     return held, held.pop("values")
 
 
@@ -72,9 +71,7 @@ def test_strided_groups_become_dense(case, caplog):
 def test_a_directory(tmp_path):
     tensors, values = golden("4bit_fp16")
     norm = torch.ones(5)
-    save_file(tensors | {"norm.weight": norm}, tmp_path / "model.safetensors", {"format": "pt"})
-    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": CONFIG}))
-    items = dict(qkernels.io.read(tmp_path))
+    items = dict(qkernels.io.read(saved(tmp_path, tensors | {"norm.weight": norm}, CONFIG)))
     assert items.keys() == {"X.weight", "norm.weight"} | ({"X.bias"} & tensors.keys()) and torch.equal(items["norm.weight"], norm)
     equal_values(reference.decode(items["X.weight"], torch.float16), values)
 
@@ -128,7 +125,7 @@ HOSTILE = {
 
 
 def changed(case, changes):
-    return {name: t for name, t in (golden(case)[0] | {f"X.{k}": v for k, v in changes.items()}).items() if t is not None}
+    return replaced(golden(case)[0], {f"X.{k}": v for k, v in changes.items()})
 
 
 @pytest.mark.parametrize("case", HOSTILE)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import equal_values
+from checkpoints import replaced, saved
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -34,14 +35,8 @@ def parts(case):
     return tensors, {"tensor_names": json.dumps([f"{case}.weight"]), f"{case}.weight": METADATA[f"{case}.weight"]}
 
 
-def saved(directory, tensors, metadata, settings=CONFIG):
-    save_file(tensors, directory / "model.safetensors", metadata)
-    (directory / "config.json").write_text(json.dumps({"quantization_config": settings}))
-    return directory
-
-
 def read(directory, tensors, metadata, settings=CONFIG):
-    return dict(qkernels.io.read(saved(directory, tensors, metadata, settings)))
+    return dict(qkernels.io.read(saved(directory, tensors, settings, metadata)))
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +173,7 @@ def test_hostile_metadata(case, tmp_path):
     changes, message = METADATA_CASES[case]
     tensors, metadata = parts("int8_PerRow")
     with pytest.raises(CheckpointError, match=message):
-        read(tmp_path, tensors, {key: value for key, value in (metadata | changes).items() if value is not None})
+        read(tmp_path, tensors, replaced(metadata, changes))
 
 
 @pytest.mark.parametrize(
@@ -202,9 +197,8 @@ def test_hostile_metadata(case, tmp_path):
 )
 def test_hostile_tensors(case, changes, error, message, tmp_path):
     tensors, metadata = parts(case)
-    tensors = tensors | {f"{case}._weight_{leaf}": t for leaf, t in changes.items()}
     with pytest.raises(error, match=message):
-        read(tmp_path, {name: t for name, t in tensors.items() if t is not None}, metadata)
+        read(tmp_path, replaced(tensors, {f"{case}._weight_{leaf}": t for leaf, t in changes.items()}), metadata)
 
 
 @pytest.mark.parametrize("kind", ["Int4TilePackedTo4dTensor", "Int4PlainInt32Tensor", "SomethingNew"])

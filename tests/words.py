@@ -42,11 +42,3 @@ def gptq(codes, zeros, scales, g_idx, bits, exact=False):
     }
     weight = torch.from_numpy(codes - zeros[g_idx].T).float() * scales.float()[torch.as_tensor(g_idx)].t()
     return {f"m.fc.{leaf}": t for leaf, t in held.items()}, weight
-
-
-def equal_tensors(a, b):
-    """Assert that two mappings have the same tensors, bit for bit."""
-    assert a.keys() == b.keys()
-    for name, t in a.items():
-        assert t.dtype == b[name].dtype and t.shape == b[name].shape, name
-        assert torch.equal(t.contiguous().flatten().view(torch.uint8), b[name].contiguous().flatten().view(torch.uint8)), name
