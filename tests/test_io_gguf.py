@@ -17,7 +17,7 @@ from qkernels import io, reference
 from qkernels.errors import CheckpointError, FormatError, QKernelsError, UnsupportedError
 from qkernels.formats import QuantStack, QuantTensor, get
 from qkernels.formats.ggml import TYPES
-from qkernels.io import gguf_file
+from qkernels.io import gguf_source
 from qkernels.io.gguf_file import KeyValues
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -484,7 +484,7 @@ def test_the_least_that_is_not_hostile(tmp_path):
 
 
 def test_a_header_without_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(gguf_file, "MOST_HEADER", 4096)
+    monkeypatch.setattr(gguf_source, "MOST_HEADER", 4096)
     (tmp_path / "a.gguf").write_bytes(file(pairs=[pair + struct.pack("<I", 8) + string("x" * 8000)]))
     with pytest.raises(CheckpointError, match="4096 at most"):
         io.detect(tmp_path / "a.gguf")

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qkernels.errors import CheckpointError, UnsupportedError
-from qkernels.formats import Int, QuantTensor
+from qkernels.formats import Int, QuantStack, QuantTensor
 from qkernels.formats.packing import in_order, pack, unpack
 from qkernels.io import gptq_family as family
 from qkernels.io import weights
@@ -78,7 +78,7 @@ def write(items: Iterable[tuple[str, weights.Value]], settings: Mapping[str, Any
     scheme_of = None if settings is None else _schemes(settings)
     first: Scheme | None = None
 
-    def stored(name: str, module: str, value: weights.Value) -> dict[str, Tensor]:
+    def stored(name: str, module: str, value: QuantTensor | QuantStack) -> dict[str, Tensor]:
         nonlocal first
         q = family.plain_weight(name, value, [4], ("f16", "bf16"), ("none", "int", "min"))
         first = first or Scheme("gemv_fast" if q.format.zero == "min" else "gemm", q.format.group[1], True)

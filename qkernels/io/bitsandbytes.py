@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from qkernels.errors import CheckpointError, UnsupportedError
-from qkernels.formats import Int, QuantStack, QuantTensor
+from qkernels.formats import Int, QuantTensor
 from qkernels.formats.tensor import same_bits
 from qkernels.io import bitsandbytes_4bit as four_bits
 from qkernels.io import checked
 from qkernels.io.modules import by_owner, dense
 from qkernels.io.settings import Settings
-from qkernels.io.weights import Add, Value, assemble, kept
+from qkernels.io.weights import Add, Value, assemble, kept, single
 
 log = logging.getLogger("qkernels")
 
@@ -106,13 +106,11 @@ def write(items: Iterable[tuple[str, Value]], settings: Mapping[str, Any] | None
     kinds: dict[str, str] = {}
     skipped = []
     for name, value in items:
-        if isinstance(value, QuantStack):
-            raise UnsupportedError(f"{name} is a stack {list(value.shape)}; bitsandbytes holds single weights")
-        if isinstance(value, QuantTensor):
-            kinds.setdefault(_write_weight(name, value, add), name)
-        else:
+        if isinstance(value, Tensor):
             add(name, value)
             skipped += [name.removesuffix(".weight")] if value.dim() == 2 and name.endswith(".weight") else []
+        else:
+            kinds.setdefault(_write_weight(name, single(name, value, "bitsandbytes"), add), name)
     if "int8" in kinds and len(kinds) > 1:
         raise UnsupportedError(f"bitsandbytes loads 4 or 8 bits in one model, not both: {', '.join(kinds.values())}")
     return _made_settings(kinds, skipped) if settings is None else settings

@@ -12,11 +12,11 @@ from typing import Any
 from torch import Tensor
 
 from qkernels import formats
-from qkernels.errors import CheckpointError, FormatError, UnsupportedError
-from qkernels.formats import QuantStack, QuantTensor
+from qkernels.errors import CheckpointError, FormatError
+from qkernels.formats import QuantTensor
 from qkernels.io import directory, native, shards
 from qkernels.io.detect import CheckpointInfo, detect
-from qkernels.io.weights import Value
+from qkernels.io.weights import Value, single
 
 _LEAVES = {"codes": "weight", "scales": "scales", "zeros": "zeros", "tensor_scale": "tensor_scale", "perm": "perm"}  # of native
 # those that can be written; "qkernels" is our own
@@ -96,11 +96,9 @@ def _write_native(items: Iterable[tuple[str, Value]], path: str | os.PathLike[st
             if isinstance(value, Tensor):
                 writer.add(name, value)
                 continue
-            if isinstance(value, QuantStack):
-                raise UnsupportedError(f"{name} is a stack {list(value.shape)}; a qkernels directory holds single layers")
-            layer = name.removesuffix(".weight")
-            layers[layer] = {"format": value.format.name, "shape": list(value.shape), "compute": "auto"}
-            for field, t in value.tensors().items():
+            layer, q = name.removesuffix(".weight"), single(name, value, "a qkernels directory")
+            layers[layer] = {"format": q.format.name, "shape": list(q.shape), "compute": "auto"}
+            for field, t in q.tensors().items():
                 writer.add(f"{layer}.{_LEAVES[field]}", t)
 
 

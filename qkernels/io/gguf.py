@@ -25,8 +25,8 @@ from qkernels.io import gguf_blocks, gguf_file
 from qkernels.io.detect import CheckpointInfo
 from qkernels.io.directory import typed
 from qkernels.io.gguf_file import LONGEST_NAME, PLAIN, Header, KeyValues, TensorInfo
+from qkernels.io.weights import Value
 
-Value = QuantTensor | QuantStack | Tensor
 SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
 WINDOW = 1 << 30  # bytes of a file that are mapped at once, unless a tensor is larger
 _PART = re.compile(r"(.+)-(\d{5,})-of-(\d{5,})\.gguf")

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import mmap
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,12 @@ import torch
 
 from qkernels.errors import CheckpointError, FormatError
 from qkernels.formats.ggml import TYPES
+from qkernels.io import gguf_source
+from qkernels.io.gguf_source import LETTERS, Source
 
 MAGIC, VERSION = b"GGUF", 3
 ALIGNMENT_KEY, ALIGNMENT = "general.alignment", 32
 MOST_ALIGNMENT = 1 << 20  # bytes, as a small file could ask for gigabytes of padding
-MOST_HEADER = 64 << 20  # bytes before the data: vocabularies of 260 000 tokens with their merges take 20 MB
 LONGEST_NAME = 63  # bytes of a tensor's name that ggml holds
 # ggml's ids of types that are no blocks
 PLAIN = {
@@ -40,7 +41,6 @@ PLAIN = {
     30: torch.bfloat16,
 }
 _VALUE_TYPES = ("u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool", "string", "array", "u64", "i64", "f64")  # by id
-_LETTERS = dict(u8="B", i8="b", u16="H", i16="h", u32="I", i32="i", f32="f", bool="?", u64="Q", i64="q", f64="d")
 _NATURAL = {bool: ("bool",), str: ("string",), int: ("u32", "i32", "u64", "i64"), float: ("f32", "f64")}
 
 
@@ -83,62 +83,13 @@ def parse(path: Path) -> Header:
         size = path.stat().st_size
         if size < 24:
             raise CheckpointError(f"{path} has {size} bytes; a GGUF file has 24 at least")
-        with path.open("rb") as file, mmap.mmap(file.fileno(), min(size, MOST_HEADER), access=mmap.ACCESS_READ) as data:
-            return _header(_Bytes(data, path), size)
+        with path.open("rb") as file, mmap.mmap(file.fileno(), min(size, gguf_source.MOST_HEADER), access=mmap.ACCESS_READ) as data:
+            return _header(Source(data, path), size)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error}") from error
 
 
-class _Bytes:
-    """What the file says, piece by piece; never more of it than there is."""
-
-    def __init__(self, data: mmap.mmap, path: Path) -> None:
-        self.data, self.path, self.at, self.order = data, path, 0, "<"
-
-    def error(self, message: str) -> CheckpointError:
-        return CheckpointError(f"{self.path} is damaged at byte {self.at}: {message}")
-
-    def take(self, nbytes: int, what: str) -> bytes:
-        if nbytes > (left := len(self.data) - self.at):
-            raise self.error(f"{what} takes {nbytes} bytes, and {left} are left (a header has {MOST_HEADER} at most)")
-        self.at += nbytes
-        return self.data[self.at - nbytes : self.at]
-
-    def numbers(self, type: str, count: int, what: str) -> tuple[Any, ...]:
-        letter = _LETTERS[type]
-        return struct.unpack(f"{self.order}{count}{letter}", self.take(count * struct.calcsize(f"<{letter}"), what))
-
-    def number(self, type: str, what: str) -> Any:
-        return self.numbers(type, 1, what)[0]
-
-    def count(self, least: int, what: str) -> int:
-        """A number of things that take `least` bytes each, or more."""
-        count = self.number("u64", f"the number of {what}")
-        if count * least > (left := len(self.data) - self.at):
-            raise self.error(f"{count} {what} take {count * least} bytes at least, and {left} are left")
-        return count
-
-    def string(self, what: str) -> bytes:
-        return self.take(self.number("u64", what), what)
-
-    def strings(self, count: int, what: str) -> Iterator[bytes]:
-        """As `string` again and again, in half the time: vocabularies have half a million of them."""
-        length, end = struct.Struct(f"{self.order}Q").unpack_from, len(self.data)
-        for _ in range(count):
-            nbytes = length(self.data, self.at)[0] if self.at + 8 <= end else end
-            if self.at + 8 + nbytes > end:
-                raise self.error(f"a string of {what} takes {nbytes} bytes, and {end - self.at} are left")
-            self.at += 8 + nbytes
-            yield self.data[self.at - nbytes : self.at]
-
-    def name(self, what: str) -> str:
-        try:
-            return self.string(what).decode()
-        except UnicodeDecodeError as error:
-            raise self.error(f"{what} is no UTF-8: {error}") from error
-
-
-def _header(source: _Bytes, size: int) -> Header:
+def _header(source: Source, size: int) -> Header:
     if (magic := source.take(4, "the magic")) != MAGIC:
         raise source.error(f"it begins with {magic!r}, not {MAGIC!r}")
     version = source.number("u32", "the version")
@@ -156,7 +107,7 @@ def _header(source: _Bytes, size: int) -> Header:
     return Header(source.path, source.order == ">", settings, tuple(_placed(source, infos, alignment(settings, source), size)))
 
 
-def _key_values(source: _Bytes, pairs: int) -> KeyValues:
+def _key_values(source: Source, pairs: int) -> KeyValues:
     found = KeyValues()
     for _ in range(pairs):
         key = source.name("a key")
@@ -174,17 +125,17 @@ def _key_values(source: _Bytes, pairs: int) -> KeyValues:
     return found
 
 
-def _value_type(source: _Bytes, key: str) -> str:
+def _value_type(source: Source, key: str) -> str:
     id = source.number("u32", f"the type of {key!r}")
     if id >= len(_VALUE_TYPES):
         raise source.error(f"{key!r} is of type {id}; 0…{len(_VALUE_TYPES) - 1} are known")
     return _VALUE_TYPES[id]
 
 
-def _values(source: _Bytes, type: str, key: str) -> list[Any]:
+def _values(source: Source, type: str, key: str) -> list[Any]:
     if type == "string":
         return list(map(_text, source.strings(source.count(8, f"strings of {key!r}"), key)))
-    count = source.count(struct.calcsize(f"<{_LETTERS[type]}"), f"elements of {key!r}")
+    count = source.count(struct.calcsize(f"<{LETTERS[type]}"), f"elements of {key!r}")
     return list(source.numbers(type, count, key))
 
 
@@ -192,7 +143,7 @@ def _text(value: bytes) -> str:
     return value.decode(errors="surrogateescape")
 
 
-def _info(source: _Bytes) -> TensorInfo:
+def _info(source: Source) -> TensorInfo:
     name = source.name("a tensor's name")
     axes = source.number("u32", f"the number of axes of {name!r}")
     if not 1 <= axes <= 4:
@@ -218,7 +169,7 @@ def nbytes(type: int, shape: tuple[int, ...]) -> int | None:
     return math.prod(rows) * TYPES[type].codes_shape(1, k)[1]
 
 
-def alignment(settings: KeyValues, source: _Bytes | None = None) -> int:
+def alignment(settings: KeyValues, source: Source | None = None) -> int:
     """What settings say of the alignment, checked. Raises CheckpointError of a file, FormatError of settings from elsewhere."""
     value = settings.get(ALIGNMENT_KEY, ALIGNMENT)
     whole = settings.types.get(ALIGNMENT_KEY, "u32") == "u32" and type(value) is int
@@ -228,7 +179,7 @@ def alignment(settings: KeyValues, source: _Bytes | None = None) -> int:
     raise source.error(message) if source else FormatError(message)
 
 
-def _placed(source: _Bytes, infos: Iterable[TensorInfo], alignment: int, size: int) -> Iterable[TensorInfo]:
+def _placed(source: Source, infos: Iterable[TensorInfo], alignment: int, size: int) -> Iterable[TensorInfo]:
     """Turn offsets in the data into such in the file, and check that the tensors follow each other, as ggml demands."""
     start, names = padded(source.at, alignment), set[str]()
     least, exactly = 0, True  # where the next tensor begins, or where at least, after one of unknown size
@@ -292,7 +243,7 @@ def _value(value: Any, type: str) -> bytes:
 
 def _plain(values: Iterable[Any], type: str) -> bytes:
     values = list(values)
-    return b"".join(map(_string, values)) if type == "string" else struct.pack(f"<{len(values)}{_LETTERS[type]}", *values)
+    return b"".join(map(_string, values)) if type == "string" else struct.pack(f"<{len(values)}{LETTERS[type]}", *values)
 
 
 def _string(text: str) -> bytes:

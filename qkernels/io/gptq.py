@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from qkernels.errors import CheckpointError, UnsupportedError
-from qkernels.formats import Int, QuantTensor
+from qkernels.formats import Int, QuantStack, QuantTensor
 from qkernels.formats.packing import in_order, pack, unpack
 from qkernels.io import gptq_family as family
 from qkernels.io import groups, weights
@@ -60,7 +60,7 @@ def write(items: Iterable[tuple[str, weights.Value]], settings: Mapping[str, Any
     made: dict[str, Scheme] = {}
     permuted = []
 
-    def stored(name: str, module: str, value: weights.Value) -> dict[str, Tensor]:
+    def stored(name: str, module: str, value: QuantTensor | QuantStack) -> dict[str, Tensor]:
         q = family.plain_weight(name, value, BITS if scheme_of is None else range(2, 9), ("f16", "bf16", "f32"), ("none", "int"))
         made[module] = scheme_of_weight(q)
         permuted.extend([] if q.perm is None else [module])

@@ -66,7 +66,9 @@ def read_modules(
 
 
 def write_modules(
-    items: Iterable[tuple[str, weights.Value]], add: weights.Add, stored: Callable[[str, str, weights.Value], Mapping[str, Tensor]]
+    items: Iterable[tuple[str, weights.Value]],
+    add: weights.Add,
+    stored: Callable[[str, str, QuantTensor | QuantStack], Mapping[str, Tensor]],
 ) -> list[str]:
     """Add plain tensors as they are and `stored(name, module, weight)` of the weights.
 
@@ -96,12 +98,12 @@ def as_held(made: Mapping[str, Tensor], q: QuantTensor, layout: Layout, read: Ca
         return None
 
 
-def plain_weight(name: str, value: weights.Value, bits: Sequence[int], scales: Sequence[str], zeros: Sequence[str]) -> QuantTensor:
+def plain_weight(
+    name: str, value: QuantTensor | QuantStack, bits: Sequence[int], scales: Sequence[str], zeros: Sequence[str]
+) -> QuantTensor:
     """The weight, if it has integer codes, groups along K and one level of scales; UnsupportedError says what is in the way."""
-    if isinstance(value, QuantStack):
-        raise UnsupportedError(f"{name} is a stack {list(value.shape)}; this layout holds single layers")
-    assert isinstance(value, QuantTensor)
-    f = value.format
+    q = weights.single(name, value, "this layout")
+    f = q.format
     reasons = (
         (f.block is not None or not isinstance(f.code, Int), f"codes of {f.name}; integers are held"),
         (f.bits not in bits, f"{f.bits} bits; {', '.join(map(str, bits))} are held"),
@@ -114,4 +116,4 @@ def plain_weight(name: str, value: weights.Value, bits: Sequence[int], scales: S
     for hinders, what in reasons:
         if hinders:
             raise UnsupportedError(f"{name} has {what}")
-    return value
+    return q

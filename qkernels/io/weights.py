@@ -60,6 +60,13 @@ def _per_group(what: str, numbers: Tensor, format: QuantFormat, n: int, k: int) 
     return checked.reshaped(described, numbers, format.group_shape(n, k)).contiguous()
 
 
+def single(name: str, value: QuantTensor | QuantStack, layout: str) -> QuantTensor:
+    """The weight itself; UnsupportedError for a stack, where a layout holds none."""
+    if isinstance(value, QuantStack):
+        raise UnsupportedError(f"{name} is a stack {list(value.shape)}; {layout} holds single weights")
+    return value
+
+
 def kept(q: QuantTensor, layout: str) -> Mapping[str, Any]:
     """What the reader of a layout left in the weight's `origin` for its writer; that of another layout says nothing here."""
     return q.origin if q.origin.get("layout") == layout else {}
