@@ -30,7 +30,7 @@ from qkernels.io.modules import Module
 from qkernels.io.words import to_stream, to_words
 
 LAYOUT = family.Layout("gptq", ("qweight", "qzeros", "scales", "g_idx"))
-LOG = logging.getLogger("qkernels")
+log = logging.getLogger("qkernels")
 # one in every field of a word: v1 subtracts it from whole words, so that a zero point of 0 borrows from its neighbour
 _ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
 
@@ -172,7 +172,7 @@ def _warn(module: Module, q: QuantTensor, scheme: Scheme) -> None:
     """Report what is sound, but known of files that are not."""
     bits, top = scheme.bits, 2**scheme.bits - 1
     if not q.codes.any():
-        LOG.warning("%s: all codes are 0, as where a release of GPTQModel lost them: expect wrong outputs", module.name)
+        log.warning("%s: all codes are 0, as where a release of GPTQModel lost them: expect wrong outputs", module.name)
     if scheme.exact or bits < 4 or q.zeros is None:
         return
     stored, per_word = _fields(module.take("qzeros", torch.int32), q.shape[0], scheme), 32 // bits
@@ -180,7 +180,7 @@ def _warn(module: Module, q: QuantTensor, scheme: Scheme) -> None:
     lost = int((last & (stored[:, per_word - 2 :: per_word][:, : last.shape[1]] == top)).sum())
     if lost:
         what = "%s: %d words of qzeros end in fields of %d, as where AutoGPTQ stored a zero point of 0 and lost those after it"
-        LOG.warning(what, module.name, lost, top)
+        log.warning(what, module.name, lost, top)
 
 
 def _by_settings(q: QuantTensor, scheme: Scheme | None) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from qkernels.errors import CheckpointError, FormatError, UnsupportedError
 from qkernels.formats import QuantFormat, QuantStack, QuantTensor
 from qkernels.formats.format import Code, scale_type
+from qkernels.formats.packing import in_order
 from qkernels.io import checked
 
 Value = QuantTensor | QuantStack | Tensor
@@ -57,7 +58,7 @@ def assemble(
 def _per_group(what: str, numbers: Tensor, format: QuantFormat, n: int, k: int) -> Tensor:
     group = " x ".join("all" if extent == -1 else str(extent) for extent in format.group)
     described = f"the tensor of {what} of {n} x {k} weights in groups of {group}"
-    return checked.reshaped(described, numbers, format.group_shape(n, k)).contiguous()
+    return in_order(checked.reshaped(described, numbers, format.group_shape(n, k)))
 
 
 def single(name: str, value: QuantTensor | QuantStack, layout: str) -> QuantTensor:
