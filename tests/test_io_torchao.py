@@ -191,6 +191,7 @@ def test_hostile_metadata(case, tmp_path):
             "numbers that torch.bfloat16, the type of the scales",
         ),
         ("int4_minima", {"zero_point": torch.ones(2, 3).half()}, CheckpointError, "zero_point is torch.float16, not torch.float32"),
+        ("int8_asymmetric", {"zero_point": torch.zeros(4, 1, dtype=torch.int8)}, CheckpointError, r"zero_point is \[4, 1\], not"),
         ("nvfp4_tensor", {"per_tensor_scale": torch.ones(2)}, CheckpointError, r"per_tensor_scale is \[2\], not \[1\]"),
         ("mx_e2m3", {"qdata": torch.full((4, 64), 64, dtype=torch.uint8)}, CheckpointError, "holds the code 64, beyond 6 bits"),
     ],
