@@ -237,6 +237,26 @@ def assert_s8_close(y, x, q, bias=None):
     assert_matmul_close(y, x, reference.decode(q, torch.float64), bias, int8=q, act_group=None)
 
 
+def s8_case(format, i, m, n, k):
+    """The i-th of many cases: a weight, activations of a type and of strides, a bias or none."""
+    dtype = (torch.bfloat16, torch.float16, torch.float32)[i % 3]
+    q = random_quant(format, n, k, seed=i, perm=i % 4 == 1)
+    x = torch.randn(m, 2 * k).to(dtype)
+    x = (x[:, :k], x[:, ::2], x[:, :k].reshape(1, m, k), x[:, :k].contiguous())[i // 2 % 4]
+    return q, x, torch.randn(n).to(dtype) if i % 5 < 2 else None
+
+
+def assert_s8_exact(gemm, format):
+    """Activations that int8 holds exactly, with the bound of float kernels; a row of zeros stays one."""
+    for n, k in ((33, 511), (5, 40)):
+        q, x = random_quant(format, n, k), torch.randn(18, k).sign() * 0.75
+        assert_matmul_close(gemm.run(x, gemm.prepare(q), None), x, reference.decode(q, torch.float64))
+        x[3], x[4, 1:], x[5] = 0, 0, -0.75
+        y = gemm.run(x, gemm.prepare(q), None)
+        assert_matmul_close(y, x, reference.decode(q, torch.float64))
+        assert not y[3].any()
+
+
 def s8_product(x, q, tile):
     out = torch.empty(len(x), q.shape[0], dtype=x.dtype)
     s8_gemm.multiply(x, *s8_gemm.prepare(q)[2:5], None, out, tile)
@@ -246,24 +266,14 @@ def s8_product(x, q, tile):
 @every_int8_format
 def test_s8_against_fp64(format):
     for i, ((n, k), m) in enumerate(itertools.product(((1, 8), (17, 40), (70, 300), (131, 511)), (0, 1, 3, 16, 17, 33))):
-        dtype = (torch.bfloat16, torch.float16, torch.float32)[i % 3]
-        q = random_quant(format, n, k, seed=i, perm=i % 4 == 1)
-        x = torch.randn(m, 2 * k).to(dtype)
-        x = (x[:, :k], x[:, ::2], x[:, :k].reshape(1, m, k), x[:, :k].contiguous())[i // 2 % 4]
-        bias = torch.randn(n).to(dtype) if i % 5 < 2 else None
+        q, x, bias = s8_case(format, i, m, n, k)
         assert_s8_close(s8_gemm.run(x, s8_gemm.prepare(q), bias), x, q, bias)
 
 
 @every_int8_format
 def test_s8_is_exact_where_int8_holds_the_activations(format):
-    """The bound is that of float kernels; sums so large that float32 would round them, in any order."""
-    for n, k in ((33, 511), (5, 40)):
-        q, x = random_quant(format, n, k), torch.randn(18, k).sign() * 0.75
-        assert_matmul_close(s8_gemm.run(x, s8_gemm.prepare(q), None), x, reference.decode(q, torch.float64))
-        x[3], x[4, 1:], x[5] = 0, 0, -0.75
-        y = s8_gemm.run(x, s8_gemm.prepare(q), None)
-        assert_matmul_close(y, x, reference.decode(q, torch.float64))
-        assert not y[3].any()
+    """Sums so large that float32 would round them, in any order."""
+    assert_s8_exact(s8_gemm, format)
 
 
 def test_s8_rounds_to_nearest():

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from cases import random_quant
-from interpreted import H100, assert_s8_close
+from interpreted import H100, assert_s8_close, assert_s8_exact, s8_case
 
 from qkernels import FormatError, formats, reference
 from qkernels.formats.packing import unpack
@@ -36,23 +36,13 @@ def test_against_fp64(format):
     for i, ((n, k), m) in enumerate(itertools.product(((1, 8), (17, 40), (70, 300), (131, 511)), (0, 1, 3, 8, 16, 17, 33, 130))):
         if (i + i // 8 + len(format.name)) % 2 or (m == 130 and n > 20):  # slow here: each format half of the cases
             continue
-        dtype = (torch.bfloat16, torch.float16, torch.float32)[i % 3]
-        q = random_quant(format, n, k, seed=i, perm=i % 4 == 1)
-        x = torch.randn(m, 2 * k).to(dtype)
-        x = (x[:, :k], x[:, ::2], x[:, :k].reshape(1, m, k), x[:, :k].contiguous())[i // 2 % 4]
-        bias = torch.randn(n).to(dtype) if i % 5 < 2 else None
+        q, x, bias = s8_case(format, i, m, n, k)
         assert_s8_close(s8_w4_gemm.run(x, s8_w4_gemm.prepare(q), bias), x, q, bias)
 
 
 @every_format
 def test_is_exact_where_int8_holds_the_activations(format):
-    """The bound is that of float kernels."""
-    for n, k in ((33, 511), (5, 40)):
-        q, x = random_quant(format, n, k), torch.randn(18, k).sign() * 0.75
-        x[3], x[4, 1:], x[5] = 0, 0, -0.75
-        y = s8_w4_gemm.run(x, s8_w4_gemm.prepare(q), None)
-        assert_matmul_close(y, x, reference.decode(q, torch.float64))
-        assert not y[3].any()
+    assert_s8_exact(s8_w4_gemm, format)
 
 
 @every_format
