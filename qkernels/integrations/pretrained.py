@@ -22,7 +22,7 @@ from qkernels.convert import _set, _why_skip, tie_key
 from qkernels.embedding import QuantEmbedding
 from qkernels.errors import CheckpointError, FormatError
 from qkernels.formats import QuantStack, QuantTensor
-from qkernels.integrations import conversion, experts
+from qkernels.integrations import conversion, experts, gguf
 from qkernels.integrations.transformers import byte_bar, described_by, few, load_config, model_class, namer, unexpected
 from qkernels.io import CheckpointInfo
 from qkernels.kernels import registry
@@ -74,8 +74,6 @@ def from_pretrained(
 def _skeleton_of(info: CheckpointInfo, dtype: torch.dtype | str, kwargs: dict[str, Any]) -> tuple[Any, Iterable[tuple[str, Value]]]:
     """The model on the meta device, and the tensors under the names that a transformers checkpoint has for them."""
     if info.layout == "gguf":
-        from qkernels.integrations import gguf
-
         config = gguf.load_config(info)
         model = skeleton(config, info.path, dtype, kwargs)
         return model, gguf.items(info, model)
