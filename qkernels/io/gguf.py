@@ -38,8 +38,8 @@ _OTHER_TYPES = {
     **{144: "IQ4_KS", 145: "IQ2_KS", 146: "IQ4_KSS", 152: "IQ5_KS", 153: "IQ2_KT", 154: "IQ3_KT", 155: "IQ4_KT"},
     **{156: "IQ3_KS", 157: "IQ2_KL", 158: "IQ1_KT"},
 }
-# Where in a block numbers of 16 bits lie, whose bytes big-endian files have in the other order. Types that are not here read some of
-# their bytes as wider words, or are converted by nobody: what their big-endian form is has never been settled.
+# Where in a block numbers of 16 bits lie, whose bytes big-endian files have in the other order. Of types that are not here ggml reads
+# bytes as wider words, or no program makes big-endian files.
 _HALVES = {2: [0], 3: [0, 2], 8: [0], 10: [80, 82], 11: [108], 12: [0, 2], 13: [0, 2], 14: [208], 20: [0], 23: [0, 2], 39: [], 40: []}
 
 

@@ -1,12 +1,13 @@
 """Make the golden GGUF files with gguf-py, and gguf.json, which tells what was put in. No test runs this; tests/test_io_gguf.py reads.
 
-    pip install numpy==2.4.6 tqdm==4.70.1 && pip install --no-deps gguf==0.19.0
+    pip install numpy==2.4.6 torch==2.13.0 transformers==5.23.0 tqdm==4.70.1 && pip install --no-deps gguf==0.19.0
     python tests/golden/make_gguf.py
 
     gguf_types.gguf        every type of key-value and array; tensors of every plain type and of blocks, experts in three axes, one axis
     gguf_big_endian.gguf   the same in big-endian, of blocks those that gguf-py converts
     gguf_aligned.gguf      alignment 64
     gguf_split-0000?-of-00003.gguf
+    gguf_names.json        architecture -> {name in a Hugging Face checkpoint: name in a GGUF file}
 
 Nothing of qkernels is imported.
 """
@@ -17,6 +18,7 @@ from types import SimpleNamespace
 
 import gguf
 import numpy as np
+import transformers
 from gguf import GGMLQuantizationType as T
 from gguf import GGUFValueType as V
 from gguf.quants import quantize
@@ -90,4 +92,32 @@ make("gguf_types.gguf", ALL)
 make("gguf_big_endian.gguf", (T.Q4_0, T.Q8_0, T.MXFP4, T.Q4_K, T.Q6_K), big_endian=True)
 make("gguf_aligned.gguf", (T.Q4_0,), lambda writer: writer.add_custom_alignment(64))
 make("gguf_split.gguf", (T.Q8_0,), split_max_tensors=5)
+MODELS = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma2": "Gemma2", "gemma3": "Gemma3", "phi3": "Phi3"}
+MOE = {
+    "llama": ("block_sparse_moe", "gate", "experts.w1", "experts.w2", "experts.w3"),
+    "qwen3moe": ("mlp", "gate", "experts.gate_proj", "experts.up_proj", "experts.down_proj"),
+}
+MOE["qwen2moe"] = (*MOE["qwen3moe"], "shared_expert.gate_proj", "shared_expert.up_proj", "shared_expert.down_proj", "shared_expert_gate")
+
+
+def hf_names(arch):
+    """Of a model with two layers, as transformers builds it; of experts as they are called on the Hub, where each has a number."""
+    model = MODELS.get(arch.removesuffix("moe"))
+    config = dict(num_hidden_layers=2, vocab_size=8, hidden_size=8, intermediate_size=8, num_attention_heads=2, num_key_value_heads=1)
+    config = getattr(transformers, f"{model}{'Text' * (model == 'Gemma3')}Config")(**config, head_dim=4, pad_token_id=0)
+    names = set(getattr(transformers, f"{model}ForCausalLM")(config).state_dict()) | {"lm_head.weight"}
+    if arch.endswith("moe"):
+        names = {name for name in names if ".mlp." not in name}
+    folder, *modules = MOE.get(arch, [""])
+    return sorted(names | {f"model.layers.1.{folder}.{module}.weight" for module in modules})
+
+
+def name_map(arch):
+    names = gguf.get_tensor_name_map(next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == arch), 2)
+    found = {name: names.get_name(name, try_suffixes=(".weight", ".bias")) for name in hf_names(arch)}
+    return {name.replace(".experts.", ".experts.5."): gguf_name for name, gguf_name in found.items() if gguf_name}
+
+
+NAMES = {arch: name_map(arch) for arch in (*MODELS, "qwen2moe", "qwen3moe")}
+(HERE / "gguf_names.json").write_text(json.dumps(NAMES, indent=1) + "\n")
 (HERE / "gguf.json").write_text(json.dumps(PUT_IN, separators=(",", ":")) + "\n")
