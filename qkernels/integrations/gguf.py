@@ -1,17 +1,16 @@
-"""GGUF files of language models as transformers' checkpoints: the config from the key-values, names, and rows in transformers' order.
+"""GGUF files of language models as transformers' checkpoints: the config from the key-values, names and order of rows as there.
 
 What llama.cpp's converters did to the weights is undone without touching a number of them: rows that were permuted for its rotary
-embedding go back as packed rows, and norms that count from 1 have it taken off.
+embedding go back as packed rows (io/gguf_names.py). transformers' own reader of key-values leaves out much that changes the numbers:
+head sizes, experts' sizes, rotary scaling; so they are read here, and a key that is not known is an error.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from qkernels import io
@@ -19,61 +18,23 @@ from qkernels.errors import CheckpointError, UnsupportedError
 from qkernels.formats import QuantStack, QuantTensor
 from qkernels.formats.rows import take
 from qkernels.integrations.transformers import described_by
-from qkernels.io import CheckpointInfo
+from qkernels.io import CheckpointInfo, gguf_file, gguf_names
 from qkernels.io.settings import Settings
 
 Value = QuantTensor | QuantStack | Tensor
-_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_LAYER = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_qkv": "self_attn.qkv_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-    "ffn_gate_inp": "mlp.gate",
-    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
-    "ffn_up_shexp": "mlp.shared_expert.up_proj",
-    "ffn_down_shexp": "mlp.shared_expert.down_proj",
-    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
-}
-_EXPERTS = {f"ffn_{name}_exps": f"mlp.experts.{{}}.{name}_proj" for name in ("gate", "up", "down")}  # {} is the expert's number
-_GEMMA = {
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_attention_norm": "post_attention_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-}
-_MIXTRAL = {
-    "ffn_gate_inp": "block_sparse_moe.gate",
-    "ffn_gate_exps": "block_sparse_moe.experts.{}.w1",
-    "ffn_down_exps": "block_sparse_moe.experts.{}.w2",
-    "ffn_up_exps": "block_sparse_moe.experts.{}.w3",
-}
 
 
 @dataclass(frozen=True)
 class Architecture:
     """What a general.architecture of GGUF is in transformers.
 
-    names      where a layer's tensors are called otherwise than in most models
-    keys       key-values beyond the common ones -> field of the config
-    fixed      fields that no key-value tells
-    permuted   rows of q and k lie in the order of llama.cpp's rotary embedding: pairs beside each other
-    norm_plus_one   norms are stored with 1 added
+    keys    key-values beyond the common ones -> field of the config
+    fixed   fields that no key-value tells
     """
 
     model_type: str
-    names: dict[str, str] = field(default_factory=dict)
     keys: dict[str, str] = field(default_factory=dict)
     fixed: dict[str, Any] = field(default_factory=dict)
-    permuted: bool = False
-    norm_plus_one: bool = False
 
 
 _MOE_KEYS = {
@@ -83,22 +44,19 @@ _MOE_KEYS = {
 }
 _GEMMA2_KEYS = {"attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping"}
 ARCHITECTURES = {
-    "llama": Architecture("llama", permuted=True),
-    "mixtral": Architecture(  # GGUF calls it llama; that it has experts tells them apart
-        "mixtral", _MIXTRAL, {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"}, permuted=True
-    ),
+    "llama": Architecture("llama"),
     "qwen2": Architecture("qwen2"),
     "qwen3": Architecture("qwen3"),
     "qwen2moe": Architecture(
-        "qwen2_moe",
-        keys=_MOE_KEYS | {"expert_shared_feed_forward_length": "shared_expert_intermediate_size"},
-        fixed={"norm_topk_prob": False},
+        "qwen2_moe", _MOE_KEYS | {"expert_shared_feed_forward_length": "shared_expert_intermediate_size"}, {"norm_topk_prob": False}
     ),
-    "qwen3moe": Architecture("qwen3_moe", keys=_MOE_KEYS, fixed={"norm_topk_prob": True}),
-    "gemma2": Architecture("gemma2", _GEMMA, _GEMMA2_KEYS, norm_plus_one=True),
-    "gemma3": Architecture("gemma3_text", _GEMMA, norm_plus_one=True),
-    "phi3": Architecture("phi3", {"ffn_up": "mlp.gate_up_proj"}),
+    "qwen3moe": Architecture("qwen3_moe", _MOE_KEYS, {"norm_topk_prob": True}),
+    "gemma2": Architecture("gemma2", _GEMMA2_KEYS),
+    "gemma3": Architecture("gemma3_text"),
+    "phi3": Architecture("phi3"),
 }
+# which GGUF calls llama as well; that it has experts tells them apart
+_MIXTRAL = Architecture("mixtral", {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"})
 _COMMON = {
     "context_length": "max_position_embeddings",
     "block_count": "num_hidden_layers",
@@ -113,19 +71,17 @@ _GEMMA3_LOCAL_THETA = 10000.0  # of its layers with a window; nor this
 def architecture_of(info: CheckpointInfo) -> tuple[str, Architecture]:
     """GGUF's name of the architecture, and what it is. Raises UnsupportedError for one that is not loaded."""
     name = info.settings.get("general.architecture")
-    known = ARCHITECTURES.get(name) if isinstance(name, str) and name != "mixtral" else None
+    known = ARCHITECTURES.get(name) if isinstance(name, str) else None
     if known is None or not isinstance(name, str):
         others = ", ".join(sorted(ARCHITECTURES))
         raise UnsupportedError(
             f"{info.path} holds a model of the architecture {name!r}; {others} are loaded. qkernels.io.read yields its tensors"
         )
-    return name, ARCHITECTURES["mixtral"] if name == "llama" and info.settings.get("llama.expert_count") else known
+    return name, _MIXTRAL if name == "llama" and info.settings.get("llama.expert_count") else known
 
 
 def load_config(info: CheckpointInfo) -> Any:
     """Make transformers' config of the key-values. Raises CheckpointError and UnsupportedError, naming the key."""
-    from qkernels.io import gguf_file
-
     name, architecture = architecture_of(info)
     shapes = {t.name: t.shape for path in info.files for t in gguf_file.parse(path).tensors}
     mine = {key.removeprefix(f"{name}."): value for key, value in info.settings.items() if key.startswith(f"{name}.")}
@@ -191,57 +147,40 @@ def _rope(name: str, s: Settings, head_dim: int) -> dict[str, Any]:
 
 def items(info: CheckpointInfo, model: Any) -> Iterator[tuple[str, Value]]:
     """The tensors of a file under the names, and in the shapes, of a transformers checkpoint of the same model."""
-    _, architecture = architecture_of(info)
-    config = model.config
-    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads} if architecture.permuted else {}
+    arch, _ = architecture_of(info)
     for name, value in io.read(info):
-        stem, leaf = _stem(name), name.rpartition(".")[2]
         if name == "rope_freqs.weight":
             _slow_down(model, value)
-        elif stem.startswith("rope_factors"):
+        elif name in gguf_names.DERIVED:
             raise UnsupportedError(f"{info.path} has {name}: rotary embeddings with a factor for every frequency (longrope) are not loaded")
-        elif leaf == "scale":
+        elif name.endswith(".scale"):
             if not isinstance(value, Tensor) or bool((value != 1).any()):
                 raise UnsupportedError(f"{info.path} has {name}, a scale beside a weight, which a QuantLinear does not apply")
-        elif leaf != "input_scale":  # which is for activations
-            if stem in heads:
-                value = _unpermuted(value, heads[stem])
-            elif architecture.norm_plus_one and stem.endswith("norm") and isinstance(value, Tensor):
-                value = value.float() - 1
-            elif stem == "ffn_gate_inp_shexp" and isinstance(value, Tensor):
-                value = value.reshape(1, -1)
-            yield from _named(name, stem, value, architecture)
+        elif not name.endswith(".input_scale"):  # which is for activations
+            yield from _named(str(gguf_names.to_hf(arch, name)), name, _as_in_hf(arch, name, value, info.settings))
 
 
-def _stem(name: str) -> str:
-    """What a tensor is within its layer: "attn_q" of "blk.0.attn_q.weight"."""
-    return re.sub(r"^blk\.\d+\.", "", name).rpartition(".")[0]
+def _as_in_hf(arch: str, name: str, value: Value, settings: Mapping[str, Any]) -> Value:
+    """Undo what llama.cpp's converters do to a weight."""
+    if heads := gguf_names.rotated_heads(arch, name, settings):
+        rows = gguf_names.rows_to_hf(value.shape[0], heads)
+        return take(value, rows) if isinstance(value, QuantTensor) else value[rows]  # type: ignore[index]  # a plain tensor
+    if isinstance(value, Tensor):
+        if offset := gguf_names.norm_offset(arch, name):
+            return value.float() - offset
+        if "ffn_gate_inp_shexp" in name:
+            return value.reshape(1, -1)  # of one output
+    return value
 
 
-def _named(name: str, stem: str, value: Value, architecture: Architecture) -> Iterator[tuple[str, Value]]:
-    found = re.fullmatch(r"(?:blk\.(\d+)\.)?[\w.]+\.(weight|bias)", name)
-    names = _TOP if found is None or found[1] is None else _LAYER | _EXPERTS | architecture.names
-    if found is None or stem not in names:
-        yield name, value  # which no model knows
-        return
-    prefix = "" if found[1] is None else f"model.layers.{found[1]}."
-    target = f"{prefix}{names[stem]}.{found[2]}"
-    if "{}" not in target:
+def _named(target: str, name: str, value: Value) -> Iterator[tuple[str, Value]]:
+    if "*" not in target:
         yield target, value
     elif len(value.shape) != 3:
         raise CheckpointError(f"{name} is {list(value.shape)}; the experts of a layer are three axes")
     else:
         for e, weight in enumerate(value):
-            yield target.format(e), weight
-
-
-def _unpermuted(value: Value, heads: int) -> Value:
-    """Rows in transformers' order: both halves of a head's channels after each other, not turn by turn."""
-    n = value.shape[0]
-    if n % (2 * heads) or len(value.shape) == 3:
-        return value  # of a shape that is no model's: that is said where it is placed
-    rows = torch.arange(n).view(heads, -1, 2).transpose(1, 2).reshape(-1)
-    return take(value, rows) if isinstance(value, QuantTensor) else value[rows]  # type: ignore[index]  # a plain tensor
+            yield target.replace("*", str(e)), weight
 
 
 def _slow_down(model: Any, factors: Value) -> None:
