@@ -11,21 +11,14 @@ from torch import Tensor
 from qkernels.errors import CheckpointError, UnsupportedError
 from qkernels.formats import QuantTensor
 from qkernels.io import awq, gptq, layers
-from qkernels.io.gptq_settings import BITS, IGNORED
 from qkernels.io.gptq_settings import Scheme as GPTQScheme
+from qkernels.io.gptq_settings import ignore_how
 from qkernels.io.settings import Settings
 
 _LESS_ONE = ("auto_round:auto_gptq", "auto_round:gptq")  # GPTQ's, whose zero points are stored less one
 _EXACT = ("auto_round", "auto_round:gptqmodel")  # GPTQ's, whose zero points are stored as they are
 _AWQ = ("auto_round:auto_awq", "auto_round:awq")
 _OTHERS = "auto_round:llm_compressor"  # and what follows it
-# how the numbers were found
-_HOW = (
-    "act_bits", "act_data_type", "act_dynamic", "act_group_size", "act_sym", "amp", "asym", "autoround_version", "batch_size",
-    "block_name_to_quantize", "to_quant_block_names", "dynamic_max_gap", "enable_minmax_tuning", "enable_norm_bias_tuning",
-    "enable_quanted_input", "fixed_by_user", "gradient_accumulate_steps", "iters", "layer_config", "low_gpu_mem_usage", "lr", "minmax_lr",
-    "modules_to_not_convert", "nsamples", "scale_dtype", "seqlen", "super_bits", "super_group_size", "supported_types", "train_bs",
-)  # fmt: skip
 _PATTERN = frozenset("*+?^$()[]{}|\\")  # a name with one of these is a regular expression
 
 
@@ -41,7 +34,7 @@ def read(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Iterator
     """Yield every weight and every other tensor of an AutoRound checkpoint. Raises CheckpointError, UnsupportedError."""
     packing = settings.get("packing_format") or "auto_round:gptq"  # which AutoRound's own loaders take where it is absent
     if isinstance(packing, str) and packing.startswith(_OTHERS):
-        other = {key: value for key, value in settings.items() if key not in ("packing_format", *_HOW)}
+        other = {key: value for key, value in settings.items() if key != "packing_format"}
         yield from importlib.import_module("qkernels.io.compressed_tensors").read(tensors, {**other, "quant_method": "compressed-tensors"})
         return
     stated_of = _stated(settings)
@@ -57,8 +50,8 @@ def read(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Iterator
 def _of_gptq(stated: Stated, exact: bool) -> GPTQScheme | None:
     if stated.bits >= 16:
         return None
-    if stated.bits not in BITS:
-        raise UnsupportedError(f"{stated.bits} bits; {', '.join(map(str, BITS))} are read")
+    if not 2 <= stated.bits <= 8:  # 5, 6 and 7 too, which GPTQModel stores in planes, while here all are one stream
+        raise UnsupportedError(f"{stated.bits} bits; 2 to 8 are read")
     return GPTQScheme(stated.bits, stated.group_size, stated.sym, exact)
 
 
@@ -77,13 +70,14 @@ def _stated(settings: Mapping[str, Any]) -> Callable[[str], Stated]:
     s.take("packing_format", of=str, default="")
     base = _numbers(s, None)
     extra = s.take("extra_config", of=dict, default={})
-    s.ignore(*_HOW, *IGNORED, "desc_act")
+    ignore_how(s)
+    s.ignore("desc_act", "modules_to_not_convert")
     s.done()
     exact, patterns = {}, []
     for name, stated in extra.items():
         inner = Settings(stated, f"{s.where}: extra_config: {name}")
         numbers = _numbers(inner, base)
-        inner.ignore(*_HOW)
+        ignore_how(inner)
         inner.done()
         exact[name] = numbers
         if _PATTERN & set(name):
@@ -101,8 +95,9 @@ def _numbers(s: Settings, base: Stated | None) -> Stated:
     def take(name: str, of: type) -> Any:
         return s.take(name, of=of) if base is None else s.take(name, of=of, default=getattr(base, name))
 
-    s.take("data_type", of=str, choices=("int", "int_sym", "int_asym"), default="int")
     stated = Stated(take("bits", int), take("group_size", int), take("sym", bool))
+    if stated.bits >= 16:
+        s.ignore("data_type")
     if stated.bits < 1 or (stated.group_size != -1 and not 1 <= stated.group_size < 2**31):
         raise CheckpointError(f"{s.where}: {stated.bits} bits in groups of {stated.group_size}; at least 1, or groups of -1, are possible")
     return stated

@@ -27,7 +27,7 @@ from qkernels.formats import Int, QuantFormat, QuantTensor
 from qkernels.formats.format import scale_type
 from qkernels.formats.packing import pack, unpack
 from qkernels.io import layers
-from qkernels.io.gptq_settings import IGNORED
+from qkernels.io.gptq_settings import ignore_how
 from qkernels.io.settings import Settings
 
 LEAVES = ("qweight", "qzeros", "scales")
@@ -78,7 +78,8 @@ def read_modules(tensors: Mapping[str, Tensor], scheme_of: SchemeOf) -> Iterator
             if scheme is None:
                 raise CheckpointError("qweight is there, but the settings say that this module is not quantised")
             q = _unpacked(held, scheme)
-            yield f"{name}.weight", replace(q, origin=layers.beyond(_packed(q, scheme), held, _REMADE))
+            q = replace(q, origin=layers.beyond(_packed(q, scheme), held, _REMADE))
+        yield f"{name}.weight", q
 
 
 def write(
@@ -96,7 +97,7 @@ def write(
             add(name, value)
             dense += [name.removesuffix(".weight")] if layers.stays_dense(name, value) else []
             continue
-        q, module = layers.plain_weight(name, value, [4], ("f16", "bf16")), name.removesuffix(".weight")
+        q, module = layers.plain_weight(name, value, [4], ("f16", "bf16"), ("none", "int", "min")), name.removesuffix(".weight")
         first = first or Scheme("gemv_fast" if q.format.zero == "min" else "gemm", q.format.group[1], True)
         with layers.naming(module):
             held = _stored(q, first if scheme_of is None else scheme_of(module), settings is not None)
@@ -141,7 +142,7 @@ def _shapes(n: int, k: int, scheme: Scheme) -> tuple[tuple[int, int], tuple[int,
 def _of_groups(numbers: Tensor, scheme: Scheme, k: int) -> Tensor:
     """Numbers as they are stored -> [N, G], without padding."""
     numbers = numbers if scheme.version == "gemv" else numbers.t()
-    return numbers[:, : scheme.groups(k)].contiguous()
+    return layers.in_order(numbers[:, : scheme.groups(k)])
 
 
 def _zeros(held: Mapping[str, Tensor], n: int, k: int, scheme: Scheme) -> Tensor:
@@ -151,7 +152,7 @@ def _zeros(held: Mapping[str, Tensor], n: int, k: int, scheme: Scheme) -> Tensor
     if scheme.version == "gemv_fast":
         return _of_groups(layers.check(held, "qzeros", shape, [held["scales"].dtype]), scheme, k)
     words = layers.check(held, "qzeros", shape, [torch.int32])
-    zeros = unpack(words.view(torch.uint8), 4, 8 * shape[1])
+    zeros = unpack(layers.in_order(words).view(torch.uint8), 4, 8 * shape[1])
     return _of_groups(zeros if scheme.version == "gemv" else _reordered(zeros, _COLUMNS), scheme, k)
 
 
@@ -160,8 +161,8 @@ def _reordered(nibbles: Tensor, order: list[int]) -> Tensor:
 
 
 def _unpack_gemm(qweight: Tensor) -> Tensor:
-    nibbles = unpack(qweight.contiguous().view(torch.uint8), 4, 8 * qweight.shape[1])
-    return _reordered(nibbles, _COLUMNS).t().contiguous()
+    nibbles = unpack(layers.in_order(qweight).view(torch.uint8), 4, 8 * qweight.shape[1])
+    return layers.in_order(_reordered(nibbles, _COLUMNS).t())
 
 
 def _pack_gemm(codes: Tensor) -> Tensor:
@@ -169,7 +170,7 @@ def _pack_gemm(codes: Tensor) -> Tensor:
 
 
 def _unpack_gemv(qweight: Tensor) -> Tensor:
-    return unpack(qweight.contiguous().view(torch.uint8), 4, 8 * qweight.shape[1])
+    return unpack(layers.in_order(qweight).view(torch.uint8), 4, 8 * qweight.shape[1])
 
 
 def _pack_gemv(codes: Tensor) -> Tensor:
@@ -180,7 +181,7 @@ def _unpack_gemv_fast(qweight: Tensor) -> Tensor:
     quarter, k = qweight.shape
     if k % 64:
         raise CheckpointError(f"qweight has {k} columns; those of gemv_fast are a multiple of 64")
-    nibbles = unpack(qweight.contiguous().view(torch.uint8), 4, 4 * k)
+    nibbles = unpack(layers.in_order(qweight).view(torch.uint8), 4, 4 * k)
     # [n // 4, k // 64, n % 4, k % 64 // 32, k % 8, k % 32 // 8] -> n, then k
     return nibbles.view(quarter, k // 64, 4, 2, 8, 4).permute(0, 2, 1, 3, 5, 4).reshape(4 * quarter, k)
 
@@ -227,13 +228,13 @@ def _packed(q: QuantTensor, scheme: Scheme) -> dict[str, Tensor]:
     scales = torch.nn.functional.pad(q.scales, (0, fill))
     if scheme.version == "gemv_fast":
         minima = torch.nn.functional.pad(_minima(q), (0, fill))
-        return {"qzeros": minima.t().contiguous(), "scales": scales.t().contiguous()}
+        return {"qzeros": layers.in_order(minima.t()), "scales": layers.in_order(scales.t())}
     zeros = torch.full(q.scales.shape, q.format.code.bias, dtype=torch.uint8) if q.zeros is None else q.zeros
     if q.format.zero not in ("none", "int") or int(zeros.max()) > 15:
         raise UnsupportedError(f"zero points of {q.format.name} beyond the integers 0 to 15; gemv_fast holds minima")
     if scheme.version == "gemv":
-        return {"qzeros": layers.to_words(pack(torch.nn.functional.pad(zeros, (0, fill)), 4)), "scales": scales.contiguous()}
-    return {"qzeros": layers.to_words(pack(_reordered(zeros.t(), _NIBBLES), 4)), "scales": scales.t().contiguous()}
+        return {"qzeros": layers.to_words(pack(torch.nn.functional.pad(zeros, (0, fill)), 4)), "scales": layers.in_order(scales)}
+    return {"qzeros": layers.to_words(pack(_reordered(zeros.t(), _NIBBLES), 4)), "scales": layers.in_order(scales.t())}
 
 
 def _minima(q: QuantTensor) -> Tensor:
@@ -272,7 +273,8 @@ def _schemes(settings: Mapping[str, Any]) -> SchemeOf:
         advice = ": take the model's gemm files, which hold the same numbers" if version == "marlin" else ""
         raise UnsupportedError(f"{s.where}: version is {version!r}; {', '.join(_VERSIONS)} are read{advice}")
     dense = s.take("modules_to_not_convert", of=list, default=[])
-    s.ignore(*IGNORED, "sym", "desc_act", "checkpoint_format", "do_fuse", "fuse_max_seq_len", "modules_to_fuse", "exllama_config")
+    ignore_how(s)
+    s.ignore("sym", "desc_act", "checkpoint_format", "do_fuse", "fuse_max_seq_len", "modules_to_fuse")  # GPTQ's, as transformers adds
     s.done()
     scheme = Scheme(_VERSIONS[version], size, zero_point)
 

@@ -25,6 +25,7 @@ from qkernels.formats.format import scale_type
 from qkernels.formats.packing import pack, unpack
 from qkernels.io import groups, layers
 from qkernels.io.gptq_settings import BITS, Scheme, SchemeOf, scheme_of_weight, schemes, stated
+from qkernels.io.planes import from_planes, to_planes
 
 LEAVES = ("qweight", "qzeros", "scales", "g_idx")
 _REMADE = LEAVES[1:]  # may be stored in more than one way; the words of the codes may not
@@ -49,7 +50,8 @@ def read_modules(tensors: Mapping[str, Tensor], scheme_of: SchemeOf) -> Iterator
                 raise CheckpointError("qweight is there, but the settings say that this module is not quantised")
             q = _unpacked(held, scheme)
             _warn(name, q, held["qzeros"], scheme)
-            yield f"{name}.weight", replace(q, origin=layers.beyond(_numbers(q, scheme), held, _REMADE))
+            q = replace(q, origin=layers.beyond(_numbers(q, scheme), held, _REMADE))
+        yield f"{name}.weight", q
 
 
 def write(
@@ -67,7 +69,10 @@ def write(
             add(name, value)
             dense += [name.removesuffix(".weight")] if layers.stays_dense(name, value) else []
             continue
-        q, module = layers.plain_weight(name, value, BITS, ("f16", "bf16", "f32")), name.removesuffix(".weight")
+        q, module = (
+            layers.plain_weight(name, value, BITS if scheme_of is None else range(2, 9), ("f16", "bf16", "f32"), ("none", "int")),
+            name.removesuffix(".weight"),
+        )
         with layers.naming(module):
             made[module] = scheme_of_weight(q)
             held = _anew(q, made[module]) if scheme_of is None else _by_settings(q, scheme_of(module))
@@ -88,13 +93,13 @@ def _unpacked(held: Mapping[str, Tensor], scheme: Scheme) -> QuantTensor:
     scales = layers.check(held, "scales", (count, n), layers.FLOATS)
     qzeros = layers.check(held, "qzeros", (count, -(-n * scheme.bits // 32)), [torch.int32])
     perm, group, order = groups.of_index(held.get("g_idx", torch.arange(k) // size), size, count)
-    zeros = _zeros(qzeros, n, scheme).t()[:, order].contiguous()
+    zeros = layers.in_order(_zeros(qzeros, n, scheme).t()[:, order])
     middle = 2 ** (scheme.bits - 1)
     symmetric = bool((zeros == middle).all())
     code = Int(scheme.bits, middle if symmetric else 0)
     stated = -1 if scheme.group_size == -1 and group == k else group
     format = QuantFormat(code, (1, stated), scale_type(scales.dtype), "none" if symmetric else "int")
-    codes, numbers = _codes(held["qweight"], scheme.bits, k, perm), scales.t()[:, order].contiguous()
+    codes, numbers = _codes(held["qweight"], k, perm, scheme), layers.in_order(scales.t()[:, order])
     return QuantTensor(format, (n, k), codes, numbers, None if symmetric else zeros, perm=perm)
 
 
@@ -111,28 +116,41 @@ def _shape(held: Mapping[str, Tensor], bits: int) -> tuple[int, int]:
     return n, k
 
 
-def _codes(qweight: Tensor, bits: int, k: int, perm: Tensor | None) -> Tensor:
-    codes = layers.to_stream(qweight.t(), bits, k)
-    if k * bits % 32 == 0 and perm is None:
-        return codes
-    plain = unpack(codes, bits, k)
-    if not torch.equal(layers.to_words(pack(plain, bits)), qweight.t()):
+def _fields(words: Tensor, count: int, scheme: Scheme) -> Tensor:
+    """Codes (or zero points) of words that run along the last axis, as uint8."""
+    if scheme.planar:
+        return from_planes(words, scheme.bits, count)
+    return unpack(layers.to_stream(words, scheme.bits, count), scheme.bits, count)
+
+
+def _words(fields: Tensor, scheme: Scheme) -> Tensor:
+    """Invert `_fields`."""
+    return to_planes(fields, scheme.bits) if scheme.planar else layers.to_words(pack(fields, scheme.bits))
+
+
+def _codes(qweight: Tensor, k: int, perm: Tensor | None, scheme: Scheme) -> Tensor:
+    """Canonical codes; where words are filled and nothing is permuted they are those of the file."""
+    if k * scheme.bits % 32 == 0 and perm is None and not scheme.planar:
+        return layers.to_stream(qweight.t(), scheme.bits, k)
+    codes = _fields(qweight.t(), k, scheme)
+    if not torch.equal(_words(codes, scheme), qweight.t()):
         raise CheckpointError(f"qweight has bits set beyond the {k} columns of the weight")
-    return codes if perm is None else pack(plain[:, perm.long()], bits)
+    return pack(codes if perm is None else codes[:, perm.long()], scheme.bits)
 
 
-def _code_words(q: QuantTensor) -> Tensor:
+def _code_words(q: QuantTensor, scheme: Scheme) -> Tensor:
     """Invert `_codes`."""
-    codes, bits = q.codes, q.format.bits
-    if q.perm is not None:
-        codes = pack(unpack(codes, bits, q.shape[1])[:, torch.argsort(q.perm.long())], bits)
-    return layers.to_words(codes).t().contiguous()
+    if q.perm is None and not scheme.planar:
+        return layers.in_order(layers.to_words(q.codes).t())
+    codes = unpack(q.codes, q.format.bits, q.shape[1])
+    codes = codes if q.perm is None else codes[:, torch.argsort(q.perm.long())]
+    return layers.in_order(_words(codes, scheme).t())
 
 
 def _zeros(qzeros: Tensor, n: int, scheme: Scheme) -> Tensor:
     """Zero points [G, N] uint8 of their words."""
     bits, exact, middle = scheme.bits, scheme.exact, 2 ** (scheme.bits - 1)
-    stored = unpack(layers.to_stream(qzeros, bits, n), bits, n)
+    stored = _fields(qzeros, n, scheme)
     first = int(stored[0, 0])
     if scheme.sym and first in (middle, middle - 1) and bool((stored == first).all()):
         exact = first == middle  # whatever the label says: files of both kinds exist under both
@@ -140,7 +158,7 @@ def _zeros(qzeros: Tensor, n: int, scheme: Scheme) -> Tensor:
         return stored
     if bits not in _ONES:
         return (stored + 1) & (2**bits - 1)
-    return unpack(layers.to_stream(qzeros + _ONES[bits], bits, n), bits, n)
+    return _fields(qzeros + _ONES[bits], n, scheme)
 
 
 def _numbers(q: QuantTensor, scheme: Scheme) -> dict[str, Tensor]:
@@ -154,10 +172,10 @@ def _numbers(q: QuantTensor, scheme: Scheme) -> dict[str, Tensor]:
     if int(zeros.max()) >= 2**bits:
         raise UnsupportedError(f"a zero point of {int(zeros.max())}; those of {bits} bits end at {2**bits - 1}")
     minus = not scheme.exact
-    words = layers.to_words(pack((zeros.t() - 1) & (2**bits - 1) if minus and bits not in _ONES else zeros.t(), bits))
+    words = _words((zeros.t() - 1) & (2**bits - 1) if minus and bits not in _ONES else zeros.t(), scheme)
     if minus and bits in _ONES:
         words = words - _ONES[bits]
-    return {"qzeros": words, "scales": q.scales.t().contiguous(), "g_idx": g_idx}
+    return {"qzeros": words, "scales": layers.in_order(q.scales.t()), "g_idx": g_idx}
 
 
 def _warn(module: str, q: QuantTensor, qzeros: Tensor, scheme: Scheme) -> None:
@@ -167,7 +185,7 @@ def _warn(module: str, q: QuantTensor, qzeros: Tensor, scheme: Scheme) -> None:
         layers.LOG.warning("%s: all codes are 0, as where a release of GPTQModel lost them: expect wrong outputs", module)
     if scheme.exact or bits < 4 or q.zeros is None:
         return
-    stored, per_word = unpack(layers.to_stream(qzeros, bits, q.shape[0]), bits, q.shape[0]), 32 // bits
+    stored, per_word = _fields(qzeros, q.shape[0], scheme), 32 // bits
     last = stored[:, per_word - 1 :: per_word] == top
     lost = int((last & (stored[:, per_word - 2 :: per_word][:, : last.shape[1]] == top)).sum())
     if lost:
@@ -179,17 +197,16 @@ def _by_settings(q: QuantTensor, scheme: Scheme | None) -> dict[str, Tensor]:
     """The tensors of a weight as a checkpoint that was read had them, or as it would have."""
     if scheme is None:
         raise UnsupportedError("the settings say that this module is not quantised")
-    k = q.shape[1]
-    made = {"qweight": _code_words(q), **_numbers(q, scheme)}
+    k, bits, group = q.shape[1], q.format.bits, q.format.group_extent(*q.shape)[1]
+    size = k if scheme.group_size == -1 else scheme.group_size
+    other = f"{bits} bits in groups of {group}, where the settings say {scheme.bits} in groups of {size}; settings=None makes new ones"
+    if bits != scheme.bits:
+        raise UnsupportedError(other)
+    made = {"qweight": _code_words(q, scheme), **_numbers(q, scheme)}
     if held := layers.as_held(made, q, _REMADE, lambda held: _unpacked(held, scheme)):
         return held
-    group, stated = q.format.group_extent(*q.shape)[1], k if scheme.group_size == -1 else scheme.group_size
-    if q.format.bits != scheme.bits or group != min(stated, k):
-        raise UnsupportedError(
-            f"{q.format.bits} bits in groups of {group}, where the settings say {scheme.bits} in groups of {stated}; "
-            "settings=None makes new ones"
-        )
-    _check_words(q)
+    if group != min(size, k):
+        raise UnsupportedError(other)
     zeros = _zeros(made["qzeros"], q.shape[0], scheme).t()
     if not (zeros == (q.format.code.bias if q.zeros is None else q.zeros)).all():  # type: ignore[union-attr]  # an Int, as was checked
         raise UnsupportedError("zero points that would be taken for symmetric ones; settings=None makes new settings")
@@ -197,12 +214,9 @@ def _by_settings(q: QuantTensor, scheme: Scheme | None) -> dict[str, Tensor]:
 
 
 def _anew(q: QuantTensor, scheme: Scheme) -> dict[str, Tensor]:
-    _check_words(q)
-    return {"qweight": _code_words(q), **_numbers(q, scheme)}
-
-
-def _check_words(q: QuantTensor) -> None:
+    """The tensors of a weight, if other programs read them: those want whole words."""
     per_word = 32 if q.format.bits == 3 else 32 // q.format.bits
     for axis, extent in zip("NK", q.shape):
         if extent % per_word:
             raise UnsupportedError(f"{axis} = {extent}; codes of {q.format.bits} bits fill words where it is a multiple of {per_word}")
+    return {"qweight": _code_words(q, scheme), **_numbers(q, scheme)}

@@ -10,18 +10,28 @@ from typing import Any, NamedTuple
 from qkernels.errors import CheckpointError, UnsupportedError
 from qkernels.formats import Int, QuantTensor
 from qkernels.io import layers
+from qkernels.io.planes import WIDTHS
 from qkernels.io.settings import Settings
 
 BITS = (2, 3, 4, 8)
-# how the codes were found, or how some program runs them
-IGNORED = (
-    "act_group_aware", "adapter", "auto_mapping_dict", "backend", "batch_size", "block_name_to_quantize", "cache_block_outputs",
-    "cache_examples_on_gpu", "damp_auto_increment", "damp_percent", "dataset", "device", "disable_exllama", "exllama_config",
-    "fast_layers", "foem", "gptaq", "gptaq_alpha", "hessian", "is_fused", "lm_head", "low_gpu_mem_usage", "max_input_length", "meta",
-    "model_file_base_name", "model_name_or_path", "model_seqlen", "module_name_preceding_first_block", "modules_in_block_to_quantize",
-    "mse", "offload_to_disk", "offload_to_disk_path", "pad_token_id", "parallel_packing", "quantizer", "rotation", "static_groups",
-    "tokenizer", "true_sequential", "use_cuda_fp16", "use_exllama", "v2", "v2_alpha", "v2_memory_device", "vram_strategy",
+_HOW = (
+    "act_bits", "act_data_type", "act_dynamic", "act_group_aware", "act_group_size", "act_sym", "amp", "auto_mapping_dict",
+    "autoround_version", "backend", "batch_size", "block_name_to_quantize", "cache_block_outputs", "cache_examples_on_gpu",
+    "damp_auto_increment", "damp_percent", "dataset", "device", "disable_exllama", "enable_minmax_tuning", "enable_norm_bias_tuning",
+    "enable_quanted_input", "exllama_config", "foem", "gptaq", "gptaq_alpha", "gradient_accumulate_steps", "hessian", "iters", "lm_head",
+    "low_gpu_mem_usage", "lr", "max_input_length", "meta", "minmax_lr", "model_file_base_name", "model_free", "model_name_or_path",
+    "model_seqlen", "module_name_preceding_first_block", "modules_in_block_to_quantize", "mse", "nsamples", "offload_to_disk",
+    "offload_to_disk_path", "pad_token_id", "parallel_packing", "provider", "quant_block_list", "quantizer", "scale_dtype", "seqlen",
+    "static_attention_dtype", "static_attention_granularity", "static_groups", "static_kv_dtype", "static_kv_granularity", "super_bits",
+    "super_group_size", "supported_types", "to_quant_block_names", "tokenizer", "true_sequential", "use_cuda_fp16", "use_exllama", "v2",
+    "v2_alpha", "v2_memory_device", "vram_strategy",
 )  # fmt: skip
+
+
+def ignore_how(s: Settings) -> None:
+    """Leave out what tells how AutoGPTQ, GPTQModel, optimum, AutoAWQ or AutoRound found the codes, or how they run them."""
+    s.take("data_type", of=str, choices=("int", "int_sym", "int_asym", "int_asym_dq"), default="int")
+    s.ignore(*_HOW)
 
 
 class Scheme(NamedTuple):
@@ -30,12 +40,14 @@ class Scheme(NamedTuple):
     group_size   columns that share a scale; -1: all
     sym          it says that every zero point is 2^(bits - 1)
     exact        zero points are stored as they are, not less one
+    planar       codes and zero points lie in planes, not in one stream
     """
 
     bits: int
     group_size: int
     sym: bool
     exact: bool
+    planar: bool = False
 
 
 SchemeOf = Callable[[str], Scheme | None]  # of a module by its path; None: it is not quantised
@@ -45,10 +57,10 @@ def schemes(settings: Mapping[str, Any]) -> SchemeOf:
     """What the settings say of each module."""
     s = Settings(settings, "the settings of GPTQ")
     s.take("quant_method", "method", of=str, choices=("gptq",), default="gptq")
-    exact = _exact(s)
-    base = _overridden(s, Scheme(0, 0, True, exact), required=True)
+    label = _label(s)
+    base = _overridden(s, Scheme(0, 0, True, label != "gptq", label == "gptq_p"), required=True)
     dynamic = s.take("dynamic", of=dict, default={})
-    s.ignore(*IGNORED)
+    ignore_how(s)
     s.done()
     rules = [_rule(pattern, stated, base) for pattern, stated in dynamic.items()]
 
@@ -58,17 +70,17 @@ def schemes(settings: Mapping[str, Any]) -> SchemeOf:
     return scheme_of
 
 
-def _exact(s: Settings) -> bool:
-    """Whether zero points are stored as they are; UnsupportedError for what is no layout of words down K."""
+def _label(s: Settings) -> str:
+    """Which of the layouts of words down K it is; UnsupportedError for others."""
     label = s.take("checkpoint_format", "format", "version", of=str, default="gptq").lower()
     if s.take("is_marlin_format", of=bool, default=False) or label == "marlin":
         raise UnsupportedError("this checkpoint is in the tiles of Marlin: take the model's GPTQ files, which hold the same numbers")
-    if label not in ("gptq", "gptq_v2"):
-        raise UnsupportedError(f"{s.where}: checkpoint_format is {label!r}; 'gptq' and 'gptq_v2' are read")
+    if label not in ("gptq", "gptq_v2", "gptq_p"):
+        raise UnsupportedError(f"{s.where}: checkpoint_format is {label!r}; 'gptq', 'gptq_v2' and 'gptq_p' are read")
     word = s.take("pack_dtype", of=str, default="int32").removeprefix("torch.")
     if word != "int32":
         raise UnsupportedError(f"{s.where}: pack_dtype is {word!r}; words of 'int32' are read")
-    return label == "gptq_v2"
+    return label
 
 
 def _overridden(s: Settings, base: Scheme, required: bool = False) -> Scheme:
@@ -80,12 +92,13 @@ def _overridden(s: Settings, base: Scheme, required: bool = False) -> Scheme:
     if sym is not None and sym is zero_point:
         raise CheckpointError(f"{s.where} contradicts itself: sym and zero_point are both {sym}")
     s.take("desc_act", of=bool, default=None)  # g_idx tells
-    if bits is not None and bits not in BITS:
-        raise (UnsupportedError if 1 <= bits <= 8 else CheckpointError)(f"{s.where}: bits is {bits}; 2, 3, 4 and 8 are read")
+    if bits is not None and bits not in (WIDTHS if base.planar else BITS):
+        message = f"{s.where}: bits is {bits}; 2, 3, 4 and 8 are read, and in 'gptq_p' 5, 6 and 7"
+        raise (UnsupportedError if 1 <= bits <= 8 else CheckpointError)(message)
     if size is not None and size != -1 and not 1 <= size < 2**31:
         raise CheckpointError(f"{s.where}: group_size is {size}; -1 (all columns), or at least 1, is possible")
     told = sym if sym is not None else None if zero_point is None else not zero_point
-    return Scheme(bits or base.bits, size or base.group_size, base.sym if told is None else told, base.exact)
+    return Scheme(bits or base.bits, size or base.group_size, base.sym if told is None else told, *base[3:])
 
 
 def _rule(pattern: Any, stated: Any, base: Scheme) -> tuple[re.Pattern[str], Scheme | None]:
@@ -95,7 +108,7 @@ def _rule(pattern: Any, stated: Any, base: Scheme) -> tuple[re.Pattern[str], Sch
         return layers.compiled(pattern[2:], where), None
     s = Settings(stated, where)
     scheme = _overridden(s, base)
-    s.ignore(*IGNORED)
+    ignore_how(s)
     s.done()
     return layers.compiled(pattern.removeprefix("+:"), where), scheme
 

@@ -73,6 +73,11 @@ def check(held: Mapping[str, Tensor], leaf: str, shape: Sequence[int], dtypes: S
     return t
 
 
+def in_order(t: Tensor) -> Tensor:
+    """Lay a tensor out row by row; `contiguous()` leaves axes of one element with strides over which no wider or narrower view is made."""
+    return t.clone(memory_format=torch.contiguous_format)
+
+
 def to_stream(words: Tensor, bits: int, count: int) -> Tensor:
     """Little-endian words that run along the last axis, as the canonical bit stream of `count` codes.
 
@@ -80,12 +85,12 @@ def to_stream(words: Tensor, bits: int, count: int) -> Tensor:
         words      [..., ceil(count * bits / 32)]    int32
         returns    [..., ceil(count * bits / 8)]     uint8
     """
-    return words.contiguous().view(torch.uint8)[..., : -(-count * bits // 8)].contiguous()
+    return in_order(words).view(torch.uint8)[..., : -(-count * bits // 8)].contiguous()
 
 
 def to_words(stream: Tensor) -> Tensor:
     """Invert `to_stream`; what fills the last word is 0."""
-    return F.pad(stream, (0, -stream.shape[-1] % 4)).view(torch.int32)
+    return in_order(F.pad(stream, (0, -stream.shape[-1] % 4))).view(torch.int32)
 
 
 def same(a: Tensor | None, b: Tensor | None) -> bool:
@@ -93,7 +98,7 @@ def same(a: Tensor | None, b: Tensor | None) -> bool:
     if a is None or b is None:
         return a is b
     same_kind = a.dtype == b.dtype and a.shape == b.shape
-    return same_kind and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    return same_kind and torch.equal(in_order(a).view(torch.uint8), in_order(b).view(torch.uint8))
 
 
 def beyond(made: Mapping[str, Tensor], held: Mapping[str, Tensor], leaves: Sequence[str]) -> dict[str, Tensor | None]:
@@ -109,7 +114,7 @@ def as_held(
     held = {leaf: t for leaf, t in {**made, **kept}.items() if t is not None}
     try:
         return held if kept and read(held).equal(q) else None
-    except (CheckpointError, FormatError):
+    except (CheckpointError, FormatError, UnsupportedError):
         return None
 
 
@@ -128,7 +133,7 @@ def stays_dense(name: str, value: Value) -> bool:
     return isinstance(value, Tensor) and value.dim() == 2 and _IN_BLOCK.fullmatch(name) is not None
 
 
-def plain_weight(name: str, value: Value, bits: Sequence[int], scales: Sequence[str]) -> QuantTensor:
+def plain_weight(name: str, value: Value, bits: Sequence[int], scales: Sequence[str], zeros: Sequence[str]) -> QuantTensor:
     """The weight, if it has integer codes, groups along K and one level of scales; UnsupportedError says what is in the way."""
     if isinstance(value, QuantStack):
         raise UnsupportedError(f"{name} is a stack {list(value.shape)}; this layout holds single layers")
@@ -138,6 +143,7 @@ def plain_weight(name: str, value: Value, bits: Sequence[int], scales: Sequence[
         (f.block is not None or not isinstance(f.code, Int), f"codes of {f.name}; integers are held"),
         (f.bits not in bits, f"{f.bits} bits; {', '.join(map(str, bits))} are held"),
         (f.group[0] != 1, f"groups of {f.group[0]} rows; each row has its own scales here"),
+        (f.zero not in zeros, f"zero points of type {f.zero!r}; {', '.join(map(repr, zeros))} are held"),
         (f.tensor_scale, "a scale for the whole tensor"),
         (f.scale not in scales, f"{f.scale} scales; {', '.join(scales)} are held"),
         (not name.endswith(".weight"), "a name that does not end in .weight"),
