@@ -25,6 +25,7 @@ from qkernels.formats import QuantStack, QuantTensor
 from qkernels.integrations import conversion, experts, gguf
 from qkernels.integrations.transformers import byte_bar, described_by, few, load_config, model_class, namer, unexpected
 from qkernels.io import CheckpointInfo
+from qkernels.io.modules import ACTIVATION_LEAVES
 from qkernels.kernels import registry
 from qkernels.kernels.registry import Compute, Problem
 from qkernels.linear import QuantLinear
@@ -155,6 +156,8 @@ class _Loader:
         module = _submodule(self.model, owner)
         if leaf == "scales" and isinstance(value, Tensor) and module is not None and not any(True for _ in module.parameters()):
             self.scaled[owner] = value  # AWQ: the activation before a Linear is divided by them
+        elif leaf in ACTIVATION_LEAVES:
+            log.debug("%s is left out: it quantises activations or the cache", key)
         elif leaf == "bias" and isinstance(value, Tensor) and f"{owner}.weight" in self.own and not bool(value.any()):
             log.info("%s is all zero, and the model has no such bias", key)
         else:
