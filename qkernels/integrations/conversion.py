@@ -1,7 +1,7 @@
 """transformers' rules that fuse, split or reorder the tensors of a checkpoint, carried out on quantised ones.
 
 Such a rule only moves rows, so it is asked where they go: it runs on tensors of row numbers, and the rows of codes, scales and zeros
-follow what comes out.
+follow what comes out. Weights that cannot lie in one (of two formats, or with second scales that differ) stay parts, below each other.
 """
 
 from __future__ import annotations
@@ -26,9 +26,11 @@ _MOVES = (
 )  # fmt: skip
 
 Piece = tuple[str, str, Any]  # name in the checkpoint, the rule's pattern for it, value
+Parts = tuple[QuantTensor, ...]  # a weight, whose rows are those of the first, then those of the second, …
+MOST_PARTS = 8  # a layer of more would be slow
 
 
-def convert(converter: Any, name: str, pieces: Sequence[Piece], model: Any) -> Mapping[str, Tensor | list[QuantTensor]]:
+def convert(converter: Any, name: str, pieces: Sequence[Piece], model: Any) -> Mapping[str, Tensor | list[Parts]]:
     """Apply a rule to all that it asks for: name in the model -> a plain tensor, or the weights that lie in the model's one parameter.
 
     Raises UnsupportedError (a rule that does more than move rows, or weights that cannot lie in one), CheckpointError (the rule failed).
@@ -76,8 +78,14 @@ def _rows(t: Tensor, name: str, converter: Any) -> Tensor:
     raise UnsupportedError(f"{converter.operations} takes rows apart")
 
 
-def _gather(weights: Sequence[QuantTensor], starts: Sequence[int], rows: Tensor) -> QuantTensor:
+def _gather(weights: Sequence[QuantTensor], starts: Sequence[int], rows: Tensor) -> Parts:
     """The weight whose rows are those of `weights`, numbered through."""
     owners = torch.bucketize(rows, torch.tensor(starts[1:]), right=True)
     runs, counts = torch.unique_consecutive(owners, return_counts=True)
-    return join([take(weights[i], part - starts[i]) for i, part in zip(runs.tolist(), rows.split(counts.tolist()))])
+    parts = [take(weights[i], part - starts[i]) for i, part in zip(runs.tolist(), rows.split(counts.tolist()))]
+    try:
+        return (join(parts),)
+    except UnsupportedError:
+        if len(parts) > MOST_PARTS:
+            raise
+        return tuple(parts)

@@ -1,8 +1,8 @@
-"""Mixtures of experts: transformers' module with the experts of a layer in one parameter, as one QuantLinear for each."""
+"""Layers that transformers fuses: experts are one QuantLinear each, and a Linear of several weights may be several."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,28 @@ from qkernels.errors import UnsupportedError
 from qkernels.formats import QuantTensor
 from qkernels.kernels.registry import Compute
 from qkernels.linear import QuantLinear
+
+
+class JoinedLinear(nn.Module):
+    """A Linear whose rows are those of several QuantLinears, one after the other, as their weights cannot lie in one."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, parts: Iterable[QuantLinear], bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+        self.register_parameter("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.cat([part(x) for part in self.parts], -1)
+        return y if self.bias is None else y + self.bias
+
+
+def linear(parts: Sequence[QuantTensor], bias: nn.Parameter | None, compute: Compute, dtype: torch.dtype) -> nn.Module:
+    """The layer of a weight that consists of parts: a QuantLinear where there is one."""
+    if len(parts) == 1:
+        return QuantLinear.from_quant_tensor(parts[0], bias, compute=compute, dtype=dtype)
+    return JoinedLinear((QuantLinear.from_quant_tensor(q, compute=compute, dtype=dtype) for q in parts), bias)
 
 
 class QuantExperts(nn.Module):
@@ -64,13 +86,10 @@ def check(name: str, module: nn.Module) -> None:
         raise UnsupportedError(f"{name} has quantised experts in a {type(module).__name__}, which does not say how it runs them")
 
 
-def linears(experts: Any, leaf: str, weights: Iterable[QuantTensor], compute: Compute, dtype: torch.dtype) -> nn.ModuleList:
-    """A QuantLinear for every expert; biases, where there are, are the meta tensors of the skeleton until `replacement` has them."""
+def linears(experts: Any, leaf: str, weights: Iterable[Sequence[QuantTensor]], compute: Compute, dtype: torch.dtype) -> nn.ModuleList:
+    """A layer for every expert, of its parts; biases are the skeleton's meta tensors until `replacement` has them."""
     bias = getattr(experts, f"{leaf}_bias", None)
-    return nn.ModuleList(
-        QuantLinear.from_quant_tensor(q, None if bias is None else nn.Parameter(bias[e]), compute=compute, dtype=dtype)
-        for e, q in enumerate(weights)
-    )
+    return nn.ModuleList(linear(parts, None if bias is None else nn.Parameter(bias[e]), compute, dtype) for e, parts in enumerate(weights))
 
 
 def replacement(experts: Any, layers: dict[str, nn.ModuleList]) -> QuantExperts:
@@ -83,12 +102,12 @@ def replacement(experts: Any, layers: dict[str, nn.ModuleList]) -> QuantExperts:
             weight = weight.transpose(1, 2) if experts.is_transposed else weight
             layers[leaf] = nn.ModuleList(_dense(w, bias is not None) for w in weight)
         if bias is not None:
-            for linear, b in zip(layers[leaf], bias.detach(), strict=True):
-                linear.bias = nn.Parameter(b)  # type: ignore[assignment]
+            for layer, b in zip(layers[leaf], bias.detach(), strict=True):
+                layer.bias = nn.Parameter(b)  # type: ignore[assignment]
     return QuantExperts(experts, {leaf: layers[leaf] for leaf in names})
 
 
 def _dense(weight: Tensor, bias: bool) -> nn.Linear:
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias, device="meta")
-    linear.weight = nn.Parameter(weight)
-    return linear
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias, device="meta")
+    layer.weight = nn.Parameter(weight)
+    return layer

@@ -28,7 +28,6 @@ from qkernels.io import CheckpointInfo
 from qkernels.io.modules import ACTIVATION_LEAVES
 from qkernels.kernels import registry
 from qkernels.kernels.registry import Compute, Problem
-from qkernels.linear import QuantLinear
 
 log = logging.getLogger("qkernels")
 Value = QuantTensor | QuantStack | Tensor
@@ -202,9 +201,11 @@ class _Loader:
         if isinstance(value, Tensor):
             self.plain[name] = self._plain(name, value)
         elif isinstance(value, QuantTensor):
+            self._put_weight(name, (value,))
+        elif isinstance(value, tuple):
             self._put_weight(name, value)
         else:
-            self._put_experts(name, value)
+            self._put_experts(name, [(q,) for q in value] if isinstance(value, QuantStack) else value)
 
     def _plain(self, name: str, t: Tensor) -> Tensor:
         own = self.own[name]
@@ -219,38 +220,38 @@ class _Loader:
             key = self.key_of.get(name, name)
             raise CheckpointError(f"{key!r} is {list(found)} in the checkpoint; the model that config.json describes has {list(own)}")
 
-    def _put_weight(self, name: str, q: QuantTensor) -> None:
+    def _put_weight(self, name: str, parts: conversion.Parts) -> None:
         owner, _, leaf = name.rpartition(".")
         module, shape = self.model.get_submodule(owner), tuple(self.own[name].shape)
         if id(module) in self.made:  # a module of two names
             _set(self.model, owner, self.made[id(module)][1])
             return
         turned = type(module).__name__ == "Conv1D"  # GPT-2's: [in, out]
-        self._check_shape(name, q.shape, shape[::-1] if turned else shape)
-        q, reason = q.to(self.device), f"in a {type(module).__name__}"
+        self._check_shape(name, _shape(parts), shape[::-1] if turned else shape)
+        parts, reason = tuple(q.to(self.device) for q in parts), f"in a {type(module).__name__}"
         new: nn.Module | None = None
         if leaf == "weight" and (type(module) is nn.Linear or turned):
             parent = self.model.get_submodule(owner.rpartition(".")[0])
             reason = "" if turned else _why_skip(owner, module, None, (), None, {}, parent) or ""
             if not reason:
-                new = QuantLinear.from_quant_tensor(q, module.bias, compute=self.compute, dtype=self.dtype).eval()
-        elif leaf == "weight" and isinstance(module, nn.Embedding) and module.max_norm is None:
-            new = QuantEmbedding(module, q, self.dtype).eval()
+                new = experts.linear(parts, module.bias, self.compute, self.dtype).eval()
+        elif leaf == "weight" and isinstance(module, nn.Embedding) and module.max_norm is None and len(parts) == 1:
+            new = QuantEmbedding(module, parts[0], self.dtype).eval()
         if new is None:
             log.info("%s is decoded to %s: %s", name, self.own[name].dtype, reason)
-            weight = reference.decode(q)
+            weight = torch.cat([reference.decode(q) for q in parts])
             self.plain[name] = self._plain(name, weight.T.contiguous() if turned else weight)
             return
         self.made[id(module)] = module, new
         _set(self.model, owner, new)
 
-    def _put_experts(self, name: str, weights: Sequence[QuantTensor]) -> None:
+    def _put_experts(self, name: str, weights: Sequence[conversion.Parts]) -> None:
         owner, _, leaf = name.rpartition(".")
         module: Any = self.model.get_submodule(owner)
         experts.check(name, module)
-        n, k = weights[0].shape
+        n, k = _shape(weights[0])
         self._check_shape(name, (len(weights), k, n) if module.is_transposed else (len(weights), n, k), tuple(self.own[name].shape))
-        on_device = (q.to(self.device) for q in weights)
+        on_device = (tuple(q.to(self.device) for q in parts) for parts in weights)
         self.experts.setdefault(owner, {})[leaf] = experts.linears(module, leaf, on_device, self.compute, self.dtype)
 
     # -- the end -------------------------------------------------------------------------------------------------------------------
@@ -325,6 +326,10 @@ def _submodule(model: nn.Module, name: str) -> nn.Module | None:
         return model.get_submodule(name)
     except AttributeError:
         return None
+
+
+def _shape(parts: conversion.Parts) -> tuple[int, int]:
+    return sum(q.shape[0] for q in parts), parts[0].shape[1]
 
 
 def _count(values: Iterable[Value]) -> int:
