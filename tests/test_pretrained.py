@@ -18,8 +18,9 @@ from qkernels import CheckpointError, FormatError, QuantLinear, UnsupportedError
 from qkernels.embedding import QuantEmbedding
 from qkernels.formats import QuantStack, QuantTensor
 from qkernels.formats.rows import join, take
-from qkernels.integrations import conversion, pretrained
+from qkernels.integrations import conversion
 from qkernels.integrations.experts import JoinedLinear, QuantExperts
+from qkernels.integrations.loader import Loader
 from qkernels.io import shards
 
 SMALL = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "vocab_size": 50}
@@ -318,7 +319,7 @@ def test_memory(tmp_path, monkeypatch, layout, name):
     path = written(items, tmp_path / "m", layout)
     items.clear()
     files, watch = sum(f.stat().st_size for f in path.glob("*.safetensors")), Watch()
-    for owner, function in ((pretrained._Loader, "add"), (pretrained._Loader, "finish"), (shards.Tensors, "__getitem__")):
+    for owner, function in ((Loader, "add"), (Loader, "finish"), (shards.Tensors, "__getitem__")):
         monkeypatch.setattr(owner, function, watch.around(getattr(owner, function)))
     monkeypatch.setattr(QuantLinear, "_prepare", watch.around(QuantLinear._prepare))
     try:
