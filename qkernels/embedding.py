@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -17,6 +18,8 @@ from qkernels.linear import _TENSORS, _keep_dtype
 class QuantEmbedding(nn.Module):
     """An embedding over a quantised weight, frozen; it holds the canonical tensors and decodes only the rows that are asked for.
 
+    `qkernels.save` and `load` keep it.
+
     embedding   the module in whose place it comes: its class says what becomes of a row (Gemma scales it)
     q           the weight [num_embeddings, embedding_dim]
     dtype       of what it gives; `.to(dtype)` changes it
@@ -26,9 +29,9 @@ class QuantEmbedding(nn.Module):
         super().__init__()
         self.num_embeddings, self.embedding_dim = q.shape
         self.format, self.dtype = q.format, dtype
-        self.inner = embedding
-        embedding.register_parameter("weight", None)
-        embedding.padding_idx = None  # it says which row gets no gradient
+        self.inner = copy.copy(embedding)
+        self.inner._parameters = {"weight": None}
+        self.inner.padding_idx = None  # it says which row gets no gradient
         self._hold(q.tensors())
 
     weight: nn.Parameter

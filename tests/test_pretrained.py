@@ -19,7 +19,7 @@ from qkernels.embedding import QuantEmbedding
 from qkernels.formats import QuantStack, QuantTensor
 from qkernels.formats.rows import join, take
 from qkernels.integrations import conversion
-from qkernels.integrations.experts import JoinedLinear, QuantExperts
+from qkernels.integrations.experts import JoinedLinear, QuantExperts, linear
 from qkernels.integrations.loader import Loader
 from qkernels.io import shards
 
@@ -435,6 +435,40 @@ def test_embedding_follows_dtype_and_device_and_copies():
     assert half(ids).dtype == torch.float16 and half.quant_tensor().equal(q)
     assert torch.equal(half(ids), reference.decode(q)[ids].half())
     assert half(ids[:, :0]).shape == (2, 0, 64)
+
+
+@pytest.mark.parametrize("name", ["gemma3, tied, scaled embeddings", "llama"])
+def test_saved_again(tmp_path, name):
+    """What was loaded can be saved: for `load`, and for from_pretrained."""
+    save_dense(name, tmp_path / "m")
+    items, _ = quantized(tmp_path / "m", EVERYTHING)
+    got = load(written(items, tmp_path / "m"))
+    qkernels.save(got, tmp_path / "q", progress=False)
+    got.config.save_pretrained(tmp_path / "q")
+    with torch.device("meta"):
+        skeleton = type(got)(transformers.AutoConfig.from_pretrained(tmp_path / "q")).eval()
+    before = skeleton.model.embed_tokens
+    for again in (load(tmp_path / "q"), qkernels.load(skeleton, tmp_path / "q", progress=False)):
+        assert isinstance(again.model.embed_tokens, QuantEmbedding) and isinstance(again.lm_head, QuantLinear)
+        assert torch.equal(again(IDS).logits, got(IDS).logits)
+    assert before.weight.is_meta  # the skeleton's own, whose place it took, is as it was
+
+
+def test_saved_experts_load_again(tmp_path):
+    """With biases, and one of two parts."""
+    save_dense("gpt-oss", tmp_path / "m", config=gpt_oss())
+    items = dict(io.read(tmp_path / "m"))
+    for name, t in items.items():
+        if name.endswith(("gate_up_proj", "down_proj")):
+            items[name] = QuantStack.of([qkernels.quantize(w.T.contiguous(), "mxfp4") for w in t])
+    got = load(store(items, tmp_path / "m", "mxfp4"))
+    experts = got.model.layers[0].mlp.experts
+    q = experts.down_proj[1].quant_tensor()
+    parts = take(q, torch.arange(10)), qkernels.quantize(reference.decode(q)[10:], "int8")
+    experts.down_proj[1] = linear(parts, experts.down_proj[1].bias, "float", torch.float32)
+    qkernels.save(got, tmp_path / "q", progress=False)
+    got.config.save_pretrained(tmp_path / "q")
+    assert torch.equal(load(tmp_path / "q")(IDS).logits, got(IDS).logits)
 
 
 # -- damage ------------------------------------------------------------------------------------------------------------------------

@@ -23,6 +23,8 @@ from qkernels.kernels.registry import Compute
 
 log = logging.getLogger("qkernels")
 Value = QuantTensor | QuantStack | Tensor
+# What QuantExperts calls a layer of an expert, where it was saved: parameter of the model, number, part of a JoinedLinear, leaf
+_OF_EXPERT = re.compile(r"(.+?)\.(\d+)(?:\.parts\.(\d+))?\.(weight|bias)")
 
 
 class Loader:
@@ -45,6 +47,7 @@ class Loader:
         self.plain: dict[str, Tensor] = {}
         self.made: dict[int, tuple[nn.Module, nn.Module]] = {}  # id of a module -> (itself, its replacement)
         self.experts: dict[str, dict[str, nn.ModuleList]] = {}
+        self.saved: dict[str, dict[tuple[int, int], Value]] = {}  # parameter of all experts -> (expert, part) -> what was saved of it
         self.scaled: dict[str, Tensor] = {}
         self.of_tie: dict[Any, dict[str, Value | None]] = {}  # tied names -> what the checkpoint has for each
         for name, t in self.own.items():
@@ -72,6 +75,8 @@ class Loader:
         module = _submodule(self.model, owner)
         if leaf == "scales" and isinstance(value, Tensor) and module is not None and not any(True for _ in module.parameters()):
             self.scaled[owner] = value  # AWQ: the activation before a Linear is divided by them
+        elif (m := _OF_EXPERT.fullmatch(name)) and (target := m[1] if leaf == "weight" else f"{m[1]}_bias") in self.own:
+            self.saved.setdefault(target, {})[int(m[2]), int(m[3] or 0)] = value
         elif leaf in ACTIVATION_LEAVES:
             log.debug("%s is left out: it quantises activations or the cache", key)
         elif leaf == "bias" and isinstance(value, Tensor) and f"{owner}.weight" in self.own and not bool(value.any()):
@@ -177,6 +182,8 @@ class Loader:
         """Put in place what had to wait, check that nothing lacks, and make the model ready to run."""
         for name in list(self.pieces):
             self._convert(name)
+        for name in list(self.saved):
+            self._place(name, _of_all_experts(name, self.saved.pop(name)), name)
         ties = list(self._put_tied())
         self._check_names()
         self.model.load_state_dict(self.plain, strict=False, assign=True)
@@ -243,6 +250,18 @@ def _submodule(model: nn.Module, name: str) -> nn.Module | None:
         return model.get_submodule(name)
     except AttributeError:
         return None
+
+
+def _of_all_experts(name: str, saved: Mapping[tuple[int, int], Value]) -> Any:
+    """The experts' weights, each as its parts, or their biases as one tensor."""
+    ordered = sorted(saved.items(), key=lambda item: item[0])
+    values = [value for _, value in ordered]
+    if all(isinstance(value, Tensor) for value in values) and len({value.shape for value in values}) == 1:
+        return torch.stack(values)  # type: ignore[arg-type]  # they are tensors
+    if not all(isinstance(value, QuantTensor) for value in values):
+        raise CheckpointError(f"{name!r}: its experts are of several kinds or shapes")
+    experts = sorted({e for e, _ in saved})
+    return [tuple(value for (e, _), value in ordered if e == expert) for expert in experts]
 
 
 def _shape(parts: conversion.Parts) -> tuple[int, int]:
