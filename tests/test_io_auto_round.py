@@ -79,9 +79,11 @@ def test_compressed_tensors(monkeypatch):
     fake = types.ModuleType("compressed_tensors")
     fake.read = lambda tensors, settings: seen.update(settings) or iter(tensors.items())
     monkeypatch.setitem(sys.modules, "qkernels.io.compressed_tensors", fake)
-    assert list(read({"a": 1}, packing_format="auto_round:llm_compressor", config_groups={})) == ["a"]
-    stated = {key: value for key, value in STATED.items() if key != "packing_format"}
-    assert seen == {**stated, "quant_method": "compressed-tensors", "config_groups": {}}
+    stated = {"packing_format": "auto_round:llm_compressor", "iters": 7, "config_groups": {"group_0": {}}, "format": "pack-quantized"}
+    assert list(read({"a": 1}, **stated)) == ["a"]
+    assert seen == {"quant_method": "compressed-tensors", "config_groups": {"group_0": {}}, "format": "pack-quantized"}
+    with pytest.raises(UnsupportedError, match=r"lack config_groups \(4 bits of mx_fp\)"):
+        read({"a": 1}, packing_format="auto_round:llm_compressor", data_type="mx_fp")
 
 
 @pytest.mark.parametrize(

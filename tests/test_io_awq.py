@@ -77,6 +77,7 @@ def test_names_of_versions():
     held, stated, dense = golden("gemv_fast", CASES[-1][1])
     for names in ({"version": "llm-awq"}, {"version": None, "format": "GEMV_FAST"}, {"version": None, "backend": "llm-awq"}):
         equal_values(reference.decode(read(held, **{**stated, **names})["m.fc.weight"]).half(), dense)
+    equal_values(reference.decode(read(held, **{**stated, "zero_point": False})["m.fc.weight"]).half(), dense)  # its minima tell
     held, stated, dense = golden("gemm", "g32_asym_32x160")
     legacy = {"w_bit": 4, "q_group_size": 32, "zero_point": True}
     equal_values(reference.decode(dict(layout.read(held, legacy))["m.fc.weight"]).half(), dense)

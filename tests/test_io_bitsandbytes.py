@@ -245,7 +245,7 @@ HOSTILE = {
 
 
 def changed(tensors, changes):
-    changes = {k: torch.tensor(list(v.encode()), dtype=torch.uint8) if isinstance(v, str) else v for k, v in changes.items()}
+    changes = {k: torch.frombuffer(bytearray(v.encode()), dtype=torch.uint8) if isinstance(v, str) else v for k, v in changes.items()}
     return {name: t for name, t in (tensors | changes).items() if t is not None}
 
 
@@ -286,6 +286,7 @@ def test_hostile_nested(case):
         ({"X.weight": torch.ones(12, 96)}, CheckpointError, "X.weight is torch.float32; torch.int8 is possible"),
         ({"X.weight_format": torch.tensor(2, dtype=torch.uint8)}, UnsupportedError, "X.weight_format is 2: a GPU's tile order"),
         ({"X.weight_quant_state": torch.ones(3)}, UnsupportedError, "GPTQModel's names"),
+        ({"X.SCB": None, "X.weight_format": None, "X.weight_scb": torch.ones(12)}, UnsupportedError, "GPTQModel's names"),
     ],
 )
 def test_hostile_int8(changes, error, message):

@@ -105,7 +105,7 @@ def test_directories(tmp_path):
     equal_values(reference.decode(items[f"{MODULE}.weight"]), values)
     plain = {name for name, value in items.items() if isinstance(value, torch.Tensor)}
     assert {name for name in plain if name.rpartition(".")[2] in ACTIVATION_LEAVES} == {f"{MODULE}.input_scale", "model.attn.k_scale"}
-    io.write(items.items(), tmp_path / "b", "compressed_tensors", settings=info.settings, config=info.config)
+    io.write(items.items(), tmp_path / "b", "compressed-tensors", settings=info.settings, config=info.config)
     for file in ("model.safetensors", "config.json"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
@@ -126,7 +126,7 @@ ELSEWHERE += ["e2m1_g32_se8m0", "e2m3_g32_se8m0", "e4m3_g32_se8m0", "e2m1_g16_se
 def test_elsewhere(names, tmp_path):
     """Weights that no checkpoint gave: alone, and as a checkpoint of mixed precision."""
     weights = {f"model.{i}.weight": random_quant(formats.get(name), 11, 256, seed=i) for i, name in enumerate(names)}
-    io.write(weights.items(), tmp_path / "made", "compressed_tensors")
+    io.write(weights.items(), tmp_path / "made", "compressed-tensors")
     back = dict(io.read(tmp_path / "made"))
     assert back.keys() == weights.keys() and all(back[name].equal(q) for name, q in weights.items())
 
@@ -185,7 +185,9 @@ def test_stack():
         read_one(stacked, settings)
 
 
-@pytest.mark.parametrize("version,which", [("0.17.1", "0_17"), ("0.15.0.1", "0_17"), ("0.18.0", "0_20"), ("1.0", "0_20")])
+@pytest.mark.parametrize(
+    "version,which", [("0.17.1", "0_17"), ("0.15.0.1", "0_17"), ("0.18.0", "0_20"), ("0.18.0.post1", "0_20"), ("1.0", "0_20")]
+)
 @pytest.mark.parametrize("case", ["pack-3-sym", "pack-3-asym"])  # K = 40 takes four words in both layouts
 def test_ambiguous_words(version, which, case):
     tensors, settings, values = golden(case, which)
@@ -196,6 +198,28 @@ def test_ambiguous_words(version, which, case):
     other = {**settings, "version": "0.18.0" if which == "0_17" else "0.17.0"}
     with pytest.raises(UnsupportedError, match="does not write them"):
         written([(f"{MODULE}.weight", q)], other)
+
+
+@pytest.mark.parametrize("version", ["0.17.1", "0.18.0", None])
+@pytest.mark.parametrize("name,k", [("u4b8_g32_sf32", 96), ("u3b4_g-1_sf32", 10), ("u8_g32_zi_sf32", 64)])
+def test_unmistakable_words(name, k, version):
+    """Weights of elsewhere under the settings of any version, where the two layouts are one."""
+    q = random_quant(formats.get(name), 9, k)
+    tensors, settings = written([(f"{MODULE}.weight", q)])
+    settings["version"] = version
+    again, _ = written([(f"{MODULE}.weight", q)], settings)
+    same_tensors(again, tensors)
+    assert read_one(again, settings).equal(q)
+
+
+@pytest.mark.parametrize("version", ["0.17.1", "0.18.0"])
+def test_words_of_the_stated_version(version):
+    q = random_quant(formats.get("u3_g-1_zi_sf32"), 11, 40)
+    _, settings = written([(f"{MODULE}.weight", q)])
+    settings["version"] = version
+    tensors, _ = written([(f"{MODULE}.weight", q)], settings)
+    assert read_one(tensors, settings).equal(q)
+    assert torch.equal(golden_codes(tensors), reference.unpack(q.codes, 3, 40).float()) == (version == "0.17.1")
 
 
 @pytest.mark.parametrize("version", [None, "0.18.0.a20260701", "0.17.2.dev3", "nightly"])
@@ -230,10 +254,10 @@ def test_which_group():
     items = {"a.x.weight": q8, "a.y.weight": q4, "b.weight": q8}
     tensors, settings = written(items.items())
     groups = settings["config_groups"]
-    groups["group_0"]["targets"], groups["group_1"]["targets"] = ["Linear", "a.x"], ["re:a.*"]
+    groups["group_0"]["targets"], groups["group_1"]["targets"] = ["re:a.*", "b"], ["a.y", "Linear"]
     back = dict(compressed_tensors.read(tensors, settings))
     assert all(back[name].equal(q) for name, q in items.items())
-    groups["group_1"]["targets"] = ["Embedding", "a.y"]
+    groups["group_0"]["targets"], groups["group_1"]["targets"] = ["Linear", "a.x"], ["Embedding", "re:a.y"]
     with pytest.raises(UnsupportedError, match="b: which of 2 schemes of classes"):
         dict(compressed_tensors.read(tensors, settings))
     groups["group_0"]["targets"].remove("Linear")
@@ -402,6 +426,7 @@ def test_refused_by_settings():
         "u8b128_g32_sf32": "of u4b8 codes",
         "u4_g32_zi_sf32": "zero points: none",
         "u4b8_g16_sf32": r"groups of \(1, 32\)",
+        "u4b8_g32_se8m0": "scales of pack-quantized are f32",
     }.items():
         with pytest.raises(UnsupportedError, match=message):
             written([(f"{MODULE}.weight", random_quant(formats.get(name), 8, 64))], settings)
@@ -417,6 +442,8 @@ def test_changed_since_it_was_read():
     """What `origin` remembers is used only where it still says the same."""
     tensors, settings, _ = golden("pack-4-index", "0_17")
     q = read_one(tensors, settings)
+    foreign = QuantTensor(q.format, q.shape, origin={"layout": "gptq", "padded": True, "scale_shape": (3,)}, **q.tensors())
+    same_tensors(written([(f"{MODULE}.weight", foreign)], settings)[0], tensors)
     other = copy.copy(q.origin)
     other["weight_g_idx"] = q.origin["weight_g_idx"].roll(1)
     changed = QuantTensor(q.format, q.shape, origin=other, **q.tensors())

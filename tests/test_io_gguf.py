@@ -1,4 +1,4 @@
-"""GGUF: files of gguf-py are read as what was put in and written again byte for byte; damaged ones raise, soon and without much memory."""
+"""GGUF: files of gguf-py and llama.cpp are read as they were made and written byte for byte; damaged ones raise, soon, in little memory."""
 
 import json
 import os
@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cases import equal_values, random_quant
 from hypothesis import HealthCheck, given, settings, strategies
 
-from qkernels import io
+from qkernels import io, reference
 from qkernels.errors import CheckpointError, FormatError, QKernelsError, UnsupportedError
 from qkernels.formats import QuantStack, QuantTensor, get
+from qkernels.formats.ggml import TYPES
 from qkernels.io import gguf_file
 from qkernels.io.gguf_file import KeyValues
 
@@ -34,7 +36,7 @@ def rewritten(source, path):
     return path.read_bytes()
 
 
-# -- what gguf-py writes ------------------------------------------------------------------------------------------------------------
+# -- what others write --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", PUT_IN)
@@ -68,9 +70,23 @@ def test_every_type_of_key_value(name):
     assert found.types["general.file_type"] == "u32" and found.types["of.float64"] == "f64"
 
 
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", [*WHOLE, "gguf_c.gguf"])
 def test_rewriting_gives_the_same_bytes(name, tmp_path):
     assert rewritten(GOLDEN / name, tmp_path / "new.gguf") == (GOLDEN / name).read_bytes()
+
+
+def test_a_file_that_llama_cpp_wrote():
+    """Every type it has: the names and sizes are ggml's own."""
+    found, stated = dict(io.read(GOLDEN / "gguf_c.gguf")), io.detect(GOLDEN / "gguf_c.gguf").settings
+    plain = {"f32": 0, "f16": 1, "i8": 24, "i16": 25, "i32": 26, "i64": 27, "f64": 28, "bf16": 30}
+    types = plain | {format.name.removeprefix("ggml_"): id for id, format in TYPES.items()}
+    assert {name.lower(): types[name.lower()] for name in found} == types
+    for name, value in found.items():
+        raw = value if isinstance(value, torch.Tensor) else value.codes
+        expected = np.random.default_rng(types[name.lower()]).bytes(raw.nbytes)
+        assert value.shape[0] == 3 and raw.view(torch.uint8).numpy().tobytes() == expected
+    assert stated["list.string"] == ["a", "", "\udcff"] and stated.types["list.empty"] == "[i32]"
+    assert stated["of.f64"] == 0.1 != stated["of.f32"] == float(np.float32(0.1))
 
 
 @pytest.mark.parametrize("name", ["gguf_big_endian.gguf", SPLIT.format(2)])
@@ -107,6 +123,19 @@ def test_windows_of_a_large_file(monkeypatch):
     test_reads_what_was_put_in("gguf_types.gguf")
 
 
+def test_a_file_that_shrinks(tmp_path):
+    path = tmp_path / "a.gguf"
+    path.write_bytes((GOLDEN / "gguf_types.gguf").read_bytes())
+    info = io.detect(path)
+    items = io.read(info)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qkernels.io.gguf.WINDOW", 1)
+        next(items)
+        os.truncate(path, 2048)
+        with pytest.raises(CheckpointError, match="has become shorter"):
+            list(items)
+
+
 # -- what we write ------------------------------------------------------------------------------------------------------------------
 
 
@@ -127,9 +156,14 @@ def test_natural_types(tmp_path):
 
 @pytest.mark.parametrize("value", [None, [], [1, "a"], [[1]], 2**64, {"a": 1}, -(2**63) - 1, b"x"])
 def test_values_that_do_not_exist(value, tmp_path):
+    items = iter([("a", torch.ones(1))])
     with pytest.raises(FormatError, match="'k' = "):
-        io.write([], tmp_path / "a.gguf", "gguf", settings={"k": value})
-    assert not list(tmp_path.iterdir())
+        io.write(items, tmp_path / "a.gguf", "gguf", settings={"k": value})
+    assert not list(tmp_path.iterdir()) and next(items)  # not after gigabytes were written
+    with pytest.raises(FormatError, match="key 3 = 1"):
+        io.write([], tmp_path / "a.gguf", "gguf", settings={3: 1})
+    with pytest.raises(FormatError, match=r"general\.alignment is"):
+        io.write([], tmp_path / "a.gguf", "gguf", settings={"general.alignment": value})
 
 
 @pytest.mark.parametrize("value", [-1, 2**32, "3", 1.5, None])
@@ -153,7 +187,11 @@ def blocks(n, k, name="q8_0"):
 @pytest.mark.parametrize(
     ("name", "value", "says"),
     [
-        ("a", QuantTensor(get("int8"), (1, 128), torch.zeros(1, 128, dtype=torch.uint8), torch.ones(1, 1)), "a is .*no type of ggml"),
+        (
+            "a",
+            QuantTensor(get("int8"), (1, 128), torch.zeros(1, 128, dtype=torch.uint8), torch.ones(1, 1)),
+            "a is .*which no type of ggml holds",
+        ),
         ("a", torch.zeros(2, dtype=torch.complex64), "complex64"),
         ("a", torch.zeros(2, 0), "empty"),
         ("a", torch.tensor(1.0), "1 to 4 axes"),
@@ -165,6 +203,46 @@ def test_what_gguf_cannot_hold(name, value, says, tmp_path):
     with pytest.raises(UnsupportedError, match=says):
         io.write([("first", blocks(2, 64)), (name, value)], tmp_path / "a.gguf", "gguf")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("format", "type"),
+    [
+        ("u4b8_g32_sf16", "q4_0"), ("u4b8_g128_sf16", "q4_0"), ("u4b8_g-1_sf16", "q4_0"),
+        ("u4_g64_zm_sf16", "q4_1"), ("u5b16_g32_sf16", "q5_0"),
+        ("u5_g32_zm_sf16", "q5_1"), ("u8b128_g128_sf16", "q8_0"), ("e2m1_g32_se8m0", "ggml_mxfp4"), ("e2m1_g16_se4m3", "ggml_nvfp4"),
+    ],
+)  # fmt: skip
+def test_other_weights_become_blocks_of_the_same_numbers(format, type, tmp_path):
+    q, experts = random_quant(get(format), 6, 128), [random_quant(get(format), 3, 256, seed) for seed in range(2)]
+    io.write({"a": q, "b": QuantStack.of(experts)}.items(), tmp_path / "a.gguf", "gguf")
+    found = dict(io.read(tmp_path / "a.gguf"))
+    assert found["a"].format.name == found["b"].format.name == type
+    for made, read in zip([q, *experts], [found["a"], *found["b"]]):
+        equal_values(reference.decode(read), reference.decode(made))
+
+
+@pytest.mark.parametrize(
+    ("format", "k", "says"),
+    [
+        ("u4_g32_zi_sf16", 64, "which no type of ggml holds; u4b8_g32_sf16, "),
+        ("u4b8_g32_sbf16", 64, "no type of ggml"),
+        ("u4b8_g32x2_sf16", 64, "no type of ggml"), ("e2m1_g16_se4m3_t", 64, "no type of ggml"),
+        ("u4b8_g16_sf16", 64, "in groups of 16"),
+        ("u4b8_g48_sf16", 96, "in groups of 48"), ("u4b8_g64_sf16", 96, "K = 96 in groups of 64"), ("e2m1_g16_se4m3", 96, "blocks of 64"),
+    ],
+)  # fmt: skip
+def test_weights_that_no_blocks_hold(format, k, says, tmp_path):
+    with pytest.raises(UnsupportedError, match=f"layer has K|layer is {format}") as raised:
+        io.write([("layer", random_quant(get(format), 4, k))], tmp_path / "a.gguf", "gguf")
+    assert says in str(raised.value)
+
+
+def test_negative_scales_of_nvfp4(tmp_path):
+    q = random_quant(get("e2m1_g16_se4m3"), 4, 64)
+    q.scales.view(torch.uint8)[1, 2] ^= 0x80
+    with pytest.raises(UnsupportedError, match="layer has scales that are negative"):
+        io.write([("layer", q)], tmp_path / "a.gguf", "gguf")
 
 
 def test_a_permutation_cannot_be_said(tmp_path):

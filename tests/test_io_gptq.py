@@ -132,14 +132,14 @@ def test_description(bits, n, k, group_size, kind, exact, sym, seed):
     equal_tensors(tensors, held)
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_borrowed_words(bits):
-    """A zero point of 0 takes from the field above; the whole word gives it back, where field by field would not."""
+    """A zero point of 0 takes from the field above; the whole word gives it back, where field by field would not. 3 bits: they wrap."""
     zeros = np.zeros((1, 32), int)
     zeros[0, 1::2] = 2
     codes = np.arange(32 * 32).reshape(32, 32) % 2**bits
     held, weight = gptq(codes, zeros, torch.ones(1, 32).half(), np.zeros(32, int), bits)
-    assert not torch.equal(held["m.fc.qzeros"], words((zeros - 1) % 2**bits, bits))
+    assert torch.equal(held["m.fc.qzeros"], words((zeros - 1) % 2**bits, bits)) == (bits == 3)
     equal_values(reference.decode(read(held, bits=bits)["m.fc.weight"]), weight)
 
 
@@ -174,7 +174,9 @@ def test_missing_index_and_order():
     assert list(items) == ["a", "m.fc.bias", "m.fc.weight", "m.norm.weight"] and sorted(asked) == sorted(tensors)
     equal_values(reference.decode(items["m.fc.weight"]), weight)
     equal_tensors(write(items, STATED)[0], tensors)
-    assert "m.fc.g_idx" in write({**items})[0]
+    assert "m.fc.g_idx" in write(items)[0]
+    held["m.fc.g_idx"] = torch.arange(40) // 32  # of 64 bits
+    equal_tensors(write(read(held), STATED)[0], held)
 
 
 @pytest.mark.parametrize(("bits", "widths"), {2: [2], 3: [2, 1], 4: [4], 5: [4, 1], 6: [4, 2], 7: [4, 2, 1], 8: [8]}.items())
@@ -258,6 +260,11 @@ def test_wrong_tensors(case):
         read(changed(**leaves))
 
 
+def test_tensors_of_no_module():
+    with pytest.raises(CheckpointError, match="called qweight, and not <module>"):
+        read({"qweight": torch.zeros(8, 16, dtype=I32)})
+
+
 WRONG_SETTINGS = {
     "group of other shapes": ({"group_size": 16}, CheckpointError, r"scales is \[2, 16\] torch.float16, not \[4, 16\]"),
     "no group": ({"group_size": 0}, CheckpointError, "group_size is 0; -1"),
@@ -294,6 +301,15 @@ def test_wrong_settings(case):
     stated, kind, message = WRONG_SETTINGS[case]
     with pytest.raises(kind, match=message):
         read(changed(), **stated)
+
+
+def test_planes_are_of_whole_runs():
+    held = changed(qweight=torch.zeros(9, 16, dtype=I32), g_idx=torch.arange(57, dtype=I32) // 32)
+    with pytest.raises(UnsupportedError, match=r"m\.fc: \[N, K\] = \[16, 57\]; 'gptq_p' takes multiples of 32"):
+        read(held, bits=5, checkpoint_format="gptq_p")
+    q = random_quant(formats.get("u5b16_g32_sf16"), 16, 64)
+    with pytest.raises(UnsupportedError, match="takes multiples of 32"):
+        write({"m.fc.weight": q}, {**STATED, "bits": 5, "checkpoint_format": "gptq_p"})
 
 
 def test_dynamic():

@@ -11,8 +11,8 @@ from torch import Tensor
 from qkernels.errors import CheckpointError, UnsupportedError
 from qkernels.formats import QuantTensor
 from qkernels.io import awq, gptq, layers
+from qkernels.io.gptq_settings import HOW, ignore_how
 from qkernels.io.gptq_settings import Scheme as GPTQScheme
-from qkernels.io.gptq_settings import ignore_how
 from qkernels.io.settings import Settings
 
 _LESS_ONE = ("auto_round:auto_gptq", "auto_round:gptq")  # GPTQ's, whose zero points are stored less one
@@ -34,8 +34,8 @@ def read(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Iterator
     """Yield every weight and every other tensor of an AutoRound checkpoint. Raises CheckpointError, UnsupportedError."""
     packing = settings.get("packing_format") or "auto_round:gptq"  # which AutoRound's own loaders take where it is absent
     if isinstance(packing, str) and packing.startswith(_OTHERS):
-        other = {key: value for key, value in settings.items() if key != "packing_format"}
-        yield from importlib.import_module("qkernels.io.compressed_tensors").read(tensors, {**other, "quant_method": "compressed-tensors"})
+        others = _of_others(settings)
+        yield from importlib.import_module("qkernels.io.compressed_tensors").read(tensors, others)
         return
     stated_of = _stated(settings)
     if packing in _AWQ:
@@ -45,6 +45,17 @@ def read(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Iterator
     else:
         known = ", ".join((*_LESS_ONE, *_EXACT, *_AWQ, _OTHERS))
         raise UnsupportedError(f"the settings of AutoRound: packing_format is {packing!r:.80}; {known} are read")
+
+
+def _of_others(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings without those of AutoRound itself, which tell in fewer words what config_groups tell."""
+    if not settings.get("config_groups"):
+        kind = f"{settings.get('bits')} bits of {settings.get('data_type')}"
+        raise UnsupportedError(
+            f"the settings of AutoRound lack config_groups ({kind}): llm_compressor's packing is read where they are there"
+        )
+    own = ("packing_format", "bits", "group_size", "sym", "data_type", *HOW)
+    return {**{key: value for key, value in settings.items() if key not in own}, "quant_method": "compressed-tensors"}
 
 
 def _of_gptq(stated: Stated, exact: bool) -> GPTQScheme | None:
@@ -92,10 +103,10 @@ def _stated(settings: Mapping[str, Any]) -> Callable[[str], Stated]:
 
 
 def _numbers(s: Settings, base: Stated | None) -> Stated:
-    def take(name: str, of: type) -> Any:
-        return s.take(name, of=of) if base is None else s.take(name, of=of, default=getattr(base, name))
+    def take(name: str) -> Any:
+        return s.take(name, of=int) if base is None else s.take(name, of=int, default=getattr(base, name))
 
-    stated = Stated(take("bits", int), take("group_size", int), take("sym", bool))
+    stated = Stated(take("bits"), take("group_size"), s.take("sym", of=bool, default=base.sym if base else True))
     if stated.bits >= 16:
         s.ignore("data_type")
     if stated.bits < 1 or (stated.group_size != -1 and not 1 <= stated.group_size < 2**31):

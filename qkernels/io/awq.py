@@ -9,8 +9,6 @@ Tensors of a module, whose weight is W [N, K] in G = ceil(K / group_size) groups
 
     W[n, k] = (code - zero) * scale            gemm, gemv
     W[n, k] = code * scale + qzeros            gemv_fast
-Layout:   gemm: the nibbles of a word are columns 0 2 4 6 1 3 5 7, from the lowest on; gemv: in order;
-          gemv_fast: (n, k) is nibble k % 32 // 8 of qweight[n // 4, 64 (k // 64) + 16 (n % 4) + 8 (k % 64 // 32) + k % 8]
 """
 
 from __future__ import annotations
@@ -20,6 +18,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qkernels.errors import CheckpointError, UnsupportedError
@@ -27,14 +26,13 @@ from qkernels.formats import Int, QuantFormat, QuantTensor
 from qkernels.formats.format import scale_type
 from qkernels.formats.packing import pack, unpack
 from qkernels.io import layers
+from qkernels.io.awq_words import COLUMNS, NIBBLES, PACK, UNPACK, reordered
 from qkernels.io.gptq_settings import ignore_how
 from qkernels.io.settings import Settings
 
 LEAVES = ("qweight", "qzeros", "scales")
 _REMADE = LEAVES[1:]  # may be stored in more than one way: padding, and zero points that are left out
 _ACTIVATIONS = ("act", "gelu_impl")  # modules whose `scales` divide their output: plain tensors, which a loader deals with
-_NIBBLES = [0, 2, 4, 6, 1, 3, 5, 7]  # columns of a word of gemm
-_COLUMNS = [0, 4, 1, 5, 2, 6, 3, 7]  # its inverse
 _FLOATS = (torch.float16, torch.bfloat16)
 _MIDDLE = 8
 _VERSIONS = {"gemm": "gemm", "gemv": "gemv", "gemv_fast": "gemv_fast", "llm-awq": "gemv_fast"}
@@ -119,7 +117,7 @@ def _unpacked(held: Mapping[str, Tensor], scheme: Scheme) -> QuantTensor:
     qweight = layers.check(held, "qweight", (-1, -1), [torch.int16 if scheme.version == "gemv_fast" else torch.int32])
     if 0 in qweight.shape:
         raise CheckpointError(f"qweight is empty: {list(qweight.shape)}")
-    codes = _UNPACK[scheme.version](qweight)
+    codes = UNPACK[scheme.version](qweight)
     n, k = codes.shape
     scales = _of_groups(layers.check(held, "scales", _shapes(n, k, scheme)[0], _FLOATS), scheme, k)
     zeros = _zeros(held, n, k, scheme)
@@ -153,47 +151,7 @@ def _zeros(held: Mapping[str, Tensor], n: int, k: int, scheme: Scheme) -> Tensor
         return _of_groups(layers.check(held, "qzeros", shape, [held["scales"].dtype]), scheme, k)
     words = layers.check(held, "qzeros", shape, [torch.int32])
     zeros = unpack(layers.in_order(words).view(torch.uint8), 4, 8 * shape[1])
-    return _of_groups(zeros if scheme.version == "gemv" else _reordered(zeros, _COLUMNS), scheme, k)
-
-
-def _reordered(nibbles: Tensor, order: list[int]) -> Tensor:
-    return nibbles.unflatten(-1, (-1, 8))[..., order].flatten(-2)
-
-
-def _unpack_gemm(qweight: Tensor) -> Tensor:
-    nibbles = unpack(layers.in_order(qweight).view(torch.uint8), 4, 8 * qweight.shape[1])
-    return layers.in_order(_reordered(nibbles, _COLUMNS).t())
-
-
-def _pack_gemm(codes: Tensor) -> Tensor:
-    return layers.to_words(pack(_reordered(codes.t(), _NIBBLES), 4))
-
-
-def _unpack_gemv(qweight: Tensor) -> Tensor:
-    return unpack(layers.in_order(qweight).view(torch.uint8), 4, 8 * qweight.shape[1])
-
-
-def _pack_gemv(codes: Tensor) -> Tensor:
-    return layers.to_words(pack(codes, 4))
-
-
-def _unpack_gemv_fast(qweight: Tensor) -> Tensor:
-    quarter, k = qweight.shape
-    if k % 64:
-        raise CheckpointError(f"qweight has {k} columns; those of gemv_fast are a multiple of 64")
-    nibbles = unpack(layers.in_order(qweight).view(torch.uint8), 4, 4 * k)
-    # [n // 4, k // 64, n % 4, k % 64 // 32, k % 8, k % 32 // 8] -> n, then k
-    return nibbles.view(quarter, k // 64, 4, 2, 8, 4).permute(0, 2, 1, 3, 5, 4).reshape(4 * quarter, k)
-
-
-def _pack_gemv_fast(codes: Tensor) -> Tensor:
-    n, k = codes.shape
-    nibbles = codes.view(n // 4, 4, k // 64, 2, 4, 8).permute(0, 2, 1, 3, 5, 4)
-    return pack(nibbles.reshape(n // 4, 4 * k), 4).view(torch.int16)
-
-
-_UNPACK = {"gemm": _unpack_gemm, "gemv": _unpack_gemv, "gemv_fast": _unpack_gemv_fast}
-_PACK = {"gemm": _pack_gemm, "gemv": _pack_gemv, "gemv_fast": _pack_gemv_fast}
+    return _of_groups(zeros if scheme.version == "gemv" else reordered(zeros, COLUMNS), scheme, k)
 
 
 def _stored(q: QuantTensor, scheme: Scheme | None, by_settings: bool) -> dict[str, Tensor]:
@@ -201,7 +159,7 @@ def _stored(q: QuantTensor, scheme: Scheme | None, by_settings: bool) -> dict[st
     if scheme is None:
         raise UnsupportedError("the settings say that this module is not quantised")
     _check(q, scheme)
-    made = {"qweight": _PACK[scheme.version](unpack(q.codes, 4, q.shape[1])), **_packed(q, scheme)}
+    made = {"qweight": PACK[scheme.version](unpack(q.codes, 4, q.shape[1])), **_packed(q, scheme)}
     held = layers.as_held(made, q, _REMADE, lambda held: _unpacked(held, scheme)) if by_settings else None
     return held or made
 
@@ -225,16 +183,16 @@ def _packed(q: QuantTensor, scheme: Scheme) -> dict[str, Tensor]:
     """The tensors of a weight other than its codes, made anew."""
     assert q.scales is not None and isinstance(q.format.code, Int)
     fill = scheme.padded(q.shape[1]) - q.scales.shape[1] if scheme.version != "gemm" else 0
-    scales = torch.nn.functional.pad(q.scales, (0, fill))
+    scales = F.pad(q.scales, (0, fill))
     if scheme.version == "gemv_fast":
-        minima = torch.nn.functional.pad(_minima(q), (0, fill))
+        minima = F.pad(_minima(q), (0, fill))
         return {"qzeros": layers.in_order(minima.t()), "scales": layers.in_order(scales.t())}
     zeros = torch.full(q.scales.shape, q.format.code.bias, dtype=torch.uint8) if q.zeros is None else q.zeros
     if q.format.zero not in ("none", "int") or int(zeros.max()) > 15:
         raise UnsupportedError(f"zero points of {q.format.name} beyond the integers 0 to 15; gemv_fast holds minima")
     if scheme.version == "gemv":
-        return {"qzeros": layers.to_words(pack(torch.nn.functional.pad(zeros, (0, fill)), 4)), "scales": layers.in_order(scales)}
-    return {"qzeros": layers.to_words(pack(_reordered(zeros.t(), _NIBBLES), 4)), "scales": layers.in_order(scales.t())}
+        return {"qzeros": layers.to_words(pack(F.pad(zeros, (0, fill)), 4)), "scales": layers.in_order(scales)}
+    return {"qzeros": layers.to_words(pack(reordered(zeros.t(), NIBBLES), 4)), "scales": layers.in_order(scales.t())}
 
 
 def _minima(q: QuantTensor) -> Tensor:
@@ -276,7 +234,8 @@ def _schemes(settings: Mapping[str, Any]) -> SchemeOf:
     ignore_how(s)
     s.ignore("sym", "desc_act", "checkpoint_format", "do_fuse", "fuse_max_seq_len", "modules_to_fuse")  # GPTQ's, as transformers adds
     s.done()
-    scheme = Scheme(_VERSIONS[version], size, zero_point)
+    version = _VERSIONS[version]
+    scheme = Scheme(version, size, zero_point or version == "gemv_fast")  # whose minima are there in any case
 
     def scheme_of(module: str) -> Scheme | None:
         return None if any(f".{part}." in f".{module}." for part in dense) else scheme

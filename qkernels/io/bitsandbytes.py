@@ -75,8 +75,8 @@ def _weight_of(name: str, tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def _plain(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
-    if name.endswith(".weight_quant_state"):
-        raise UnsupportedError(f"{name}: GPTQModel's names of bitsandbytes tensors are not read; save it with transformers or bitsandbytes")
+    if any(f"{name}_{leaf}" in tensors for leaf in ("quant_state", "scb")) or name.endswith(("_quant_state", "_scb")):
+        raise UnsupportedError(f"{name}: GPTQModel's names of bitsandbytes tensors are not read; those that bitsandbytes itself saves are")
     value = tensors[name]
     if name.endswith(".weight") and value.dtype in (torch.int8, torch.uint8):
         raise CheckpointError(f"{name} is {value.dtype} {list(value.shape)} but has neither {name}.{four_bits.STATE}… nor an SCB beside it")
@@ -128,6 +128,7 @@ def _made_settings(kinds: Mapping[str, str], skipped: list[str]) -> dict[str, An
         "quant_method": "bitsandbytes",
         "load_in_4bit": four is not None,
         "load_in_8bit": four is None,
+        # loaders ask the quant_state of each weight, and these only where they quantise themselves
         "bnb_4bit_quant_type": four or "nf4",
         "bnb_4bit_use_double_quant": False,
         "bnb_4bit_quant_storage": "uint8",

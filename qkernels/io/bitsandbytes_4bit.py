@@ -152,6 +152,7 @@ def _blocks(name: str, q: QuantTensor) -> tuple[Tensor, int]:
     assert q.scales is not None
     rows = q.scales.float().repeat_interleave(group_n, 0)[:n]
     numbers = rows[:, torch.arange(k // fine) * fine // group_k]
+    # the shortest: it straddles rows, where bitsandbytes' own code for CPUs is wrong, only if it must
     for block in _BLOCKS:
         if (absmax := to_flat_blocks(numbers, n, k, fine, block) if block >= fine else None) is not None:
             return absmax.contiguous(), block

@@ -74,33 +74,37 @@ class Config:
         self.version: str | None = top.take("version", of=str, default=None)
         format = top.take("format", of=str, default=None)
         groups = top.take("config_groups", of=dict)
-        self._ignore = [_target(target, "ignore") for target in top.take("ignore", of=list, default=[])]
+        ignored = [_target(target, "ignore") for target in top.take("ignore", of=list, default=[])]
         _refuse_others(top)
         top.done()
-        self._groups = [group for name in groups for group in _groups(Settings(groups[name], f"{_WHERE}: {name}"), format)]
+        pairs = [pair for name in groups for pair in _groups(Settings(groups[name], f"{_WHERE}: {name}"), format)]
+        self._by_name = {target: scheme for target, scheme in reversed(pairs) if isinstance(target, str)}  # of two the first
+        self._by_expression = [(target, scheme) for target, scheme in pairs if not isinstance(target, str)]
+        self._by_class = [scheme for target, scheme in self._by_name.items() if target[:1].isupper() and "." not in target]
+        self._ignored = {target for target in ignored if isinstance(target, str)}
+        self._ignored_expressions = [target for target in ignored if not isinstance(target, str)]
 
     def named(self, module: str) -> bool:
-        return any(target == module for target, _ in self._groups)
+        return module in self._by_name
 
     def scheme(self, module: str) -> Scheme:
         """The scheme of a quantised module: of a target that is its name, else of an expression, else of a class of modules."""
-        if any(_matches(target, module) for target in self._ignore):
+        if module in self._ignored or any(target.match(module) for target in self._ignored_expressions):
             raise CheckpointError(f"{module} is quantised, and {_WHERE}: ignore says that it is not")
-        exact = [scheme for target, scheme in self._groups if target == module]
-        by_expression = [scheme for target, scheme in self._groups if _matches(target, module)]
-        by_class = [scheme for target, scheme in self._groups if isinstance(target, str) and target[:1].isupper() and "." not in target]
-        for found in (exact[:1], by_expression[:1], list(dict.fromkeys(by_class))):
-            if len(found) > 1:
-                raise UnsupportedError(f"{module}: which of {len(found)} schemes of classes it has, only a model says; name it in targets")
-            if found:
-                return found[0]
+        if module in self._by_name:
+            return self._by_name[module]
+        found = [scheme for target, scheme in self._by_expression if target.match(module)][:1] or list(dict.fromkeys(self._by_class))
+        if len(found) > 1:
+            raise UnsupportedError(f"{module}: which of {len(found)} schemes of classes it has, only a model says; name it in targets")
+        if found:
+            return found[0]
         raise CheckpointError(f"{module} is quantised, and no target in {_WHERE}: config_groups means it")
 
 
 def _refuse_others(top: Settings) -> None:
     for name in ("sparsity_config", "transform_config"):
         value = top.take(name, of=dict, default={})
-        if value and value.get("format") != "dense":
+        if value and value.get("format") != "dense":  # dense: it only says so
             raise UnsupportedError(f"{_WHERE}: {name} is {value!r:.200}; sparse or transformed weights are not read")
     top.ignore("quantization_status", "kv_cache_scheme", "global_compression_ratio", "moe_sparsity_config", "run_compressed", "dequantize")
 
@@ -109,10 +113,6 @@ def _target(target: Any, where: str) -> str | re.Pattern[str]:
     if not isinstance(target, str):
         raise CheckpointError(f"{_WHERE}: {where} has {target!r:.80}, no name")
     return expression(target[3:], f"{_WHERE}: {where}") if target.startswith("re:") else target
-
-
-def _matches(target: str | re.Pattern[str], module: str) -> bool:
-    return target == module if isinstance(target, str) else target.match(module) is not None
 
 
 def _groups(group: Settings, format: str | None) -> list[tuple[str | re.Pattern[str], Scheme]]:

@@ -31,7 +31,7 @@ from qkernels.formats.packing import pack, unpack
 from qkernels.io import compressed_words as words
 from qkernels.io import groups
 from qkernels.io.compressed_config import Config, Scheme
-from qkernels.io.compressed_writer import write
+from qkernels.io.compressed_writer import LAYOUT, write
 from qkernels.io.floats import exponents
 from qkernels.io.modules import Module, assemble, walk
 
@@ -75,10 +75,10 @@ def _read(module: Module, scheme: Scheme, version: str | None) -> QuantTensor | 
         raise CheckpointError(f"{module.full(scheme.stored)} is {list(stored.shape)}, a stack of no weights")
     stated = held.get("weight_shape")
     if stated is not None:
-        if stated.numel() != 3 or stated.flatten()[0] != experts:
+        if stated.shape != (3,) or stated[0] != experts:
             shape = stated.flatten()[:4].tolist()
             raise CheckpointError(f"{module.full('weight_shape')} is {shape}, and weight_packed {list(stored.shape)}")
-        held["weight_shape"] = stated.flatten()[1:].expand(experts, -1)
+        held["weight_shape"] = stated[1:].expand(experts, -1)
     if any(t.dim() < 1 or t.shape[0] != experts for t in held.values()):
         shapes = {leaf: list(t.shape) for leaf, t in held.items()}
         raise CheckpointError(f"{module.name} is a stack of {experts} weights; its tensors are {shapes}")
@@ -103,6 +103,7 @@ def _weight(module: Module, scheme: Scheme, version: str | None, held: Mapping[s
         found = list(held[scheme.stored].shape)
         raise CheckpointError(f"{module.full(scheme.stored)} is {found}; two dimensions, or three of a stack, are read")
     origin: dict[str, Any] = {leaf: t for leaf, t in held.items() if leaf in ("weight_g_idx", "weight_global_scale")}
+    origin["layout"] = LAYOUT
     scales, zeros = held["weight_scale"], held.get("weight_zero_point")
     origin |= {"scale_shape": tuple(scales.shape), "scale_dtype": scales.dtype, "zero_shape": None if zeros is None else tuple(zeros.shape)}
     if scheme.format == "pack-quantized":
@@ -152,7 +153,7 @@ def _from_bytes(module: Module, scheme: Scheme, stored: Tensor) -> tuple[tuple[i
 
 def _shape(module: Module, stated: Tensor, packed: Tensor) -> tuple[int, int]:
     shape = stated.flatten()[:4].tolist()
-    if len(shape) != 2 or shape[0] != packed.shape[0] or shape[1] < 1:
+    if stated.shape != (2,) or shape[0] != packed.shape[0] or shape[1] < 1:
         raise CheckpointError(f"{module.full('weight_shape')} is {shape}, and weight_packed {list(packed.shape)}")
     return shape[0], shape[1]
 

@@ -25,6 +25,11 @@ def width(count: int, bits: int, padded: bool) -> int:
     return -(-count // (32 // bits)) if padded else -(-count * bits // 32)
 
 
+def differ(bits: int, *counts: int) -> bool:
+    """Whether rows of so many codes lie otherwise in the two layouts."""
+    return 32 % bits > 0 and any(count > 32 // bits for count in counts)
+
+
 def is_padded(name: str, bits: int, version: str | None, *rows: tuple[int, int]) -> bool:
     """Which of the layouts rows of (codes, words) have: that of fitting width; where both fit, the one of the version that wrote them.
 
@@ -37,8 +42,8 @@ def is_padded(name: str, bits: int, version: str | None, *rows: tuple[int, int])
         raise CheckpointError(f"{name} has {stated} of {bits} bits; {needed} are needed: weight_shape or num_bits is wrong")
     if len(fitting) == 1:
         return fitting[0]
-    if 32 % bits == 0 or all(count <= 32 // bits for count, _ in rows):
-        return False  # they are the same
+    if not differ(bits, *(count for count, _ in rows)):
+        return False
     padded = padded_by(version)
     if padded is None:
         raise CheckpointError(
@@ -56,7 +61,8 @@ def padded_by(version: str | None) -> bool | None:
     release = int(parts[1]), int(parts[2]), int(parts[3] or 0)
     if release <= PADDED_UNTIL:
         return True
-    return False if release > DENSE_SINCE or (release == DENSE_SINCE and not parts[4]) else None
+    early = re.match(r"\.?(a|b|rc|dev)", parts[4]) is not None
+    return False if release > DENSE_SINCE or (release == DENSE_SINCE and not early) else None
 
 
 def from_words(name: str, words: Tensor, bits: int, count: int, padded: bool) -> Tensor:

@@ -15,6 +15,7 @@ from qkernels.io import compressed_words as words
 from qkernels.io import groups
 from qkernels.io.compressed_config import Config, Scheme
 
+LAYOUT = "compressed_tensors"  # whose reader's `origin` is used; that of another layout says nothing here
 VERSION = "0.18.0"  # whose words are written where no settings ask for others
 Value = QuantTensor | QuantStack | Tensor
 
@@ -24,6 +25,7 @@ def write(items: Iterable[tuple[str, Value]], settings: Mapping[str, Any] | None
 
     Without settings integers become pack-quantized, floats what their group and scales are: float-, mxfp8-, mxfp4-, mxfp6- or
     nvfp4-quantized. A permutation becomes a weight_g_idx ("actorder": "group", which releases to 0.18 and vLLM read).
+    A QuantStack has no `origin`: its scales are [E, 1], [E, N, 1] or [E, N, G], and its words those of the stated version.
     Raises UnsupportedError for numbers that the format cannot hold: other zero points, groups, scales.
     """
     config = None if settings is None else Config(settings)
@@ -82,14 +84,14 @@ def _float_format(q: QuantTensor) -> str | None:
 
 def _tensors(name: str, q: QuantTensor, scheme: Scheme, version: str | None, anew: bool) -> dict[str, Tensor]:
     """What is stored of a weight, by leaf."""
-    bits, (n, k) = scheme.code.bits, q.shape
+    bits, (n, k), origin = scheme.code.bits, q.shape, _origin(q)
     codes, scales, zeros, g_idx = _by_column(name, q, scheme)
     held = {} if g_idx is None else {"weight_g_idx": g_idx}
     padded = False
     if scheme.format == "pack-quantized":
-        padded = False if anew else q.origin.get("padded", words.padded_by(version) or False)
+        padded = False if anew else origin.get("padded", words.padded_by(version) or False)
         held["weight_packed"] = words.to_words(codes, bits, k, padded)
-        held["weight_shape"] = torch.tensor(q.shape, dtype=q.origin.get("shape_dtype", torch.int64))
+        held["weight_shape"] = torch.tensor(q.shape, dtype=origin.get("shape_dtype", torch.int64))
     elif isinstance(scheme.code, Int):
         held["weight"] = _signed(unpack(codes, bits, k), bits)
     else:
@@ -97,15 +99,19 @@ def _tensors(name: str, q: QuantTensor, scheme: Scheme, version: str | None, ane
     if zeros is not None and scheme.packs_zeros:
         held["weight_zero_point"] = words.to_words(pack(zeros.t(), bits), bits, n, padded).t().clone(memory_format=torch.contiguous_format)
     elif zeros is not None:
-        held["weight_zero_point"] = _shaped(_signed(zeros, bits), q.origin.get("zero_shape"), scheme)
+        held["weight_zero_point"] = _shaped(_signed(zeros, bits), origin.get("zero_shape"), scheme)
     if scheme.format == "pack-quantized":
         _check_words(name, held, q, scheme, version, padded)
     if scheme.format.startswith("mx"):
-        scales = scales.view(q.origin.get("scale_dtype", torch.uint8))
-    held["weight_scale"] = _shaped(scales, q.origin.get("scale_shape"), scheme)
+        scales = scales.view(origin.get("scale_dtype", torch.uint8))
+    held["weight_scale"] = _shaped(scales, origin.get("scale_shape"), scheme)
     if q.tensor_scale is not None:
         held["weight_global_scale"] = _global_scale(name, q)
     return held
+
+
+def _origin(q: QuantTensor) -> Mapping[str, Any]:
+    return q.origin if q.origin.get("layout") == LAYOUT else {}
 
 
 def _check_words(name: str, held: Mapping[str, Tensor], q: QuantTensor, scheme: Scheme, version: str | None, padded: bool) -> None:
@@ -113,7 +119,8 @@ def _check_words(name: str, held: Mapping[str, Tensor], q: QuantTensor, scheme: 
     rows = [(q.shape[1], held["weight_packed"].shape[1])]
     if scheme.packs_zeros and "weight_zero_point" in held:
         rows.append((q.shape[0], held["weight_zero_point"].shape[0]))
-    if words.is_padded(name, scheme.code.bits, version, *rows) != padded:
+    differ = words.differ(scheme.code.bits, *(count for count, _ in rows))
+    if differ and words.is_padded(name, scheme.code.bits, version, *rows) != padded:
         raise UnsupportedError(f"{name} has words as version {version!r} does not write them: write it without settings")
 
 
@@ -123,6 +130,9 @@ def _by_column(name: str, q: QuantTensor, scheme: Scheme) -> tuple[Tensor, Tenso
     zero = "none" if scheme.symmetric else "int"
     if (f.code, f.zero, f.tensor_scale) != (scheme.code, zero, scheme.format.startswith("nvfp4")):
         raise UnsupportedError(f"{name} is {f.name}; the settings say {scheme.format} of {scheme.code.name} codes, zero points: {zero}")
+    scales = ("e8m0",) if scheme.format.startswith("mx") else ("e4m3",) if scheme.format.startswith("nv") else ("f32", "f16", "bf16")
+    if f.scale not in scales:
+        raise UnsupportedError(f"{name} is {f.name}; the scales of {scheme.format} are {' or '.join(scales)}")
     assert q.scales is not None
     found = _as_read(q, scheme)
     if found is not None:
@@ -138,7 +148,7 @@ def _by_column(name: str, q: QuantTensor, scheme: Scheme) -> tuple[Tensor, Tenso
 
 def _as_read(q: QuantTensor, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor | None, Tensor] | None:
     """By the weight_g_idx that the weight was read with, if it still gives these columns and scales."""
-    g_idx = q.origin.get("weight_g_idx")
+    g_idx = _origin(q).get("weight_g_idx")
     if g_idx is None or g_idx.shape != q.shape[1:] or scheme.group[0] != 1 or q.scales is None:
         return None
     if bool((g_idx == -1).all()):
@@ -148,7 +158,7 @@ def _as_read(q: QuantTensor, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor | N
     perm, group, order = groups.of_index(g_idx, extent, count)
     same = (perm is None) == (q.perm is None) and (perm is None or q.perm is None or torch.equal(perm, q.perm))
     spread: list[Tensor | None] = []
-    for numbers, spare in ((q.scales, q.origin.get("scales")), (q.zeros, q.origin.get("zeros"))):
+    for numbers, spare in ((q.scales, _origin(q).get("scales")), (q.zeros, _origin(q).get("zeros"))):
         full = None if numbers is None else (numbers.new_zeros(q.shape[0], count) if spare is None else spare.clone())
         if full is not None and numbers is not None:
             full[:, order] = numbers
@@ -181,7 +191,7 @@ def _global_scale(name: str, q: QuantTensor) -> Tensor:
     assert q.tensor_scale is not None
     about = 1 / q.tensor_scale
     around = [torch.nextafter(about, about.new_tensor(end)) for end in (0.0, torch.inf)]
-    read = q.origin.get("weight_global_scale")
+    read = _origin(q).get("weight_global_scale")
     for scale in ([] if read is None else [read]) + [about, *around]:
         if torch.equal(1 / scale.reshape(1), q.tensor_scale):
             return scale

@@ -21,7 +21,7 @@ from torch import Tensor
 from qkernels.errors import CheckpointError, FormatError, UnsupportedError
 from qkernels.formats import QuantStack, QuantTensor
 from qkernels.formats.ggml import TYPES, type_id
-from qkernels.io import gguf_file
+from qkernels.io import gguf_blocks, gguf_file
 from qkernels.io.detect import CheckpointInfo
 from qkernels.io.directory import typed
 from qkernels.io.gguf_file import LONGEST_NAME, PLAIN, Header, KeyValues, TensorInfo
@@ -152,7 +152,10 @@ class _Map:
         if self.map is None or not self.start <= offset <= offset + count <= self.start + len(self.map):
             with typed(f"cannot map {self.path}"), self.path.open("rb") as file:
                 self.start = offset - offset % mmap.ALLOCATIONGRANULARITY
-                size = min(max(offset + count - self.start, WINDOW), os.fstat(file.fileno()).st_size - self.start)
+                left = os.fstat(file.fileno()).st_size - self.start
+                if left < (needed := offset + count - self.start):
+                    raise CheckpointError(f"{self.path} has become shorter than its header says")
+                size = min(max(needed, WINDOW), left)
                 self.map = mmap.mmap(file.fileno(), size, offset=self.start, access=mmap.ACCESS_COPY)
         return torch.frombuffer(self.map, dtype=torch.uint8, count=count, offset=offset - self.start)
 
@@ -162,12 +165,13 @@ def write(
 ) -> None:
     """Write one file, which appears whole or not at all; what `read` gave, with the settings of `detect`, becomes the same bytes.
 
+    items      names and tensors; weights that are no blocks become such where a type of ggml holds the same numbers
     settings   the key-values, best as KeyValues, which know their types; None: {"general.quantization_version": 2}
     config     is not stored: a GGUF file says in key-values what a model is
     Raises     UnsupportedError naming a weight that no type of ggml holds, FormatError (a key-value), CheckpointError (the file)
     """
     stated = KeyValues({"general.quantization_version": 2} if settings is None else settings)
-    alignment = gguf_file.alignment(stated)
+    alignment, pairs = gguf_file.alignment(stated), gguf_file.pack(stated)
     target = Path(os.path.realpath(path))
     with typed(f"cannot write {path}"):
         if target.exists():
@@ -176,9 +180,8 @@ def write(
         # The infos come before the data, but all of them are known only after them.
         with tempfile.TemporaryFile(dir=target.parent) as data:
             infos = _write_data(items, data, alignment)
-            header = gguf_file.header(stated, infos)
             data.seek(0)
-            _write_whole(target, header, data)
+            _write_whole(target, gguf_file.header(pairs, infos, alignment), data)
 
 
 def _write_data(items: Iterable[tuple[str, Value]], data: IO[bytes], alignment: int) -> list[TensorInfo]:
@@ -204,16 +207,12 @@ def _stored(name: str, value: Value) -> tuple[int, tuple[int, ...], Tensor]:
             known = ", ".join(str(dtype).removeprefix("torch.") for dtype in PLAIN.values())
             raise UnsupportedError(f"{name} is {list(shape)} {value.dtype}; 1 to 4 axes, none of them empty, of {known} can be written")
         return type, shape, _bytes(value)
-    codes, perm = (value.tensors["codes"], value.tensors.get("perm")) if isinstance(value, QuantStack) else (value.codes, value.perm)
-    if value.format not in TYPES.values():
-        raise UnsupportedError(
-            f"{name} is {value.format.name}, no type of ggml; {', '.join(f.name for f in TYPES.values())} can be written"
-        )
-    if perm is not None:
+    if (value.tensors if isinstance(value, QuantStack) else value.tensors()).get("perm") is not None:
         raise UnsupportedError(f"{name} has a permutation of its columns, which GGUF cannot say")
+    value = gguf_blocks.of(name, value)
     if isinstance(value, QuantTensor) and value.origin.get("axes") == 1 and shape[0] == 1:
         shape = shape[1:]
-    return type_id(value.format), shape, _bytes(codes)
+    return type_id(value.format), shape, _bytes(value.tensors["codes"] if isinstance(value, QuantStack) else value.codes)
 
 
 def _bytes(t: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import mmap
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,6 +121,16 @@ class _Bytes:
     def string(self, what: str) -> bytes:
         return self.take(self.number("u64", what), what)
 
+    def strings(self, count: int, what: str) -> Iterator[bytes]:
+        """As `string` again and again, in half the time: vocabularies have half a million of them."""
+        length, end = struct.Struct(f"{self.order}Q").unpack_from, len(self.data)
+        for _ in range(count):
+            nbytes = length(self.data, self.at)[0] if self.at + 8 <= end else end
+            if self.at + 8 + nbytes > end:
+                raise self.error(f"a string of {what} takes {nbytes} bytes, and {end - self.at} are left")
+            self.at += 8 + nbytes
+            yield self.data[self.at - nbytes : self.at]
+
     def name(self, what: str) -> str:
         try:
             return self.string(what).decode()
@@ -173,7 +183,7 @@ def _value_type(source: _Bytes, key: str) -> str:
 
 def _values(source: _Bytes, type: str, key: str) -> list[Any]:
     if type == "string":
-        return [_text(source.string(key)) for _ in range(source.count(8, f"strings of {key!r}"))]
+        return list(map(_text, source.strings(source.count(8, f"strings of {key!r}"), key)))
     count = source.count(struct.calcsize(f"<{_LETTERS[type]}"), f"elements of {key!r}")
     return list(source.numbers(type, count, key))
 
@@ -211,7 +221,7 @@ def nbytes(type: int, shape: tuple[int, ...]) -> int | None:
 def alignment(settings: KeyValues, source: _Bytes | None = None) -> int:
     """What settings say of the alignment, checked. Raises CheckpointError of a file, FormatError of settings from elsewhere."""
     value = settings.get(ALIGNMENT_KEY, ALIGNMENT)
-    whole = settings.types.get(ALIGNMENT_KEY, "u32") == "u32" and isinstance(value, int)
+    whole = settings.types.get(ALIGNMENT_KEY, "u32") == "u32" and type(value) is int
     if whole and 1 <= value <= MOST_ALIGNMENT and MOST_ALIGNMENT % value == 0:
         return value
     message = f"{ALIGNMENT_KEY} is {value!r}; a u32, a power of two up to {MOST_ALIGNMENT} is possible"
@@ -242,23 +252,26 @@ def padded(size: int, alignment: int) -> int:
 # -- writing --------------------------------------------------------------------------------------------------------------------
 
 
-def header(settings: KeyValues, infos: Iterable[TensorInfo]) -> bytes:
-    """All that lies before the data, padding included; `offset` of the infos counts from its beginning."""
-    infos = list(infos)
-    pieces = [MAGIC, struct.pack("<IQQ", VERSION, len(infos), len(settings))]
-    pieces += [_string(key) + _pair(key, value, settings.types.get(key)) for key, value in settings.items()]
+def header(pairs: Sequence[bytes], infos: Sequence[TensorInfo], alignment: int) -> bytes:
+    """All that lies before the data, padding included; `offset` of the infos counts from the beginning of the data."""
+    pieces = [MAGIC, struct.pack("<IQQ", VERSION, len(infos), len(pairs)), *pairs]
     for t in infos:
         extents = struct.pack(f"<I{len(t.shape)}Q", len(t.shape), *reversed(t.shape))
         pieces += [_string(t.name), extents, struct.pack("<IQ", t.type, t.offset)]
     packed = b"".join(pieces)
-    return packed.ljust(padded(len(packed), alignment(settings)), b"\0")
+    return packed.ljust(padded(len(packed), alignment), b"\0")
+
+
+def pack(settings: KeyValues) -> list[bytes]:
+    """Key-values as they are stored. Raises FormatError naming one that cannot be."""
+    return [_pair(key, value, settings.types.get(key)) for key, value in settings.items()]
 
 
 def _pair(key: str, value: Any, type: str | None) -> bytes:
-    """Type and value, of the type if there is one, else of the natural one."""
+    """Key, type and value, of the type if there is one, else of the natural one."""
     for candidate in _natural(value) if type is None else (type,):
         try:
-            return _value(value, candidate)
+            return _string(key) + _value(value, candidate)
         except (struct.error, OverflowError, TypeError, AttributeError, KeyError, ValueError):
             continue  # it does not fit
     raise FormatError(f"the key {key!r} = {value!r:.80} cannot be stored as {type or 'a number, string or list of one type'}")

@@ -69,10 +69,8 @@ def write(
             add(name, value)
             dense += [name.removesuffix(".weight")] if layers.stays_dense(name, value) else []
             continue
-        q, module = (
-            layers.plain_weight(name, value, BITS if scheme_of is None else range(2, 9), ("f16", "bf16", "f32"), ("none", "int")),
-            name.removesuffix(".weight"),
-        )
+        q = layers.plain_weight(name, value, BITS if scheme_of is None else range(2, 9), ("f16", "bf16", "f32"), ("none", "int"))
+        module = name.removesuffix(".weight")
         with layers.naming(module):
             made[module] = scheme_of_weight(q)
             held = _anew(q, made[module]) if scheme_of is None else _by_settings(q, scheme_of(module))
@@ -88,6 +86,7 @@ def write(
 def _unpacked(held: Mapping[str, Tensor], scheme: Scheme) -> QuantTensor:
     """The weight of a module's tensors."""
     n, k = _shape(held, scheme.bits)
+    _check_planes(n, k, scheme)
     size = k if scheme.group_size == -1 else scheme.group_size
     count = -(-k // size)
     scales = layers.check(held, "scales", (count, n), layers.FLOATS)
@@ -114,6 +113,11 @@ def _shape(held: Mapping[str, Tensor], bits: int) -> tuple[int, int]:
     if n == 0 or k == 0:
         raise CheckpointError(f"qweight is empty: {list(qweight.shape)}")
     return n, k
+
+
+def _check_planes(n: int, k: int, scheme: Scheme) -> None:
+    if scheme.planar and (n % 32 or k % 32):
+        raise UnsupportedError(f"[N, K] = [{n}, {k}]; 'gptq_p' takes multiples of 32")
 
 
 def _fields(words: Tensor, count: int, scheme: Scheme) -> Tensor:
@@ -202,6 +206,7 @@ def _by_settings(q: QuantTensor, scheme: Scheme | None) -> dict[str, Tensor]:
     other = f"{bits} bits in groups of {group}, where the settings say {scheme.bits} in groups of {size}; settings=None makes new ones"
     if bits != scheme.bits:
         raise UnsupportedError(other)
+    _check_planes(*q.shape, scheme)
     made = {"qweight": _code_words(q, scheme), **_numbers(q, scheme)}
     if held := layers.as_held(made, q, _REMADE, lambda held: _unpacked(held, scheme)):
         return held

@@ -14,7 +14,7 @@ from qkernels.io.planes import WIDTHS
 from qkernels.io.settings import Settings
 
 BITS = (2, 3, 4, 8)
-_HOW = (
+HOW = (
     "act_bits", "act_data_type", "act_dynamic", "act_group_aware", "act_group_size", "act_sym", "amp", "auto_mapping_dict",
     "autoround_version", "backend", "batch_size", "block_name_to_quantize", "cache_block_outputs", "cache_examples_on_gpu",
     "damp_auto_increment", "damp_percent", "dataset", "device", "disable_exllama", "enable_minmax_tuning", "enable_norm_bias_tuning",
@@ -31,7 +31,7 @@ _HOW = (
 def ignore_how(s: Settings) -> None:
     """Leave out what tells how AutoGPTQ, GPTQModel, optimum, AutoAWQ or AutoRound found the codes, or how they run them."""
     s.take("data_type", of=str, choices=("int", "int_sym", "int_asym", "int_asym_dq"), default="int")
-    s.ignore(*_HOW)
+    s.ignore(*HOW)
 
 
 class Scheme(NamedTuple):

@@ -35,7 +35,7 @@ def read(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Iterator
     for name in tensors:
         base, _, part = name.rpartition("_")
         other = f"{base}_{'scales' if part == 'blocks' else 'blocks'}"
-        if part not in ("blocks", "scales"):
+        if part not in ("blocks", "scales") or not base:
             yield name, dense(name, tensors[name])
         elif other not in tensors:
             raise CheckpointError(f"{name} has no {other} beside it")
