@@ -156,7 +156,7 @@ def test_dtypes_and_shards(tmp_path, dtype, shard_bytes):
 WRITTEN = {
     "gptq": "int4_g32",
     "awq": "u4_g32_zi_sf16",
-    "compressed_tensors": "int4_g32",
+    "compressed-tensors": "int4_g32",
     "bitsandbytes": "nf4",
 }
 
@@ -285,6 +285,21 @@ def test_dense_directories_load_with_a_warning(tmp_path, caplog):
     assert_same_model(got, dense)
 
 
+def test_modules_of_two_names(tmp_path):
+    """A layer that the model holds twice, and one whose parent it does, are one QuantLinear."""
+    model = transformers.AlbertForMaskedLM(
+        transformers.AlbertConfig(hidden_size=64, intermediate_size=96, num_attention_heads=4, vocab_size=50, embedding_size=32)
+    )
+    group = model.albert.encoder.albert_layer_groups[0].albert_layers
+    skeleton = model.to("meta")
+    group.append(group[0])  # so that every name of the layer has a second one
+    loader = Loader(skeleton, torch.device("cpu"), "float")
+    q, name = qkernels.quantize(torch.randn(96, 64), "int4_g32"), "albert.encoder.albert_layer_groups.0.albert_layers.{}.ffn.weight"
+    for i in range(2):
+        loader._put(name.format(i), q)
+    assert isinstance(group[0].ffn, QuantLinear) and group[1].ffn is group[0].ffn and group[0].ffn.quant_tensor().equal(q)
+
+
 def test_what_no_linear_can_be_is_decoded(tmp_path, caplog):
     save_dense("llama", tmp_path / "m")
     items, dense = quantized(tmp_path / "m")
@@ -308,8 +323,7 @@ def one_row(t):
 # -- memory ------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["llama", "mixtral"])
-@pytest.mark.parametrize("layout", [*WRITTEN, "qkernels"])
+@pytest.mark.parametrize(("name", "layout"), [*(("llama", layout) for layout in (*WRITTEN, "qkernels")), ("mixtral", "gptq")])
 def test_memory(tmp_path, monkeypatch, layout, name):
     """What lives at any time is not much more than the files hold: no dense copy, no second one."""
     sizes = SMALL | {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 10, "num_key_value_heads": 4}

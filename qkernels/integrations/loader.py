@@ -164,7 +164,7 @@ class Loader:
             weight = torch.cat([reference.decode(q) for q in parts])
             self.plain[name] = self._plain(name, weight.T.contiguous() if turned else weight)
             return
-        self.made[id(module)] = module, new
+        self.made[id(module)] = self.made[id(new)] = module, new  # new itself: where the parent has two names
         _set(self.model, owner, new)
 
     def _put_experts(self, name: str, weights: Sequence[conversion.Parts]) -> None:
