@@ -76,12 +76,12 @@ class QuantExperts(nn.Module):
         x = getattr(self, self.first)[e](x)
         x = self.inner._apply_gate(x) if self.inner.has_gate else self.inner.act_fn(x)
         x = self.down_proj[e](x)  # type: ignore[index,operator]  # a ModuleList
-        return self.inner.post_expert_norm(x) if self.inner.has_post_expert_norm else x
+        return self.inner.post_expert_norm(x) if getattr(self.inner, "has_post_expert_norm", False) else x  # not in every version
 
 
 def check(name: str, module: nn.Module) -> None:
     """Raise UnsupportedError unless `module` is of a kind that QuantExperts can replace."""
-    told = all(hasattr(module, flag) for flag in ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "_apply_gate"))
+    told = all(hasattr(module, flag) for flag in ("has_gate", "has_bias", "is_transposed", "_apply_gate"))
     if not told:
         raise UnsupportedError(f"{name} has quantised experts in a {type(module).__name__}, which does not say how it runs them")
 
