@@ -266,7 +266,7 @@ def test_kwargs_generation_config_and_marks(tmp_path):
     items, dense = quantized(tmp_path / "m")
     path = written(items, tmp_path / "m")
     (path / "generation_config.json").write_text(json.dumps({"max_new_tokens": 3, "eos_token_id": 7}))
-    got = load(path, attn_implementation="eager", device="cpu")
+    got = load(path, attn_implementation="eager", device="cpu", progress=True)
     assert got.config._attn_implementation == "eager"
     assert got.generation_config.max_new_tokens == 3 and got.generation_config.eos_token_id == 7
     assert all(m._is_hf_initialized for m in got.modules())

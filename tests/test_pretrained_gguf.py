@@ -1,17 +1,20 @@
 """from_pretrained of GGUF files: written by gguf-py, as llama.cpp's converters would; the same numbers in transformers are the judge."""
 
+import gc
 import re
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from test_cli import Watch
 from test_pretrained import IDS, LLAMA, assert_same_model, greedy, load, of_transformers, qwen3_moe, save_dense
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 import qkernels
 from qkernels import CheckpointError, QuantLinear, UnsupportedError, io
 from qkernels.embedding import QuantEmbedding
+from qkernels.integrations.loader import Loader
 
 gguf = pytest.importorskip("gguf", reason="needs gguf-py, which writes the files")
 
@@ -35,12 +38,12 @@ FLOATS = {
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
 }
-HEAD = LLAMA | {"head_dim": 16}
+LLAMA_SIZES = LLAMA | {"head_dim": 16}
 MODELS = {
-    "llama": ("llama", lambda: transformers.LlamaConfig(**HEAD)),
-    "llama tied": ("llama", lambda: transformers.LlamaConfig(**HEAD, tie_word_embeddings=True)),
-    "llama with biases": ("llama", lambda: transformers.LlamaConfig(**HEAD, attention_bias=True)),
-    "mixtral": ("llama", lambda: transformers.MixtralConfig(**HEAD, num_local_experts=3, sliding_window=None)),
+    "llama": ("llama", lambda: transformers.LlamaConfig(**LLAMA_SIZES)),
+    "llama tied": ("llama", lambda: transformers.LlamaConfig(**LLAMA_SIZES, tie_word_embeddings=True)),
+    "llama with biases": ("llama", lambda: transformers.LlamaConfig(**LLAMA_SIZES, attention_bias=True)),
+    "mixtral": ("llama", lambda: transformers.MixtralConfig(**LLAMA_SIZES, num_local_experts=3, sliding_window=None)),
     "qwen2": ("qwen2", lambda: transformers.Qwen2Config(**LLAMA)),
     "qwen3": ("qwen3", lambda: transformers.Qwen3Config(**LLAMA, head_dim=32)),
     "qwen2moe": (
@@ -50,8 +53,8 @@ MODELS = {
         ),
     ),
     "qwen3moe": ("qwen3moe", lambda: qwen3_moe(norm_topk_prob=True)),
-    "gemma2": ("gemma2", lambda: transformers.Gemma2Config(**HEAD, query_pre_attn_scalar=16, sliding_window=4)),
-    "gemma3": ("gemma3", lambda: transformers.Gemma3TextConfig(**HEAD, query_pre_attn_scalar=16, sliding_window=4)),
+    "gemma2": ("gemma2", lambda: transformers.Gemma2Config(**LLAMA_SIZES, query_pre_attn_scalar=16, sliding_window=4)),
+    "gemma3": ("gemma3", lambda: transformers.Gemma3TextConfig(**LLAMA_SIZES, query_pre_attn_scalar=16, sliding_window=4)),
     "phi3": ("phi3", lambda: transformers.Phi3Config(**LLAMA, sliding_window=5, pad_token_id=0)),
 }
 TYPE = {"default": "Q8_0", "down": "Q4_0", "embd": "Q5_0", "attn_v": "Q4_1"}  # a file has several
@@ -163,6 +166,23 @@ def test_rope(tmp_path):
     path, _ = write(tmp_path / "b", "llama", [*scaling, ("add_uint32", "rope.scaling.original_context_length", 512)])
     rope = load(path).config.rope_parameters
     assert (rope["rope_type"], rope["factor"], rope["original_max_position_embeddings"]) == ("yarn", 4.0, 512)
+
+
+@pytest.mark.parametrize(("name", "most"), [("llama", 1.3), ("llama tied", 1.3 + 0.3)])
+def test_memory(tmp_path, monkeypatch, name, most):
+    """No more than the file holds, but for a head that is tied to the embedding: it has a form of its own, here a quarter of the file."""
+    monkeypatch.setitem(LLAMA_SIZES, "num_hidden_layers", 6)
+    monkeypatch.setitem(LLAMA_SIZES, "vocab_size", 800)
+    path, _ = write(tmp_path, name)
+    watch = Watch()
+    for function in ("add", "finish"):
+        monkeypatch.setattr(Loader, function, watch.around(getattr(Loader, function)))
+    try:
+        got = load(path)
+        assert 0.5 * path.stat().st_size < watch.peak <= most * path.stat().st_size
+        assert got(IDS).logits.isfinite().all()
+    finally:
+        gc.unfreeze()
 
 
 @pytest.mark.parametrize(
