@@ -12,9 +12,10 @@ from cases import equal_values, random_blocks
 import qkernels
 from qkernels import formats, reference
 from qkernels.errors import FormatError, UnsupportedError
-from qkernels.formats import Int, QuantTensor
+from qkernels.formats import QuantTensor
 from qkernels.formats.ggml import TYPES, type_id
 from qkernels.quantizers.rtn import rtn
+from qkernels.testing import assert_matmul_close
 
 GOLDEN = dict(np.load(Path(__file__).parent / "golden" / "ggml.npz"))
 FLOAT_SCALES = {39: (1, 0xFE), 40: (4, 0x7E)}  # how many bytes are float scales, and the last that we and ggml take for the same number
@@ -65,12 +66,20 @@ def test_blocks_come_apart_and_together(id):
 
 @made_types
 def test_encodes_as_ggml_does(id):
-    """Byte for byte: rows of zeros, constants, ties, one sign and magnitudes from 1e-7 to 1e4 among them."""
+    """Byte for byte: rows of zeros, constants, ties, one sign and magnitudes from 1e-7 to 1e3 among them."""
     assert torch.equal(rtn(weight(), TYPES[id]).codes, golden(id, "raw"))
 
 
 def test_encoded_types_are_all_but_the_vector_codebooks():
-    assert {f.name for f in TYPES.values() if f.block.encode is None} == {"iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s"}
+    assert {f.name for f in TYPES.values() if f.block.encode is None} == {
+        "iq1_s",
+        "iq1_m",
+        "iq2_xxs",
+        "iq2_xs",
+        "iq2_s",
+        "iq3_xxs",
+        "iq3_s",
+    }
     assert {f.name for f in TYPES.values() if f.block.join is None and f.block.encode} == {"tq1_0"}
     with pytest.raises(UnsupportedError, match="iq2_xs can be read, not made"):
         rtn(weight(), formats.get("iq2_xs"))
@@ -85,7 +94,7 @@ def test_encodes_in_chunks_of_blocks(id, monkeypatch):
     assert torch.equal(rtn(weight()[2:3], TYPES[id]).codes, whole[2:3])
 
 
-# Relative error of Gaussian weights as ggml's C code quantises them, 16 x 1024.
+# Relative error of 16 x 1024 Gaussian weights that ggml's C code quantised and decoded.
 ERRORS = {
     "q8_0": 0.0053,
     "q6_k": 0.0176,
@@ -118,7 +127,7 @@ def test_errors_are_those_of_ggml(name):
     id = type_id(formats.get(name))
     gaussian = weight()[:3]
     error = decoded(id, golden(id, "raw")[:3]) - gaussian
-    print(name, float(error.norm() / gaussian.norm()) / ERRORS[name])
+    assert float(error.norm() / gaussian.norm()) < 1.03 * ERRORS[name]  # 2304 weights are a sample
 
 
 @every_type
@@ -128,7 +137,7 @@ def test_every_code_has_its_value(id):
     codes = format.block.split(raw_blocks(id, 1024)[:, None]).codes.unique()
     count = {"iq1_s": 6, "iq1_m": 6, "iq2_xxs": 6, "iq2_xs": 6, "iq2_s": 6, "iq3_xxs": 16, "iq3_s": 16, "tq1_0": 3}
     assert len(codes) == count.get(format.name, 2**format.bits)
-    assert codes.max() < 2**format.bits
+    assert int(codes.max()) < 2**format.bits
 
 
 @every_type
@@ -148,13 +157,14 @@ def test_type_id_of_another_format():
 
 
 @made_types
-def test_scales_beyond_float16_are_an_error(id):
+@pytest.mark.parametrize("size", [1e10, 1e30])
+def test_scales_that_are_too_large(id, size):
     format = TYPES[id]
-    huge = torch.full((1, format.block.elements), 1e30)
-    if format.code == Float(2, 1):  # their scales reach far, or saturate
-        assert torch.isfinite(reference.decode(rtn(huge, format))).all()
+    huge = torch.full((1, format.block.elements), size)
+    if format.name == "ggml_mxfp4":  # reaches as far as float32
+        assert float(reference.decode(rtn(huge, format))[0, 0]) == pytest.approx(size, rel=0.34)
     else:
-        with pytest.raises(FormatError, match="beyond 65504"):
+        with pytest.raises(FormatError, match="beyond the largest of its type"):
             rtn(huge, format)
 
 
@@ -163,5 +173,5 @@ def test_layer(name):
     q = random_blocks(formats.get(name), 17, 512)
     layer = qkernels.QuantLinear.from_quant_tensor(q)
     x = torch.randn(3, 512)
-    assert_matmul_close(layer(x), x, q)
-    assert torch.equal(layer.state_dict()["qweight"], q.codes)
+    assert_matmul_close(layer(x), x, reference.decode(q, torch.float64))
+    assert torch.equal(layer.state_dict()["weight"], q.codes)

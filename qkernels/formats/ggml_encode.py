@@ -23,20 +23,22 @@ _TINY = 1e-15  # groups with no larger weight are zeros
 
 @dataclass(frozen=True)
 class Encoder:
-    """What `Block.encode` is for a type: weights [N, B, elements] float32 to raw blocks. Raises FormatError for scales beyond float16."""
+    """What `Block.encode` is for a type: weights [N, B, elements] float32 to raw blocks. Raises FormatError for scales that are too large."""
 
     encode: Callable[[Tensor], Parts]
     join: Callable[[Parts], Tensor]
 
     def __call__(self, weight: Tensor) -> Tensor:
         chunks = weight.reshape(1, -1, weight.shape[-1]).split(_CHUNK // weight.shape[-1], 1)
-        raw = torch.cat([self.join(_checked(self.encode(chunk))) for chunk in chunks], 1)
+        raw = torch.cat([self.join(_checked(self.encode(chunk), chunk)) for chunk in chunks], 1)
         return raw.view(*weight.shape[:2], -1)
 
 
-def _checked(p: Parts) -> Parts:
-    if not all(bool(torch.isfinite(scale.float()).all()) for scale in (p.d, p.m) if scale is not None):
-        raise FormatError("the weight has groups whose scale is beyond 65504, the largest float16")
+def _checked(p: Parts, weight: Tensor) -> Parts:
+    finite = all(bool(torch.isfinite(scale.float()).all()) for scale in (p.d, p.m) if scale is not None)
+    # The searches take third powers, which overflow long after the scales: no float16 scale times codes reaches 2^30.
+    if not finite or (p.d.dtype == torch.float16 and float(weight.abs().amax()) > 2.0**30):
+        raise FormatError("the weight has groups whose scale is beyond the largest of its type: 65504 in float16, 448 in UE4M3")
     return p
 
 
@@ -153,9 +155,9 @@ def encode_nvfp4(weight: Tensor) -> Parts:
 
 
 def _e4m3(scale: Tensor) -> Tensor:
-    """Round half up, in each of ggml's own ranges: subnormals stay subnormal, and 248 and more become 448."""
+    """Round half up, in each of ggml's own ranges: subnormals stay subnormal, and 248 and more become 448. NaN: too large."""
     normal = ((scale.view(torch.int32) + (1 << 19)) >> 20) - (120 << 3)  # the exponent's bias is 7 rather than 127
-    normal = torch.where(normal >= 15 << 3, 0x7E, normal)
+    normal = torch.where(scale > 464, 0x7F, torch.where(normal >= 15 << 3, 0x7E, normal))
     subnormal = (scale * 512 + 0.5).clamp(max=7).int()
     return torch.where(scale < 2.0**-6, subnormal, normal).to(torch.uint8).view(torch.float8_e4m3fn)
 
