@@ -23,7 +23,7 @@ _TINY = 1e-15  # groups with no larger weight are zeros
 
 @dataclass(frozen=True)
 class Encoder:
-    """What `Block.encode` is for a type: weights [N, B, elements] float32 to raw blocks. Raises FormatError for scales that are too large."""
+    """What `Block.encode` is for a type: weights [N, B, elements] float32 to raw blocks. Raises FormatError for too large scales."""
 
     encode: Callable[[Tensor], Parts]
     join: Callable[[Parts], Tensor]
