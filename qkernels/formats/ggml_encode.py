@@ -1,4 +1,4 @@
-"""Encoders of ggml's block types, without an importance matrix: the blocks that ggml's reference C code makes, byte for byte.
+"""Encoders of ggml's block types, without an importance matrix: the blocks that ggml's reference C code makes, byte for byte on the CPU.
 
 Every `encode_<type>` takes weights [N, B, elements of a block] float32 and returns Parts for the type's `join`. To give the same bytes they
 do the same float32 operations in the same order: sums run element by element. For that, and for speed, groups lie as
