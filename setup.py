@@ -57,8 +57,9 @@ FLAGS = [
 
 def sources() -> list[str]:
     """Return the sources that this machine can compile, relative to the repository."""
+    levels = [level for level in LEVELS if X86 or level in ("level_portable", *EMULATED)]
     found = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
-    return [str(p.relative_to(ROOT)) for p in found if p.stem in LEVELS and (X86 or p.stem in ("level_portable", *EMULATED)) or not p.stem.startswith("level_")]
+    return [str(p.relative_to(ROOT)) for p in found if p.stem in levels or not p.stem.startswith("level_")]
 
 
 class BuildPython(build_py):
