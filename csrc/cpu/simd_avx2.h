@@ -174,7 +174,9 @@ inline F load_numbers(const void* p, Dtype dtype, int64_t i) {
   if (dtype == Dtype::f16) return {from_f16_8(h), from_f16_8(h + 8)};
   if (dtype == Dtype::bf16) return {from_bf16_8(h), from_bf16_8(h + 8)};
   const __m128i bytes = load_half(static_cast<const uint8_t*>(p) + i);
-  const I lanes = {_mm256_cvtepu8_epi32(bytes), _mm256_cvtepu8_epi32(_mm_unpackhi_epi64(bytes, bytes))};
+  const __m128i upper = _mm_unpackhi_epi64(bytes, bytes);
+  if (dtype == Dtype::i8) return to_float({_mm256_cvtepi8_epi32(bytes), _mm256_cvtepi8_epi32(upper)});
+  const I lanes = {_mm256_cvtepu8_epi32(bytes), _mm256_cvtepu8_epi32(upper)};
   if (dtype == Dtype::u8) return to_float(lanes);
   if (dtype == Dtype::e4m3) return {from_e4m3_8(lanes.a), from_e4m3_8(lanes.b)};
   return {from_e8m0_8(lanes.a), from_e8m0_8(lanes.b)};

@@ -187,7 +187,9 @@ inline F load_numbers(const void* p, Dtype dtype, int64_t i) {
       return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(h))), 16));
     default: break;
   }
-  const I lanes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(c)));
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(c));
+  if (dtype == Dtype::i8) return to_float(_mm512_cvtepi8_epi32(bytes));
+  const I lanes = _mm512_cvtepu8_epi32(bytes);
   if (dtype == Dtype::u8) return to_float(lanes);
   if (dtype == Dtype::e4m3) return from_e4m3_16(lanes);
   const F f = _mm512_castsi512_ps(_mm512_max_epi32(_mm512_slli_epi32(lanes, 23), _mm512_set1_epi32(0x00400000)));  // e8m0: code 0 is 2^-127
