@@ -108,10 +108,28 @@ void through_scratch(const Job& j) {
 
 // Up to a few rows (FEW_…, of the level), unpacking in registers again for every tile is cheaper than a trip through scratch.
 
+#ifdef QK_EXPAND
+// Integers of the commoner odd widths, for as few rows as one tile holds; false for others.
+inline bool streamed_bits(const Job& j) {
+  if (j.w.kind != CodeKind::integer || j.rows() > STREAMED_ROWS<S8Bits<5>>) return false;
+  switch (j.w.bits) {
+    case 2: return streamed<S8Bits<2>>(j), true;
+    case 3: return streamed<S8Bits<3>>(j), true;
+    case 5: return streamed<S8Bits<5>>(j), true;
+    case 6: return streamed<S8Bits<6>>(j), true;
+    default: return false;
+  }
+}
+#endif
+
 struct ByS8 {
   template <int PANELS, int ALL>
   static void panels(const Job& j) {
     const bool integers = j.w.kind == CodeKind::integer;
+#ifdef QK_EXPAND
+    if constexpr (PANELS == STRIP)
+      if (streamed_bits(j)) return;
+#endif
     if (j.w.bits == 8) direct<S8Bytes, PANELS, ALL>(j);
     else if (j.w.bits == 4 && j.rows() <= FEW_S8) integers ? direct<S8Nibbles, PANELS, ALL>(j) : direct<S8Table, PANELS, ALL>(j);
     else if (j.w.bits <= 4 && integers) through_scratch<S8Unpacked, PANELS, ALL>(j);

@@ -207,14 +207,16 @@ inline void store_numbers(void* p, Dtype dtype, int64_t i, F v) {
 }
 
 #ifdef __AVX512VBMI__
-inline void expand_bits(const uint8_t* stream, int bits, uint8_t* codes) {  // 8 codes a 64-bit lane
+#define QK_EXPAND
+[[gnu::always_inline]] inline B expanded(const uint8_t* stream, int bits) {  // 8 codes a 64-bit lane
   const I bytes = _mm512_set1_epi64(0x0706050403020100), octets = _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0);
   const I firsts = _mm512_mullo_epi64(octets, _mm512_set1_epi64(bits * 0x0101010101010101));
   const I packed = _mm512_maskz_loadu_epi8((uint64_t(1) << (8 * bits)) - 1, stream);
   const I lanes = _mm512_permutexvar_epi8(_mm512_add_epi8(firsts, bytes), packed);
   const I shifted = _mm512_multishift_epi64_epi8(_mm512_set1_epi64(bits * 0x0706050403020100), lanes);
-  _mm512_storeu_si512(codes, _mm512_and_si512(shifted, _mm512_set1_epi8(char((1 << bits) - 1))));
+  return {_mm512_and_si512(shifted, _mm512_set1_epi8(char((1 << bits) - 1)))};
 }
+inline void expand_bits(const uint8_t* stream, int bits, uint8_t* codes) { store_b(codes, expanded(stream, bits)); }
 #else
 inline void expand_bits(const uint8_t* stream, int bits, uint8_t* codes) {
   const uint64_t mask = 0x0101010101010101ull * ((1u << bits) - 1);

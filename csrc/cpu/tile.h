@@ -36,6 +36,14 @@ struct S8Table : S8<false> {
   static B weight(const uint8_t* tile, int step, const Weight& w) { return look_up(w.table_u8, nibbles(load_b(tile), step)); }
 };
 
+#ifdef QK_EXPAND
+template <int BITS>
+struct S8Bits : S8<(BITS < 5)> {  // integers
+  static constexpr int TILE_BYTES = 16 * BITS, IDLE_ROWS = 1;
+  static B weight(const uint8_t* tile, int step, const Weight&) { return expanded(tile + 8 * BITS * step, BITS); }
+};
+#endif
+
 #ifdef QK_PAIRS
 struct S8Pairs {  // codes below 16 in scratch
   using Dot = DotPairs;
