@@ -37,7 +37,7 @@ inline void unpack(S8Amx, const Weight& w, const uint8_t* codes, const Chunk& ch
   }
 }
 inline bool fits_amx(const Weight& w) {
-  return w.geometry.group_padded >= AMX_LEAST_BLOCK && (w.bits < 8 || w.offset == 0 || w.offset == 128);
+  return w.nested == Nested::none && w.geometry.group_padded >= AMX_LEAST_BLOCK && (w.bits < 8 || w.offset == 0 || w.offset == 128);
 }
 
 struct TileConfig {  // what ldtilecfg reads
@@ -119,8 +119,6 @@ void amx_rows(const Weight& w, const Activations& x, const Chunk& chunk, int64_t
   const auto scale = [&](int64_t unit) __attribute__((always_inline)) {
     const int64_t b = unit / 2, p = unit % 2 * 2, of_block = (chunk.first + b) * x.m + m;
     add_scaled(sums[unit % 2], chunk.scales + (b * STRIP + p) * PANEL, x.scales + of_block, rows, acc + p * PANEL);
-    if (chunk.shifts != nullptr && p == 2)
-      add_shifts(chunk.shifts + b * STRIP * PANEL, x.scales + of_block, x.sums + of_block, int(rows), STRIP, acc);
   };
   const uint8_t* codes = chunk.codes;
   Block block = chunk.block;
@@ -135,6 +133,7 @@ void amx_rows(const Weight& w, const Activations& x, const Chunk& chunk, int64_t
 
 template <>
 void rows_of_tiles<S8Amx, STRIP>(const Weight& w, const Activations& x, Chunk& chunk, int64_t m0, int64_t m1, float* acc) {
+  if (chunk.shifts != nullptr) add_shifts<STRIP>(chunk.shifts, x, chunk.first, chunk.count, m0, m1, acc + SHIFT_SUMS);
   const int64_t tiles = (m1 - m0 + 2 * AMX_ROWS - 1) / (2 * AMX_ROWS);
   chunk.ahead.per_tile = ((chunk.ahead.end - chunk.ahead.at) / tiles + 63) / 64 * 64;
   const auto low = w.offset != 0 ? amx_rows<true, 1> : amx_rows<false, 1>;

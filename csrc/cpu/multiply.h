@@ -2,18 +2,21 @@
 //
 // Weights come straight from their packed form (few rows) or from a scratch panel that is unpacked once for many rows.
 #include "cpu/tile.h"
+#include "cpu/nested.h"
 #include "cpu/unpack.h"
 #include "cpu/rows.h"
 #include "cpu/probe.h"
 #include "cpu/search.h"
 
-constexpr int64_t SCRATCH_ACC = MOST_ROWS * STRIP * PANEL * 4;
+constexpr int64_t SCRATCH_ACC = 2 * SHIFT_SUMS * 4;
 constexpr int MAX_CHUNK = 32;  // blocks
 constexpr int64_t SCRATCH_SCALES = MAX_CHUNK * STRIP * PANEL * 4;  // and as much for the shifts, and the columns of pairs
 constexpr int64_t CHUNK_CODES = 8 << 10;  // bytes of packed codes: a quarter of L1
 constexpr int64_t PAIR_CODES = 8 << 10;  // bytes of unpacked codes: likewise
 constexpr int64_t SCRATCH_WEIGHTS =
     STRIP * MAX_BLOCK * PANEL * 4;  // bytes: a block of floats, or several of shorter numbers; near L1's size
+constexpr int64_t SCRATCH_NESTED = STRIP * NESTED_K * PANEL;  // bytes: codes on their way to floats
+constexpr int64_t SCRATCH = SCRATCH_ACC + 3 * SCRATCH_SCALES + SCRATCH_WEIGHTS + SCRATCH_NESTED;
 
 struct Job {  // rows m0…m1 times the strip that begins with `panel`
   const Weight& w;
@@ -25,7 +28,9 @@ struct Job {  // rows m0…m1 times the strip that begins with `panel`
   float* acc() const { return reinterpret_cast<float*>(scratch); }
   float* scales() const { return reinterpret_cast<float*>(scratch + SCRATCH_ACC); }
   int32_t* columns() const { return reinterpret_cast<int32_t*>(scratch + SCRATCH_ACC + 2 * SCRATCH_SCALES); }
+  float* nested() const { return reinterpret_cast<float*>(columns()); }  // a weight has the one or the other
   uint8_t* unpacked() const { return reinterpret_cast<uint8_t*>(scratch + SCRATCH_ACC + 3 * SCRATCH_SCALES); }
+  uint8_t* nested_codes() const { return unpacked() + SCRATCH_WEIGHTS; }
 };
 
 template <class Source>
@@ -46,11 +51,15 @@ Block fill(Chunk& chunk, const Geometry& g, int64_t most) {
 }
 
 template <class Source>
-Chunk chunk_of(const Job& j, int step) {
+Chunk chunk_of(const Job& j, int panels) {  // of the strip; its sums start from 0
   const bool shifted = j.w.zeros != nullptr || (!is_s8<Source> && j.w.centre != 0);
   Chunk chunk;
-  chunk.first = 0, chunk.block = first_block(j.w.geometry), chunk.place = place_of(j.w, j.panel), chunk.step = step;
+  chunk.first = 0, chunk.block = first_block(j.w.geometry), chunk.place = place_of(j.w, j.panel);
+  chunk.step = panels * Source::TILE_BYTES;
   chunk.scales = j.scales(), chunk.shifts = shifted ? chunk.scales + SCRATCH_SCALES / 4 : nullptr, chunk.columns = j.columns();
+  chunk.nested = j.nested();
+  __builtin_memset(j.acc(), 0, size_t(j.rows() * panels * PANEL * 4));
+  if (shifted) __builtin_memset(j.acc() + SHIFT_SUMS, 0, size_t(j.rows() * panels * PANEL * 4));
   return chunk;
 }
 
@@ -60,14 +69,13 @@ template <class Source, int PANELS, int ALL, class Codes>  // ALL: panels of the
 void by_chunks(const Job& j, int64_t most_k, const Codes& codes_of) {
   const Geometry& g = j.w.geometry;
   const uint8_t* end = codes_at(j.w, panels_of(j.w.n), 0);  // of all: the next strip is ours, or nearly always
-  __builtin_memset(j.acc(), 0, size_t(j.rows() * ALL * PANEL * 4));
-  Chunk chunk = chunk_of<Source>(j, ALL * Source::TILE_BYTES);
+  Chunk chunk = chunk_of<Source>(j, ALL);
   for (; chunk.first < g.blocks; chunk.first += chunk.count) {
     const Block after = fill<Source>(chunk, g, most_k);
     const uint8_t* codes = codes_of(chunk);
     const int64_t bytes = chunk.k * 2 * j.w.bits * ALL;
     const uint8_t* next = codes_at(j.w, j.panel, chunk.block.k0) + bytes;  // may be of the next strip
-    chunk.ahead = {next, bytes < end - next ? next + bytes : end, 0};
+    chunk.ahead = {next, j.w.nested != Nested::none ? next : bytes < end - next ? next + bytes : end, 0};
     for (int p = 0; p < ALL; p += PANELS) {
       chunk.place = place_of(j.w, j.panel + p), chunk.codes = codes + p * Source::TILE_BYTES, chunk.passes = (ALL - p) / PANELS;
       decode<!is_s8<Source>, PANELS>(j.w, chunk);
@@ -75,16 +83,16 @@ void by_chunks(const Job& j, int64_t most_k, const Codes& codes_of) {
     }
     chunk.block = after;
   }
-  for (int p = 0; p < ALL; p += PANELS) write_rows(j.w, j.out, j.m0, j.m1, j.panel + p, PANELS, j.acc() + j.rows() * p * PANEL);
+  for (int p = 0; p < ALL; p += PANELS)
+    write_rows(j.w, j.out, j.m0, j.m1, j.panel + p, PANELS, chunk.shifts != nullptr, j.acc() + j.rows() * p * PANEL);
 }
 
 template <class Source>
 void streamed(const Job& j) {  // a whole strip, for rows that one tile holds
-  __builtin_memset(j.acc(), 0, size_t(j.rows() * STRIP * PANEL * 4));
-  Chunk chunk = chunk_of<Source>(j, STRIP * Source::TILE_BYTES);
+  Chunk chunk = chunk_of<Source>(j, STRIP);
   chunk.count = j.w.geometry.blocks, chunk.codes = codes_at(j.w, j.panel, 0);
   TILES<Source, STRIP, true>[size_t(j.rows() - 1)](j.w, j.x, chunk, j.m0, j.acc());
-  write_rows(j.w, j.out, j.m0, j.m1, j.panel, STRIP, j.acc());
+  write_rows(j.w, j.out, j.m0, j.m1, j.panel, STRIP, chunk.shifts != nullptr, j.acc());
 }
 
 template <class Source, int PANELS, int ALL>
@@ -110,12 +118,41 @@ void through_scratch(const Job& j) {
   });
 }
 
+template <class Unpacked, int PANELS, int ALL>
+void from_nested(const Job& j) {
+  by_chunks<Unpacked, PANELS, ALL>(j, NESTED_K, [&](const Chunk& chunk) {
+    uint8_t* codes = is_s8<Unpacked> ? j.unpacked() : j.nested_codes();
+    apart(j.w, j.panel, ALL, chunk.block.k0, codes, j.nested());
+    if constexpr (!is_s8<Unpacked>) unpack(Unpacked{}, j.w, codes, chunk.k * ALL, j.unpacked());
+    return j.unpacked();
+  });
+}
+
 // Up to a few rows (FEW_…, of the level), unpacking in registers again for every tile is cheaper than a trip through scratch.
+
+#ifdef QK_EXPAND
+// Integers of the commoner odd widths, for as few rows as one tile holds; false for others.
+inline bool streamed_bits(const Job& j) {
+  if (j.w.kind != CodeKind::integer || j.rows() > STREAMED_ROWS<S8Bits<5>>) return false;
+  switch (j.w.bits) {
+    case 2: return streamed<S8Bits<2>>(j), true;
+    case 3: return streamed<S8Bits<3>>(j), true;
+    case 5: return streamed<S8Bits<5>>(j), true;
+    case 6: return streamed<S8Bits<6>>(j), true;
+    default: return false;
+  }
+}
+#endif
 
 struct ByS8 {
   template <int PANELS, int ALL>
   static void panels(const Job& j) {
+    if (j.w.nested != Nested::none) return from_nested<S8Bytes, PANELS, ALL>(j);
     const bool integers = j.w.kind == CodeKind::integer;
+#ifdef QK_EXPAND
+    if constexpr (PANELS == STRIP)
+      if (streamed_bits(j)) return;
+#endif
     if (j.w.bits == 8) direct<S8Bytes, PANELS, ALL>(j);
     else if (j.w.bits == 4 && j.rows() <= FEW_S8) integers ? direct<S8Nibbles, PANELS, ALL>(j) : direct<S8Table, PANELS, ALL>(j);
     else if (j.w.bits <= 4 && integers) through_scratch<S8Unpacked, PANELS, ALL>(j);
@@ -144,6 +181,7 @@ struct ByPairs {  // through scratch
 struct ByF32 {
   template <int PANELS, int ALL>
   static void panels(const Job& j) {
+    if (j.w.nested != Nested::none) return from_nested<F32Unpacked, PANELS, ALL>(j);
     const bool integers = j.w.kind == CodeKind::integer;
     if (j.w.bits == 4 && integers && j.rows() <= FEW_INTEGERS) direct<F32Integers, PANELS, ALL>(j);
     else if (j.w.bits == 4 && j.rows() <= FEW_TABLE) direct<F32Table, PANELS, ALL>(j);
@@ -156,7 +194,8 @@ struct ByF32 {
 struct ByBf16 {
   template <int PANELS, int ALL>
   static void panels(const Job& j) {
-    if (j.w.bits == 4 && j.rows() <= FEW_INTEGERS) direct<Bf16Nibbles, PANELS, ALL>(j);
+    if (j.w.nested != Nested::none) from_nested<Bf16Unpacked, PANELS, ALL>(j);
+    else if (j.w.bits == 4 && j.rows() <= FEW_INTEGERS) direct<Bf16Nibbles, PANELS, ALL>(j);
     else if (j.w.bits == 8 && j.w.kind == CodeKind::integer && j.rows() <= FEW_BYTES) direct_tall<Bf16Bytes, PANELS, ALL>(j);
     else through_scratch<Bf16Unpacked, PANELS, ALL>(j);
   }
@@ -188,6 +227,6 @@ constexpr Arithmetic BF16_ARITHMETIC = {2, rows_to_bf16, multiply<ByBf16>, probe
 constexpr Arithmetic BF16_ARITHMETIC = {};
 #endif
 
-#define QK_LEVEL(NAME)                                                                                                                    \
-  {NAME,       S8_ARITHMETIC, PAIRS_ARITHMETIC, F32_ARITHMETIC, BF16_ARITHMETIC, int(SCRATCH_ACC + 3 * SCRATCH_SCALES + SCRATCH_WEIGHTS), \
-   dequantize, to_floats,     best_scales,      encode,         read_bytes}
+#define QK_LEVEL(NAME)                                                                                  \
+  {NAME,    S8_ARITHMETIC, PAIRS_ARITHMETIC, F32_ARITHMETIC, BF16_ARITHMETIC, int(SCRATCH), dequantize, \
+   to_floats, best_scales,   encode,           read_bytes}

@@ -5,7 +5,7 @@ A result depends on K alone: not on the threads, nor on the other rows.
 
 Source: interleaving output rows so that no sum crosses lanes, as in llama.cpp's repacked types; unsigned weights against signed
 activations with a correction by the activations' sum, as VNNI libraries do; unpacking a panel once for many rows, as ik_llama.cpp does;
-half the products for codes of up to 4 bits, as in S. Winograd, A New Algorithm for Inner Product, 1968.
+half the products for codes of up to 4 bits, as in S. Winograd, A New Algorithm for Inner Product, 1968; nested blocks: ggml-common.h.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from qkernels.formats import Codebook, Float, Int, QuantFormat
+from qkernels.formats import Int, QuantFormat
 from qkernels.kernels.cpu import layout, library
 from qkernels.kernels.cpu.layout import Packed, prepare, restore
 from qkernels.kernels.registry import Kernel, Matmul, Problem, register
@@ -43,20 +43,18 @@ def _binder(name: str) -> Callable[[QuantFormat, tuple[int, int]], Matmul]:
 
     def bind(format: QuantFormat, shape: tuple[int, int]) -> Matmul:
         op, n = getattr(ops, name).default, shape[0]
-        table, bits, group, code, offset = layout.describe(format, *shape)
+        table, code = layout.describe(format, *shape)
 
         def matmul(
             x: Tensor,
             weight: Tensor,
-            scales: Tensor,
+            scales: Tensor | None,
             zeros: Tensor | None,
             tensor_scale: Tensor | None,
             perm: Tensor | None,
             bias: Tensor | None,
         ) -> Tensor:
-            if perm is not None:
-                x = x.index_select(-1, perm)
-            return op(x, weight, scales, zeros, table, tensor_scale, bias, n, bits, group, code, offset)
+            return op(x, weight, scales, zeros, table, tensor_scale, perm, bias, n, *code)
 
         return matmul
 
@@ -66,9 +64,9 @@ def _binder(name: str) -> Callable[[QuantFormat, tuple[int, int]], Matmul]:
 def dequantize(packed: Packed) -> Tensor:
     """[N, K] float32 from the packed form."""
     n, k = packed.shape
-    table, bits, group, code, offset = layout.describe(packed.format, n, k)
+    table, code = layout.describe(packed.format, n, k)
     op = torch.ops.qkernels.cpu_dequantize.default
-    weight = op(packed.weight, packed.scales, packed.zeros, table, packed.tensor_scale, n, k, bits, group, code, offset)
+    weight = op(packed.weight, packed.scales, packed.zeros, table, packed.tensor_scale, n, k, *code)
     return weight if packed.perm is None else torch.empty_like(weight).index_copy_(1, packed.perm.long(), weight)
 
 
@@ -76,20 +74,18 @@ def _why_not_s8(p: Problem) -> str | None:
     if reason := layout.why_not(p):
         return reason
     code = p.format.code
-    if isinstance(code, Int | Codebook) or (isinstance(code, Float) and code.bits <= 4):
-        return None if code.bits == 4 or isinstance(code, Int) else f"codebooks of {code.bits} bits: 4 are held"
-    return f"{code.name} values do not fit int8"
+    return None if isinstance(code, Int) or code.bits <= 4 else f"{code.name} values do not fit int8"
 
 
 if library.why_missing() is None:
 
     @torch.library.register_fake("qkernels::cpu_linear_s8")
     @torch.library.register_fake("qkernels::cpu_linear_f32")
-    def _(x, qweight, scales, zeros, table, tensor_scale, bias, n, bits, group, code, offset):  # type: ignore[no-untyped-def]
+    def _(x, qweight, scales, zeros, table, tensor_scale, perm, bias, n, bits, group, code, offset, minima):  # type: ignore[no-untyped-def]
         return x.new_empty((*x.shape[:-1], n))
 
     @torch.library.register_fake("qkernels::cpu_dequantize")
-    def _(qweight, scales, zeros, table, tensor_scale, n, k, bits, group, code, offset):  # type: ignore[no-untyped-def]
+    def _(qweight, scales, zeros, table, tensor_scale, n, k, bits, group, code, offset, minima):  # type: ignore[no-untyped-def]
         return qweight.new_empty((n, k), dtype=torch.float32)
 
 
