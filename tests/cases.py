@@ -12,6 +12,8 @@ SWEEP = bool(os.environ.get("QKERNELS_SWEEP"))  # `make sweep`: all cases of the
 
 
 def random_quant(format, n, k, seed=0, perm=False):
+    if format.block is not None:
+        return random_blocks(format, n, k, seed, perm)
     g = torch.Generator().manual_seed(seed)
     finite = torch.isfinite(torch.tensor(format.code.values)).nonzero().flatten()
     codes = pack(finite[torch.randint(len(finite), (n, k), generator=g)].to(torch.uint8), format.bits)
@@ -29,6 +31,23 @@ def random_quant(format, n, k, seed=0, perm=False):
     tensor_scale = torch.tensor([0.37]) if format.tensor_scale else None
     order = torch.randperm(k, generator=g).to(torch.int32) if perm else None
     return QuantTensor(format, (n, k), codes, scales.to(dtype), zeros, tensor_scale, order)
+
+
+def random_blocks(format, n, k, seed=0, perm=False):
+    """A weight of a block format from random bytes: every code and every sub-scale, under scales of a sensible size and both signs."""
+    g = torch.Generator().manual_seed(seed)
+    block = format.block
+    raw = torch.randint(256, (n, k // block.elements, block.nbytes), generator=g).to(torch.uint8)
+    parts = block.split(raw)
+    if block.join is not None:
+        sign = torch.randint(2, parts.d.shape, generator=g) * 2 - 1 if parts.d.dtype.itemsize > 1 else 1
+        d = (torch.rand(parts.d.shape, generator=g) * 0.02 + 0.005) * sign
+        m = None if parts.m is None else ((torch.rand(parts.m.shape, generator=g) - 0.9) * 0.02 * 2**format.bits).to(parts.m.dtype)
+        raw = block.join(parts._replace(d=d.to(parts.d.dtype), m=m))
+    while not (good := ((d := block.split(raw).d.float().abs()) > 1e-3).logical_and(d < 1).all(-1)).all():
+        raw[~good] = torch.randint(256, (int((~good).sum()), block.nbytes), generator=g).to(torch.uint8)
+    order = torch.randperm(k, generator=g).to(torch.int32) if perm else None
+    return QuantTensor(format, (n, k), raw.flatten(1), perm=order)
 
 
 def plain(formats):
