@@ -38,7 +38,7 @@ def select(names: str, known: Sequence[Contestant] = OTHERS) -> list[Contestant]
 
 
 def _matches(peer: Contestant, part: str) -> bool:
-    return peer.name.lower().startswith(part) or bool(peer.package) and peer.package.startswith(part)
+    return peer.name.lower().startswith(part) or (bool(peer.package) and peer.package.startswith(part))
 
 
 def why_not(peer: Contestant, threads: int) -> str | None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..base import CheckFailed, Contestant, Prepared
 from ..check import rows_to_check
 
-TYPES = {
+TYPES = {  # ggml's names -> its ids
     "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "q4_k": 12, "q5_k": 13, "q6_k": 14, "iq4_nl": 20, "iq4_xs": 23, "mxfp4": 39,
 }  # fmt: skip
 BUFFERS = ("CPU", "CPU_REPACK", "AMX")
@@ -44,12 +44,14 @@ class _TypeTraits(ctypes.Structure):
     )  # fmt: skip
 
 
+_SILENCE = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, Pointer)(lambda *_: None)  # it reports every weight that it lays out
+
 # function -> result, arguments
 _SIGNATURES: dict[str, tuple] = {
     "ggml_init": (Pointer, _InitParams),
     "ggml_free": (None, Pointer),
     "ggml_version": (ctypes.c_char_p,),
-    "ggml_commit": (ctypes.c_char_p,),
+    "ggml_log_set": (None, type(_SILENCE), Pointer),
     "ggml_tensor_overhead": (ctypes.c_size_t,),
     "ggml_graph_overhead_custom": (ctypes.c_size_t, ctypes.c_size_t, ctypes.c_bool),
     "ggml_get_type_traits": (ctypes.POINTER(_TypeTraits), ctypes.c_int),
@@ -103,12 +105,12 @@ def ggml() -> ctypes.CDLL:
     for name, (result, *arguments) in _SIGNATURES.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
+    library.ggml_log_set(_SILENCE, None)
     return library
 
 
 def version() -> str:
-    """ggml's own version and the commit of llama.cpp."""
-    return f"{ggml().ggml_version().decode()} ({ggml().ggml_commit().decode()})"
+    return ggml().ggml_version().decode()
 
 
 @functools.cache
