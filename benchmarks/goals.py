@@ -50,7 +50,7 @@ def read_share(contestant: str, weights: str = "") -> Value:
     """
 
     def value(record: dict) -> float | None:
-        rows = (r for r in record["results"] if r["m"] == 1 and r["shape"] == SHAPE and r["ok"] and weights in ("", r["weights"]))
+        rows = (r for r in record["results"] if r["m"] == 1 and r["shape"] == SHAPE and r["ok"] and weights in ("", r.get("weights")))
         disturbed = any((r.get("read_share") or 0) > 1.1 for r in rows)
         return None if disturbed else (find(record, contestant, 1) or {}).get("read_share")
 
