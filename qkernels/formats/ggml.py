@@ -11,7 +11,6 @@ from qkernels.formats import ggml_iq as iq
 from qkernels.formats.catalogue import register
 from qkernels.formats.format import Block, Codebook, Float, Int, QuantFormat
 
-IQ4 = Codebook("iq4", (-127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0))
 SIGN = Codebook("sign", (-1.0, 1.0))
 E2M1 = Float(2, 1)  # ggml doubles the table and halves the scale; the numbers are the same
 
@@ -31,10 +30,10 @@ TYPES: dict[int, QuantFormat] = {
     17: QuantFormat(Int(8, 128), (1, 16), block=Block(256, 74, iq.split_iq2_xs), name="iq2_xs"),
     18: QuantFormat(Int(8, 128), (1, 32), block=Block(256, 98, iq.split_iq3_xxs), name="iq3_xxs"),
     19: QuantFormat(Int(8, 128), (1, 32), block=Block(256, 50, iq.split_iq1_s), name="iq1_s"),
-    20: QuantFormat(IQ4, (1, 32), block=Block(32, 18, blocks.split_q4_0, blocks.join_q4_0), name="iq4_nl"),
+    20: QuantFormat(blocks.IQ4, (1, 32), block=Block(32, 18, blocks.split_q4_0, blocks.join_q4_0), name="iq4_nl"),
     21: QuantFormat(Int(8, 128), (1, 32), block=Block(256, 110, iq.split_iq3_s), name="iq3_s"),
     22: QuantFormat(Int(8, 128), (1, 16), block=Block(256, 82, iq.split_iq2_s), name="iq2_s"),
-    23: QuantFormat(IQ4, (1, 32), block=Block(256, 136, blocks.split_iq4_xs, blocks.join_iq4_xs), name="iq4_xs"),
+    23: QuantFormat(blocks.IQ4, (1, 32), block=Block(256, 136, blocks.split_iq4_xs, blocks.join_iq4_xs), name="iq4_xs"),
     29: QuantFormat(Int(8, 128), (1, 16), block=Block(256, 56, iq.split_iq1_m), name="iq1_m"),
     34: QuantFormat(Int(2, 1), (1, 256), block=Block(256, 54, blocks.split_tq1_0), name="tq1_0"),
     35: QuantFormat(Int(2, 1), (1, 256), block=Block(256, 66, blocks.split_tq2_0, blocks.join_tq2_0), name="tq2_0"),

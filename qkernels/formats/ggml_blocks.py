@@ -12,8 +12,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qkernels.formats.format import Parts
+from qkernels.formats.format import Codebook, Parts
 from qkernels.formats.packing import pack, unpack
+
+IQ4 = Codebook("iq4", (-127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0))
 
 
 def planes(data: Tensor, bits: int, run: int = 0) -> Tensor:
@@ -199,6 +201,15 @@ def split_tq1_0(raw: Tensor) -> Parts:
     long, short, last = raw[..., :52].split([32, 16, 4], -1)
     trits = [((run * 3**i).int() * 3 >> 8).to(torch.uint8) for run, n in ((long, 5), (short, 5), (last, 4)) for i in range(n)]
     return Parts(torch.cat(trits, -1), half(raw, 52))
+
+
+def join_tq1_0(p: Parts) -> Tensor:
+    """Bytes as ggml makes them; `split_tq1_0` reads several bytes as the same trits, so that this is its inverse only from the left."""
+    last = torch.nn.functional.pad(p.codes[..., 240:].unflatten(-1, (4, 4)), (0, 0, 0, 1))
+    runs = [p.codes[..., :160].unflatten(-1, (5, 32)), p.codes[..., 160:240].unflatten(-1, (5, 16)), last]
+    powers = torch.tensor((81, 27, 9, 3, 1), device=p.codes.device)[:, None]
+    numbers = torch.cat([(run * powers).sum(-2) for run in runs], -1)
+    return _joined(((numbers * 256 + 242) // 243).to(torch.uint8), p.d)
 
 
 def split_tq2_0(raw: Tensor) -> Parts:

@@ -75,7 +75,7 @@ def _of_file(path: Path) -> CheckpointInfo:
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error}") from error
     if magic == GGUF_MAGIC:
-        from qkernels.io import gguf  # type: ignore[attr-defined]  # which imports this file
+        from qkernels.io import gguf  # which imports this file
 
         return gguf.detect(path)
     if path.suffix == ".safetensors":

@@ -1,0 +1,313 @@
+"""Encoders of ggml's block types, without an importance matrix: the blocks that ggml's reference C code makes, byte for byte.
+
+Every `encode_<type>` takes weights [N, B, elements of a block] float32 and returns Parts for the type's `join`. To give the same bytes they
+do the same float32 operations in the same order: sums run element by element. For that, and for speed, groups lie as [elements, N, B, groups
+of a block], one contiguous slice an element. Source: the algorithms of ggml-quants.c.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from qkernels.errors import FormatError
+from qkernels.formats.format import Parts
+from qkernels.formats.ggml_blocks import IQ4
+
+_BLOCKS = 4096  # encoded at a time: what the searches hold stays in the caches
+_TINY = 1e-15  # groups with no larger weight are zeros
+
+
+def by_chunks(encode: Callable[[Tensor], Parts], join: Callable[[Parts], Tensor]) -> Callable[[Tensor], Tensor]:
+    """What `Block.encode` is: weights [N, B, elements] float32 to raw blocks; FormatError for scales beyond float16."""
+
+    def made(weight: Tensor) -> Tensor:
+        chunks = weight.reshape(1, -1, weight.shape[-1]).split(_BLOCKS, 1)
+        raw = torch.cat([join(_checked(encode(chunk))) for chunk in chunks], 1)
+        return raw.view(*weight.shape[:2], -1)
+
+    return made
+
+
+def _checked(p: Parts) -> Parts:
+    if not all(bool(torch.isfinite(scale.float()).all()) for scale in (p.d, p.m) if scale is not None):
+        raise FormatError("the weight has groups whose scale is beyond 65504, the largest that ggml's blocks hold")
+    return p
+
+
+def _grouped(weight: Tensor, size: int) -> Tensor:
+    """[N, B, elements] to [size, N, B, groups]."""
+    return weight.unflatten(-1, (-1, size)).movedim(-1, 0).contiguous()
+
+
+def _codes(grouped: Tensor) -> Tensor:
+    """Invert `_grouped` for codes."""
+    return grouped.movedim(0, -1).flatten(-2).to(torch.uint8)
+
+
+def _sum(terms: Tensor) -> Tensor:
+    """Add slices one after the other."""
+    total = terms[0].clone()
+    for term in terms[1:]:
+        total += term
+    return total
+
+
+def _peak(x: Tensor, dim: int) -> Tensor:
+    """The value of largest magnitude, with its sign; the first of several. The dimension stays, with extent 1."""
+    return x.gather(dim, x.abs().argmax(dim, keepdim=True))
+
+
+def _inverse(x: Tensor) -> Tensor:
+    return torch.where(x == 0, 0.0, 1.0 / x)
+
+
+def _rounded(x: Tensor) -> Tensor:
+    """Round half away from zero."""
+    whole = x.trunc()
+    return torch.where((x - whole).abs() < 0.5, whole, whole + x.sign())
+
+
+# -- one scale a block -------------------------------------------------------------------------------------------------------------
+
+
+def encode_symmetric(weight: Tensor, bias: int) -> Parts:
+    """Q4_0 and Q5_0: the largest weight becomes code 0, whatever its sign."""
+    d = _peak(weight, -1) / -bias
+    return Parts((weight * _inverse(d) + (bias + 0.5)).clamp(max=2 * bias - 1).to(torch.uint8), d.half())
+
+
+def encode_affine(weight: Tensor, top: int) -> Parts:
+    """Q4_1 and Q5_1: codes from the smallest weight to the largest."""
+    low, high = weight.aminmax(dim=-1, keepdim=True)
+    d = (high - low) / top
+    return Parts(((weight - low) * _inverse(d) + 0.5).clamp(max=top).to(torch.uint8), d.half(), m=low.half())
+
+
+def encode_q8_0(weight: Tensor) -> Parts:
+    d = weight.abs().amax(-1, keepdim=True) / 127
+    return Parts((_rounded(weight * _inverse(d)) + 128).to(torch.uint8), d.half())
+
+
+def encode_ternary(weight: Tensor) -> Parts:
+    """TQ1_0, TQ2_0 and Q2_0: the fourth code of two bits is never used."""
+    d = weight.abs().amax(-1, keepdim=True)
+    return Parts((_rounded(weight * _inverse(d)) + 1).to(torch.uint8), d.half())
+
+
+def encode_q1_0(weight: Tensor) -> Parts:
+    d = _sum(weight.abs().movedim(-1, 0))[..., None] / 128
+    return Parts((weight >= 0).to(torch.uint8), d.half())
+
+
+# -- 4-bit floats ------------------------------------------------------------------------------------------------------------------
+
+
+def _e2m1(weight: Tensor, d: Tensor) -> Tensor:
+    """Nearest codes under the scale `d`; of two the one nearer to zero, and never -0."""
+    size = weight.abs()
+    code = sum((size > midpoint * d).to(torch.uint8) for midpoint in (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0))
+    assert isinstance(code, Tensor)
+    code = torch.where(d == 0, 0, code)
+    return torch.where((weight < 0) & (code > 0), code + 8, code)
+
+
+def encode_mxfp4(weight: Tensor) -> Parts:
+    """The largest power of two in a block falls on 4: a weight of more than 6 times the scale saturates."""
+    peak = weight.abs().amax(-1, keepdim=True)
+    exponent = torch.where(peak > 0, torch.frexp(peak).exponent - 3, -127).clamp(min=-127)
+    d = torch.ldexp(torch.ones_like(peak), exponent)
+    return Parts(_e2m1(weight, d), (exponent + 127).to(torch.uint8).view(torch.float8_e8m0fnu))
+
+
+def encode_nvfp4(weight: Tensor) -> Parts:
+    groups = weight.unflatten(-1, (-1, 16))
+    d = _e4m3(groups.abs().amax(-1, keepdim=True) / 6)
+    return Parts(_e2m1(groups, d.float()).flatten(-2), d.flatten(-2))
+
+
+def _e4m3(scale: Tensor) -> Tensor:
+    """Round half up, in each of ggml's own ranges: subnormals stay subnormal, and 248 and more become 448."""
+    normal = ((scale.view(torch.int32) + (1 << 19)) >> 20) - (120 << 3)  # the exponent's bias is 7 rather than 127
+    normal = torch.where(normal >= 15 << 3, 0x7E, normal)
+    subnormal = (scale * 512 + 0.5).clamp(max=7).int()
+    return torch.where(scale < 2.0**-6, subnormal, normal).to(torch.uint8).view(torch.float8_e4m3fn)
+
+
+# -- searches for the scale of a group -----------------------------------------------------------------------------------------------
+
+
+def _search_symmetric(x: Tensor, bound: int) -> tuple[Tensor, Tensor]:
+    """Codes in 0 … 2 * bound - 1 and scales of groups: 19 first guesses, each with its best scale; weighted by the squares of the weights."""
+    peak = _peak(x, 0)
+    live = peak.abs() >= _TINY
+    peak = torch.where(live, peak, 1.0)
+    importance = x * x
+    importance_x = importance * x
+
+    def fit(start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        codes = (-start / peak * x).round_().clamp_(-bound, bound - 1)
+        return codes, _sum(importance_x * codes), _sum(importance * codes * codes)
+
+    steps = torch.tensor(0.1) * torch.tensor([0, *range(-9, 0), *range(1, 10)])
+    best = torch.full_like(x[0], -1.0)
+    codes, scale = torch.zeros_like(x), torch.zeros_like(x[0])
+    for start in bound + steps:
+        new, xl, ll = fit(start)
+        better = (ll > 0) & (xl * xl > best * ll)
+        codes = torch.where(better, new, codes)
+        scale = torch.where(better, xl / ll, scale)
+        best = torch.where(better, scale * xl, best)
+    return torch.where(live, codes + bound, 0.0), scale
+
+
+def _descend_symmetric(x: Tensor, bound: int) -> tuple[Tensor, Tensor]:
+    """Codes in 0 … 2 * bound - 1 and scales of groups: one guess, then five sweeps that move one code at a time."""
+    peak = _peak(x, 0)
+    live = peak.abs() >= _TINY
+    codes = (-bound / torch.where(live, peak, 1.0) * x).round_().clamp_(-bound, bound - 1)
+    importance = x * x
+    importance_x = importance * x
+    xl, ll = _sum(importance_x * codes), _sum(importance * codes * codes)
+    for i in [*range(len(x))] * 5:
+        w, wx, old = importance[i], importance_x[i], codes[i]
+        new_xl, new_ll = xl - wx * old, ll - w * old * old
+        new = (x[i] * new_ll / new_xl).round_().clamp_(-bound, bound - 1)
+        possible = (new_xl > 0) & (new != old)
+        new_xl, new_ll = new_xl + wx * new, new_ll + w * new * new
+        better = possible & (new_ll > 0) & (new_xl * new_xl * ll > xl * xl * new_ll)
+        codes[i] = torch.where(better, new, old)
+        xl, ll = torch.where(better, new_xl, xl), torch.where(better, new_ll, ll)
+    return torch.where(live, codes + bound, 0.0), torch.where(ll > 0, xl / ll, 0.0)
+
+
+def _search_affine(
+    x: Tensor, importance: Tensor, top: int, first: float, steps: int, loss: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, ...]:
+    """Codes in 0 … top, scales and minima (turned positive) of groups: guesses of the scale, each with its best scale and minimum."""
+    low, high = x.amin(0).clamp(max=0.0), x.amax(0)
+    flat = high == low
+    sum_w, sum_x = _sum(importance), _sum(importance * x)
+
+    def error(codes: Tensor, scale: Tensor, low: Tensor) -> Tensor:
+        return _sum(importance * loss(scale * codes + low - x))
+
+    span = torch.where(flat, 1.0, high - low)
+    codes = (top / span * (x - low)).round_().clamp_(0, top)
+    scale = 1 / (top / span)
+    best = error(codes, scale, low)
+    for start in first + torch.tensor(0.1) * torch.arange(steps + 1) + top:
+        new = (start / torch.where(flat, 1.0, high - low) * (x - low)).round_().clamp_(0, top)
+        weighted = importance * new
+        sum_l, sum_ll, sum_xl = _sum(weighted), _sum(weighted * new), _sum(weighted * x)
+        determinant = sum_w * sum_ll - sum_l * sum_l
+        new_scale = (sum_w * sum_xl - sum_x * sum_l) / determinant
+        new_low = (sum_ll * sum_x - sum_l * sum_xl) / determinant
+        new_scale = torch.where(new_low > 0, sum_xl / sum_ll, new_scale)
+        new_low = new_low.clamp(max=0.0)
+        new_error = error(new, new_scale, new_low)
+        better = (determinant > 0) & (new_error < best) & ~flat
+        codes, best = torch.where(better, new, codes), torch.where(better, new_error, best)
+        scale, low = torch.where(better, new_scale, scale), torch.where(better, new_low, low)
+    return torch.where(flat, 0.0, codes), torch.where(flat, 0.0, scale), 0.0 - low
+
+
+# -- super-blocks ------------------------------------------------------------------------------------------------------------------
+
+
+def _nested_affine(x: Tensor, top: int, scale_top: int, found: tuple[Tensor, ...]) -> Parts:
+    """Quantise scales and minima of groups, and the weights anew with what they became."""
+    codes, *levels = found
+
+    def quantised(level: Tensor) -> tuple[Tensor, Tensor]:
+        peak = level.amax(-1, keepdim=True).clamp(min=0.0)
+        return (peak / scale_top).half(), (torch.where(peak > 0, scale_top / peak, 0.0) * level).round_().clamp_(0, scale_top)
+
+    (d, scales), (m, mins) = map(quantised, levels)
+    step, low = d.float() * scales, m.float() * mins
+    codes = torch.where(step == 0, codes, ((x + low) / step).round_().clamp_(0, top))
+    return Parts(_codes(codes), d, scales.to(torch.uint8), -m, mins.to(torch.uint8))
+
+
+def _nested_symmetric(x: Tensor, bound: int, scale_bound: int, found: tuple[Tensor, Tensor]) -> Parts:
+    codes, level = found
+    peak = _peak(level, -1)
+    inverse = torch.where(peak.abs() < _TINY, 0.0, -scale_bound / peak)
+    d = _inverse(inverse).half()
+    scales = (inverse * level).round_().clamp_(-scale_bound, scale_bound - 1)
+    step = d.float() * scales
+    codes = torch.where(step == 0, codes, (x / step).round_().clamp_(-bound, bound - 1) + bound)
+    return Parts(_codes(codes), d, scales.to(torch.int8))
+
+
+def encode_q2_k(weight: Tensor) -> Parts:
+    x = _grouped(weight, 16)
+    return _nested_affine(x, 3, 15, _search_affine(x, x.abs(), 3, -0.5, 15, torch.abs))
+
+
+def encode_q3_k(weight: Tensor) -> Parts:
+    x = _grouped(weight, 16)
+    parts = _nested_symmetric(x, 4, 32, _descend_symmetric(x, 4))
+    assert parts.scales is not None
+    return parts._replace(scales=torch.where(parts.d == 0, -32, parts.scales))  # the bytes of an empty block are zeros
+
+
+def _rms_importance(x: Tensor) -> Tensor:
+    return (_sum(x * x) / len(x)).sqrt() + x.abs()
+
+
+def encode_q4_k(weight: Tensor) -> Parts:
+    x = _grouped(weight, 32)
+    return _nested_affine(x, 15, 63, _search_affine(x, _rms_importance(x), 15, -1.0, 20, torch.square))
+
+
+def encode_q5_k(weight: Tensor) -> Parts:
+    x = _grouped(weight, 32)
+    return _nested_affine(x, 31, 63, _search_affine(x, _rms_importance(x), 31, -0.5, 15, torch.square))
+
+
+def encode_q6_k(weight: Tensor) -> Parts:
+    x = _grouped(weight, 16)
+    return _nested_symmetric(x, 32, 128, _search_symmetric(x, 32))
+
+
+# -- IQ4: a table of 16 values -----------------------------------------------------------------------------------------------------
+
+
+def _nearest(x: Tensor) -> Tensor:
+    """Codes of the nearest values; of two the greater."""
+    table = torch.tensor(IQ4.values, device=x.device)
+    return torch.bucketize(x, (table[1:] + table[:-1]) / 2, right=True, out_int32=True)
+
+
+def _search_table(x: Tensor) -> Tensor:
+    """Scales of groups: 16 first guesses, each with its best scale; weighted by the squares of the weights."""
+    table = torch.tensor(IQ4.values, device=x.device)
+    peak = _peak(x, 0)
+    live = peak[0].abs() >= _TINY
+    peak = torch.where(live, peak, 1.0)
+    importance = x * x
+    best, scale = torch.full_like(x[0], -1.0), torch.zeros_like(x[0])
+    for inverse in (1 / (peak / 127), *((i - 127) / peak for i in range(-7, 8))):
+        values = table[_nearest(inverse * x)]
+        weighted = importance * values
+        xl, ll = _sum(weighted * x), _sum(weighted * values)
+        better = xl * xl > best * ll
+        scale = torch.where(better, xl / ll, scale)
+        best = torch.where(better, scale * xl, best)
+    return torch.where(live, scale, 0.0)
+
+
+def encode_iq4_nl(weight: Tensor) -> Parts:
+    d = _search_table(_grouped(weight, 32))
+    return Parts(_nearest(weight * _inverse(d)).to(torch.uint8), d.half())
+
+
+def encode_iq4_xs(weight: Tensor) -> Parts:
+    x = _grouped(weight, 32)
+    level = _search_table(x)
+    d = _peak(level, -1) / -32
+    scales = (_inverse(d) * level).round_().clamp_(-32, 31)
+    return Parts(_codes(_nearest(x * _inverse(d * scales))), d.half(), scales.to(torch.int8))
