@@ -29,8 +29,8 @@ def assert_matmul_close(
     The bound is twice the largest error of torch's own matmul in x's dtype, gamma_K |x| |W| in fp32, and one ulp.
 
     int8: the quantised weight, where the kernel quantises activations to int8. Besides, then: half a step of them, for every row and run
-    of K, and of the entries of a codebook that int8 does not hold exactly. act_group: the longest such run, which ends with a group of the
-    weight's as well; None: one scale for all of K, whatever the weight's groups.
+    of K, and what the entries of a codebook lie beside those that int8 holds. act_group: the longest such run, which ends with a group of
+    the weight's as well; None: one scale for all of K, whatever the weight's groups.
     """
     exact = F.linear(x.double(), weight, None if bias is None else bias.double())
     assert y.shape == exact.shape and y.dtype == x.dtype, f"got {list(y.shape)} {y.dtype}, want {list(exact.shape)} {x.dtype}"
@@ -58,9 +58,9 @@ def _int8_bound(x: Tensor, weight: Tensor, q: QuantTensor, act_group: int | None
     n, k = q.shape
     code, extent = q.format.code, q.format.group_extent(n, k)[1]
     rounding = torch.zeros_like(weight)
-    if isinstance(code, Codebook):
+    if isinstance(code, Codebook) and (beside := beside_int8(code)):
         assert q.scales is not None
-        rounding = 0.5 / 127 * max(abs(v) for v in code.values) * spread(q.scales.double().abs(), q.format, n, k).expand_as(weight)
+        rounding = beside * spread(q.scales.double().abs(), q.format, n, k).expand_as(weight)
     if q.perm is not None:  # groups are runs of the permuted columns
         x, weight, rounding = x[..., q.perm.long()], weight[:, q.perm.long()], rounding[:, q.perm.long()]
     total, extent = F.linear(x.double().abs(), rounding), k if act_group is None else extent
@@ -72,6 +72,12 @@ def _int8_bound(x: Tensor, weight: Tensor, q: QuantTensor, act_group: int | None
             step = x[..., run].double().abs().amax(-1, keepdim=True) / largest
             total = total + 0.5 * step * (weight[:, run].abs() + rounding[:, run]).sum(1)
     return 1.001 * total  # the fp32 arithmetic of the scales
+
+
+def beside_int8(code: Codebook) -> float:
+    """How far an entry may lie beside a multiple of 1/127 of the largest; 0 where all are int8 themselves (IQ4)."""
+    unit = max(abs(v) for v in code.values) / 127
+    return max(abs(v - round(v / unit) * unit) for v in code.values)
 
 
 def act_largest(format: QuantFormat) -> int:

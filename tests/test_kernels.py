@@ -9,7 +9,7 @@ import re
 
 import pytest
 import torch
-from cases import plain, random_quant
+from cases import random_quant
 
 from qkernels import FormatError, UnsupportedError, config, formats, kernels, reference, rtn
 from qkernels.formats import Codebook
@@ -17,14 +17,15 @@ from qkernels.formats.packing import pack
 from qkernels.kernels import device as devices
 from qkernels.kernels.cpu import library
 from qkernels.kernels.registry import DTYPES, Problem, why_not
-from qkernels.testing import assert_matmul_close
+from qkernels.testing import assert_matmul_close, beside_int8
 
 ROWS = (0, 1, 3, 8, 16, 17, 33, 128)
 SHAPES = ((1, 8), (17, 40), (48, 300), (64, 256), (130, 515))
+BLOCK_SHAPES = ((1, 256), (17, 256), (130, 512))  # of nested blocks
 KERNELS = kernels.all_kernels()
 # other groups than the registered ones; 20, 12 and 9 are padded
-MORE = [formats.get(name) for name in ("int4_g32", "int4_g-1", "int8_g32", "u4b8_g20_sf16", "u5_g12_zi_sf16", "nf4_g9_sbf16")]
-FORMATS = [*plain(formats.all_formats()), *MORE]
+MORE = ("int4_g32", "int4_g-1", "int8_g32", "u4b8_g20_sf16", "u5_g12_zi_sf16", "u4_g32_zm_sf16", "u5b3_g12_zm_sbf16", "nf4_g9_sbf16")
+FORMATS = [*formats.all_formats(), *map(formats.get, MORE)]
 PAIRS = [pytest.param(kernel, f, id=f"{kernel.name}-{f.name}") for kernel in KERNELS for f in FORMATS]
 LEVELS = [
     pytest.param(kernel, f, level, id=f"{kernel.name}-{f.name}-{level}")
@@ -43,6 +44,24 @@ def able(kernel, format, n, k, **fields):
     return why_not(kernel, Problem(format, n, k, device=devices.current("cpu"), **fields)) is None
 
 
+def shapes(format):
+    return SHAPES if format.block is None else BLOCK_SHAPES
+
+
+def whole(format, k):
+    """k, or the next that is a multiple of the format's blocks."""
+    return k if format.block is None else -(-k // format.block.elements) * format.block.elements
+
+
+def with_parts(q, **changed):
+    """A weight of nested blocks with other parts [N, B, ...]; a function changes what is there."""
+    if q.format.block.join is None:
+        pytest.skip("its parts cannot be joined")
+    parts = q.format.block.split(q.codes.unflatten(-1, (-1, q.format.block.nbytes)))
+    changed = {name: new(getattr(parts, name)) if callable(new) else new for name, new in changed.items()}
+    return dataclasses.replace(q, codes=q.format.block.join(parts._replace(**changed)).flatten(1))
+
+
 def check(kernel, q, y, x, bias):
     """Where int8 can hold x (one magnitude, and zeros) its rounding is no excuse: the bound is that of float kernels."""
     if kernel.compute == "int8" and x.abs().unique().numel() <= 2:
@@ -53,7 +72,7 @@ def check(kernel, q, y, x, bias):
 
 def with_int8_entries(q):
     """The same codes, a codebook's values rounded to 1/127 of the largest."""
-    if not isinstance(q.format.code, Codebook):
+    if not isinstance(q.format.code, Codebook) or not beside_int8(q.format.code):
         return q
     unit = max(map(abs, q.format.code.values)) / 127
     rounded = Codebook(q.format.code.name, tuple(round(v / unit) * unit for v in q.format.code.values))
@@ -77,7 +96,7 @@ def inputs(i, m, k, dtype):
 def test_against_fp64(kernel, format, level, isa):
     isa(level)
     ran = 0
-    turns = enumerate(itertools.product(SHAPES, ROWS))
+    turns = enumerate(itertools.product(shapes(format), ROWS))
     for i, ((n, k), m) in turns:
         if level != "any" and level != config.ISA_LEVELS[-1] and i % 2 == (config.ISA_LEVELS.index(level) % 2):
             continue
@@ -117,7 +136,10 @@ def test_the_largest_products_fit(kernel, format, level, isa):
     signs = torch.stack([torch.arange(k) // run % 2 for run in (1, 2, 4, 8, 16, k)])  # 0 and 1, by turns of `run`
     q = random_quant(format, n, k)
     codes = torch.cat([ends[signs], ends[1 - signs]]).repeat(n // 12, 1).to(torch.uint8)
-    q = dataclasses.replace(q, codes=pack(codes, format.bits))
+    if format.block is None:
+        q = dataclasses.replace(q, codes=pack(codes, format.bits))
+    else:
+        q = with_parts(q, codes=codes.unflatten(1, (-1, format.block.elements)))
     x = torch.cat([signs, 1 - signs]).repeat(3, 1).float() * 2 - 1
     packed, weight = kernel.prepare(q), reference.decode(q, torch.float64)
     for rows in (x, x[:1], x[1:7]):
@@ -127,7 +149,7 @@ def test_the_largest_products_fit(kernel, format, level, isa):
 @pytest.mark.parametrize(("kernel", "format"), PAIRS)
 def test_restore_inverts_prepare(kernel, format):
     need(kernel, format)
-    for (n, k), perm in itertools.product(SHAPES, (False, True)):
+    for (n, k), perm in itertools.product(shapes(format), (False, True)):
         if able(kernel, format, n, k, perm=perm):
             q = random_quant(format, n, k, perm=perm)
             packed = kernel.prepare(q)
@@ -140,10 +162,11 @@ def test_restore_inverts_prepare(kernel, format):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize(("kernel", "format"), PAIRS)
 def test_nan_and_inf_stay_in_their_row(kernel, format, bad):
-    need(kernel, format, 48, 300)
-    packed = kernel.prepare(random_quant(format, 48, 300))
+    k = whole(format, 300)
+    need(kernel, format, 48, k)
+    packed = kernel.prepare(random_quant(format, 48, k))
     for m in (1, 5, 20):
-        x = torch.randn(m, 300)
+        x = torch.randn(m, k)
         x[m // 2, 7] = bad
         y = kernel.run(x, packed, None)
         others = [i for i in range(m) if i != m // 2]
@@ -153,34 +176,45 @@ def test_nan_and_inf_stay_in_their_row(kernel, format, bad):
 
 @pytest.mark.parametrize(("kernel", "format"), PAIRS)
 def test_nan_scales_stay_in_their_column(kernel, format):
-    need(kernel, format, 48, 300)
+    k = whole(format, 300)
+    need(kernel, format, 48, k)
     if format.group[0] != 1:
         pytest.skip("rows share their scales")
-    q = random_quant(format, 48, 300)
-    q.scales[5, -1] = torch.nan
+    q = random_quant(format, 48, k)
+
+    def with_nan(scales):
+        scales[5, -1] = torch.nan
+        return scales
+
+    if format.block is None:
+        with_nan(q.scales)
+    else:
+        q = with_parts(q, d=lambda d: with_nan(d.clone()))
     for m in (1, 5, 30):
-        y = kernel.run(torch.randn(m, 300), kernel.prepare(q), None)
+        y = kernel.run(torch.randn(m, k), kernel.prepare(q), None)
         assert bool(y[:, 5].isnan().all()) and int(y.isfinite().sum()) == m * 47
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("kernel", "format"), PAIRS)
 def test_large_and_small_activations(kernel, format, dtype):
-    need(kernel, format, 48, 300, dtype=dtype)
-    q, info = random_quant(format, 48, 300), torch.finfo(dtype)
+    k = whole(format, 300)
+    need(kernel, format, 48, k, dtype=dtype)
+    q, info = random_quant(format, 48, k), torch.finfo(dtype)
     packed, half = kernel.prepare(q), dtype == torch.float16
     for m, scale in itertools.product((1, 30), (info.max / 1024 if half else 1e30, info.tiny if half else 1e-30)):
-        x = (torch.randn(m, 300) * scale).to(dtype)
+        x = (torch.randn(m, k) * scale).to(dtype)
         check(kernel, q, kernel.run(x, packed, None), x, None)
-    assert bool(kernel.run(torch.full((2, 300), info.smallest_normal * info.eps, dtype=dtype), packed, None).isfinite().all())
+    assert bool(kernel.run(torch.full((2, k), info.smallest_normal * info.eps, dtype=dtype), packed, None).isfinite().all())
 
 
-@pytest.mark.parametrize("name", ["int4", "int8", "nf4", "fp8_block"])
+@pytest.mark.parametrize("name", ["int4", "int8", "nf4", "fp8_block", "u4_g32_zm_sf16", "q5_k"])
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: k.name)
 def test_more_rows_than_are_worked_on_at_a_time(kernel, name):
-    q = random_quant(formats.get(name), 48, 300)
-    need(kernel, q.format, 48, 300)
-    packed, x = kernel.prepare(q), torch.randn(1100, 300)
+    k = whole(formats.get(name), 300)
+    q = random_quant(formats.get(name), 48, k)
+    need(kernel, q.format, 48, k)
+    packed, x = kernel.prepare(q), torch.randn(1100, k)
     y = kernel.run(x, packed, None)
     check(kernel, q, y, x, None)
     if kernel.name != "reference":
@@ -190,8 +224,9 @@ def test_more_rows_than_are_worked_on_at_a_time(kernel, name):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("kernel", "format"), PAIRS)
 def test_bits_do_not_depend_on_threads_or_batch(kernel, format, dtype):
-    need(kernel, format, 130, 515, dtype=dtype, batch_invariant=True)
-    packed, x = kernel.prepare(random_quant(format, 130, 515)), torch.randn(33, 515).to(dtype)
+    k = whole(format, 515)
+    need(kernel, format, 130, k, dtype=dtype, batch_invariant=True)
+    packed, x = kernel.prepare(random_quant(format, 130, k)), torch.randn(33, k).to(dtype)
     y = kernel.run(x, packed, None)
     for threads in (1, 7, 2):  # 7: more than there are strips of the weight, so that the rows are cut
         torch.set_num_threads(threads)
@@ -200,6 +235,25 @@ def test_bits_do_not_depend_on_threads_or_batch(kernel, format, dtype):
         assert torch.equal(kernel.run(x[i : i + 1], packed, None), y[i : i + 1]), i
     for m in range(2, 14):  # every height of a tile
         assert torch.equal(kernel.run(x[:m], packed, None), y[:m]), m
+
+
+@pytest.mark.parametrize("bad", [-1, 64, 1 << 30])
+def test_a_permutation_may_not_reach_beyond_x(bad):
+    kernel = kernels.registry.get("cpu_s8_wN_dot")
+    q = random_quant(formats.get("int4"), 16, 64, perm=True)
+    need(kernel, q.format, 16, 64)
+    q.perm[3] = bad
+    with pytest.raises(RuntimeError, match="no columns of x"):
+        kernel.run(torch.randn(2, 64), kernel.prepare(q), None)
+
+
+@pytest.mark.parametrize("name", [f.name for f in FORMATS if f.block is not None and f.block.join is not None])
+def test_nested_blocks_take_hardly_more_than_their_own_bytes(name):
+    q = random_quant(formats.get(name), 128, 512)
+    kernel = kernels.registry.get("cpu_s8_wN_dot")
+    need(kernel, q.format, 128, 512)
+    most = {"q2_k": 1.2, "q3_k": 1.04}.get(name, 1.03)  # 4- and 6-bit scales are held as bytes
+    assert sum(t.nbytes for t in kernel.prepare(q)[2:] if t is not None) <= most * q.codes.nbytes
 
 
 def test_opcheck():
@@ -217,12 +271,14 @@ def test_opcheck():
             return func(*args, **(kwargs or {}))
 
     with Recorder():
-        for f in plain(formats.all_formats()):
-            rtn(torch.randn(2, 40), f)
+        for f in FORMATS:
+            k = whole(f, 40)
+            if f.block is None:
+                rtn(torch.randn(2, 40), f)
             for kernel in KERNELS:
-                if able(kernel, f, 48, 40):
-                    packed = kernel.prepare(random_quant(f, 48, 40))
-                    kernel.run(torch.randn(3, 40), packed, torch.randn(48))
+                if able(kernel, f, 48, k):
+                    packed = kernel.prepare(random_quant(f, 48, k, perm=f.bits == 4))
+                    kernel.run(torch.randn(3, k), packed, torch.randn(48))
                     kernel.dequantize(packed)
     names = {str(func).split(".")[1] for func, _ in calls}
     assert names == {"cpu_linear_s8", "cpu_linear_f32", "cpu_dequantize", "cpu_best_scales", "cpu_encode", "reference_decode"}

@@ -16,7 +16,7 @@ constexpr int PANEL = 16, TILE_K = 8, STRIP = 4, MAX_BLOCK = 256;
 constexpr int64_t MOST_ROWS = 512;  // of x at a time: their sums with a strip take 128 KiB of scratch
 constexpr int64_t ALWAYS = INT64_MAX;
 
-enum class Dtype { f32, bf16, f16, e4m3, e8m0, u8 };
+enum class Dtype { f32, bf16, f16, e4m3, e8m0, u8, i8 };
 enum class CodeKind { integer, table, e4m3, e5m2 };
 
 struct Geometry {  // how K is cut: real k, groups, blocks
@@ -62,6 +62,11 @@ struct Weight {
   int scale_lanes;  // 16: one a row; 1: one for the panel
   const void* zeros;  // like scales, or null
   Dtype zero_dtype;
+  bool minima;  // the zeros are added to a value times its scale, as they are
+  // f16 [strips, groups / per_outer, 1 or with minima 2, panels of the strip, 16], or null: what the scales of per_outer groups are
+  // multiplied by, and then the minima
+  const uint16_t* outer;
+  int64_t per_outer;
   // Codes of up to 4 bits. Float kernels: the value of each code; integers are centred, that is code - 2^(bits - 1), and `centre` is
   // what a zero point has to be lessened by: the products cancel less, and the shortest conversion gives it.
   alignas(64) float table[16];
@@ -89,13 +94,17 @@ static inline const uint8_t* codes_at(const Weight& w, int64_t panel, int64_t k)
 static inline int64_t numbers_at(const Weight& w, const Place& p, int64_t group) {
   return p.before * w.geometry.groups + group * p.panels + p.in_strip;
 }
+static inline const uint16_t* outer_at(const Weight& w, const Place& p, int64_t group, bool of_minima) {
+  const int64_t levels = w.minima ? 2 : 1, at = group / w.per_outer * levels + of_minima;
+  return w.outer + (p.before * (w.geometry.groups / w.per_outer * levels) + at * p.panels + p.in_strip) * PANEL;
+}
 
 static inline bool has_few_codes(const Weight& w) { return w.kind == CodeKind::integer && w.bits <= 4; }  // below 16
 
 struct Activations {  // block by block: what a tile reads lies together, and rows are no power of two apart, which would share cache sets
   int64_t m;
   void* values;  // per block [m, length]: int8, float or bf16. bf16: the 8 of a tile in the order 0 2 1 3 4 6 5 7, see Bf16Nibbles
-  float* sums;  // [blocks, m]  sum of the values
+  float* sums;  // [blocks, m]  sum of the values, times their scale
   float* scales;  // [blocks, m]  int8 only
   int32_t* starts;  // [blocks, m]  int8 only: what a block's sum of products starts from, as codes are unsigned
 };
@@ -106,10 +115,16 @@ struct Output {
   const float* bias;  // [n] or null
 };
 
+struct Rows {  // x [m, k]
+  const void* x;
+  Dtype dtype;
+  int64_t stride;  // elements
+  const int32_t* perm;  // [k] or null: column j of the weight goes with column perm[j] of x
+};
+
 struct Arithmetic {  // one way to multiply; a level that lacks it has nulls
   int value_bytes;  // of an activation
-  // rows m0…m1 of x [m, k] (row stride in elements) to Activations
-  void (*prepare_rows)(const void* x, Dtype, int64_t stride, const Weight&, int64_t m0, int64_t m1, const Activations&);
+  void (*prepare_rows)(const Rows&, const Weight&, int64_t m0, int64_t m1, const Activations&);  // rows m0…m1
   // rows m0…m1, MOST_ROWS at most, times panels p0…p1, a strip or what remains of them; scratch: scratch_bytes of this thread, 64-byte aligned
   void (*multiply)(const Weight&, const Activations&, const Output&, int64_t m0, int64_t m1, int64_t p0, int64_t p1, char* scratch);
   // roofline probe: `rounds` register tiles of independent multiply-adds; returns how many multiply-adds that was

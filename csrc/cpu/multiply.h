@@ -7,7 +7,7 @@
 #include "cpu/probe.h"
 #include "cpu/search.h"
 
-constexpr int64_t SCRATCH_ACC = MOST_ROWS * STRIP * PANEL * 4;
+constexpr int64_t SCRATCH_ACC = 2 * SHIFT_SUMS * 4;
 constexpr int MAX_CHUNK = 32;  // blocks
 constexpr int64_t SCRATCH_SCALES = MAX_CHUNK * STRIP * PANEL * 4;  // and as much for the shifts, and the columns of pairs
 constexpr int64_t CHUNK_CODES = 8 << 10;  // bytes of packed codes: a quarter of L1
@@ -40,11 +40,14 @@ inline Block fill(Chunk& chunk, const Geometry& g, int64_t most_k) {
 }
 
 template <class Source>
-Chunk chunk_of(const Job& j, int step) {
+Chunk chunk_of(const Job& j, int panels) {  // of the strip; its sums start from 0
   const bool shifted = j.w.zeros != nullptr || (!is_s8<Source> && j.w.centre != 0);
   Chunk chunk;
-  chunk.first = 0, chunk.block = first_block(j.w.geometry), chunk.place = place_of(j.w, j.panel), chunk.step = step;
+  chunk.first = 0, chunk.block = first_block(j.w.geometry), chunk.place = place_of(j.w, j.panel);
+  chunk.step = panels * Source::TILE_BYTES;
   chunk.scales = j.scales(), chunk.shifts = shifted ? chunk.scales + SCRATCH_SCALES / 4 : nullptr, chunk.columns = j.columns();
+  __builtin_memset(j.acc(), 0, size_t(j.rows() * panels * PANEL * 4));
+  if (shifted) __builtin_memset(j.acc() + SHIFT_SUMS, 0, size_t(j.rows() * panels * PANEL * 4));
   return chunk;
 }
 
@@ -54,8 +57,7 @@ template <class Source, int PANELS, int ALL, class Codes>  // ALL: panels of the
 void by_chunks(const Job& j, int64_t most_k, const Codes& codes_of) {
   const Geometry& g = j.w.geometry;
   const uint8_t* end = codes_at(j.w, panels_of(j.w.n), 0);  // of all: the next strip is ours, or nearly always
-  __builtin_memset(j.acc(), 0, size_t(j.rows() * ALL * PANEL * 4));
-  Chunk chunk = chunk_of<Source>(j, ALL * Source::TILE_BYTES);
+  Chunk chunk = chunk_of<Source>(j, ALL);
   for (; chunk.first < g.blocks; chunk.first += chunk.count) {
     const Block after = fill(chunk, g, most_k);
     const uint8_t* codes = codes_of(chunk);
@@ -69,16 +71,16 @@ void by_chunks(const Job& j, int64_t most_k, const Codes& codes_of) {
     }
     chunk.block = after;
   }
-  for (int p = 0; p < ALL; p += PANELS) write_rows(j.w, j.out, j.m0, j.m1, j.panel + p, PANELS, j.acc() + j.rows() * p * PANEL);
+  for (int p = 0; p < ALL; p += PANELS)
+    write_rows(j.w, j.out, j.m0, j.m1, j.panel + p, PANELS, chunk.shifts != nullptr, j.acc() + j.rows() * p * PANEL);
 }
 
 template <class Source>
 void streamed(const Job& j) {  // a whole strip, for rows that one tile holds
-  __builtin_memset(j.acc(), 0, size_t(j.rows() * STRIP * PANEL * 4));
-  Chunk chunk = chunk_of<Source>(j, STRIP * Source::TILE_BYTES);
+  Chunk chunk = chunk_of<Source>(j, STRIP);
   chunk.count = j.w.geometry.blocks, chunk.codes = codes_at(j.w, j.panel, 0);
   TILES<Source, STRIP, true>[size_t(j.rows() - 1)](j.w, j.x, chunk, j.m0, j.acc());
-  write_rows(j.w, j.out, j.m0, j.m1, j.panel, STRIP, j.acc());
+  write_rows(j.w, j.out, j.m0, j.m1, j.panel, STRIP, chunk.shifts != nullptr, j.acc());
 }
 
 template <class Source, int PANELS, int ALL>
@@ -106,10 +108,28 @@ void through_scratch(const Job& j) {
 
 // Up to a few rows (FEW_…, of the level), unpacking in registers again for every tile is cheaper than a trip through scratch.
 
+#ifdef QK_EXPAND
+// Integers of the commoner odd widths, for as few rows as one tile holds; false for others.
+inline bool streamed_bits(const Job& j) {
+  if (j.w.kind != CodeKind::integer || j.rows() > STREAMED_ROWS<S8Bits<5>>) return false;
+  switch (j.w.bits) {
+    case 2: return streamed<S8Bits<2>>(j), true;
+    case 3: return streamed<S8Bits<3>>(j), true;
+    case 5: return streamed<S8Bits<5>>(j), true;
+    case 6: return streamed<S8Bits<6>>(j), true;
+    default: return false;
+  }
+}
+#endif
+
 struct ByS8 {
   template <int PANELS, int ALL>
   static void panels(const Job& j) {
     const bool integers = j.w.kind == CodeKind::integer;
+#ifdef QK_EXPAND
+    if constexpr (PANELS == STRIP)
+      if (streamed_bits(j)) return;
+#endif
     if (j.w.bits == 8) direct<S8Bytes, PANELS, ALL>(j);
     else if (j.w.bits == 4 && j.rows() <= FEW_S8) integers ? direct<S8Nibbles, PANELS, ALL>(j) : direct<S8Table, PANELS, ALL>(j);
     else if (j.w.bits <= 4 && integers) through_scratch<S8Unpacked, PANELS, ALL>(j);

@@ -50,6 +50,7 @@ inline float load_number(const void* p, Dtype dtype, int64_t i) {
     case Dtype::e4m3: return from_e4m3(static_cast<const uint8_t*>(p)[i]);
     case Dtype::e8m0: return from_e8m0(static_cast<const uint8_t*>(p)[i]);
     case Dtype::u8: return float(static_cast<const uint8_t*>(p)[i]);
+    case Dtype::i8: return float(static_cast<const int8_t*>(p)[i]);
   }
   return 0;
 }

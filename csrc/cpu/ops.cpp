@@ -32,6 +32,7 @@ Dtype dtype_of(const Tensor& t, const char* what) {
     case ScalarType::Half: return Dtype::f16;
     case ScalarType::Float8_e4m3fn: return Dtype::e4m3;
     case ScalarType::Byte: return Dtype::u8;
+    case ScalarType::Char: return Dtype::i8;
     default: STD_TORCH_CHECK(false, what, " has a dtype that the CPU kernels do not know");
   }
 }
@@ -75,16 +76,33 @@ void check_dense(const Tensor& t, const char* what) {
   STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous(), what, " must be contiguous on the CPU");
 }
 
+// tensor_scale: one float for the whole weight, or halves for the scales of every few groups.
+void set_outer(Weight& w, const Tensor& tensor_scale) {
+  check_dense(tensor_scale, "tensor_scale");
+  if (tensor_scale.scalar_type() == ScalarType::Float && tensor_scale.numel() == 1) {
+    w.alpha *= *static_cast<const float*>(tensor_scale.const_data_ptr());
+    return;
+  }
+  const int64_t one = panels_of(w.n) * PANEL * (w.minima ? 2 : 1), count = tensor_scale.numel() / one, groups = w.geometry.groups;
+  STD_TORCH_CHECK(tensor_scale.scalar_type() == ScalarType::Half && count >= 1 && tensor_scale.numel() == count * one && groups % count == 0,
+                  "tensor_scale is one float, or ", one, " halves for every so many of the ", groups, " groups; it holds ",
+                  tensor_scale.numel());
+  const auto is_byte = [](Dtype d) { return d == Dtype::u8 || d == Dtype::i8; };
+  STD_TORCH_CHECK(is_byte(w.scale_dtype) && w.scale_lanes == PANEL && (w.zeros == nullptr || (w.minima && is_byte(w.zero_dtype))),
+                  "scales that have scales, and minima, are bytes, one a row");
+  w.outer = static_cast<const uint16_t*>(tensor_scale.const_data_ptr()), w.per_outer = groups / count;
+}
+
 // Check everything that the kernels will rely on: a packed weight may come from anywhere.
 Weight weight_of(const Tensor& qweight, const Tensor& scales, const std::optional<Tensor>& zeros, const std::optional<Tensor>& table,
                  const std::optional<Tensor>& tensor_scale, int64_t n, int64_t k, int64_t bits, int64_t group, const std::string& code,
-                 int64_t offset, double alpha, bool int8) {
+                 int64_t offset, bool minima, bool int8) {
   STD_TORCH_CHECK(n >= 1 && k >= 1 && group >= 1 && bits >= 1 && bits <= 8, "n, k and group are at least 1, bits 1 to 8; got ", n, ", ", k,
                   ", ", group, ", ", bits);
   Weight w{};
   w.geometry = make_geometry(k, group);
   const int64_t panels = panels_of(n);
-  w.n = n, w.bits = int(bits), w.kind = kind_of(code), w.offset = int(offset), w.alpha = float(alpha);
+  w.n = n, w.bits = int(bits), w.kind = kind_of(code), w.offset = int(offset), w.minima = minima && zeros, w.alpha = 1;
   check_dense(qweight, "qweight");
   STD_TORCH_CHECK(qweight.scalar_type() == ScalarType::Byte && qweight.numel() == panels * w.geometry.k_padded * 2 * bits,
                   "qweight must hold ", panels * w.geometry.k_padded * 2 * bits, " bytes for this n, k, bits and group; it has ",
@@ -95,7 +113,6 @@ Weight weight_of(const Tensor& qweight, const Tensor& scales, const std::optiona
   STD_TORCH_CHECK(scales.numel() == numbers || scales.numel() == numbers * PANEL, "scales must hold ", numbers, " or ", numbers * PANEL,
                   " numbers for this n, k and group; they hold ", scales.numel());
   w.scales = scales.const_data_ptr(), w.scale_dtype = dtype_of(scales, "scales");
-  if (w.scale_dtype == Dtype::u8) w.scale_dtype = Dtype::e8m0;  // the stable ABI has no such dtype yet: its bytes come instead
   w.scale_lanes = int(scales.numel() / numbers);
   if (zeros) {
     check_dense(*zeros, "zeros");
@@ -127,11 +144,9 @@ Weight weight_of(const Tensor& qweight, const Tensor& scales, const std::optiona
     }
   }
   for (int i = 0; i < 32; i++) w.table_bf16[i] = nearest_bf16(w.table[i % 16]);
-  if (tensor_scale) {
-    check_dense(*tensor_scale, "tensor_scale");
-    STD_TORCH_CHECK(tensor_scale->numel() == 1 && tensor_scale->scalar_type() == ScalarType::Float, "tensor_scale is one float");
-    w.alpha *= *static_cast<const float*>(tensor_scale->const_data_ptr());
-  }
+  if (tensor_scale) set_outer(w, *tensor_scale);
+  // The stable ABI has no such dtype yet: its bytes come instead.
+  if (w.outer == nullptr && w.scale_dtype == Dtype::u8) w.scale_dtype = Dtype::e8m0;
   return w;
 }
 
@@ -177,6 +192,17 @@ void share_rows(int64_t m, bool small, const Work& work) {
   torch::stable::parallel_for(0, m, std::max<int64_t>(1, m / torch::stable::get_num_threads()), work);
 }
 
+const int32_t* checked_perm(const std::optional<Tensor>& perm, int64_t k) {
+  if (!perm) return nullptr;
+  check_dense(*perm, "perm");
+  STD_TORCH_CHECK(perm->scalar_type() == ScalarType::Int && perm->numel() == k, "perm must hold ", k, " of int32");
+  const auto* p = static_cast<const int32_t*>(perm->const_data_ptr());
+  uint32_t beyond = 0;
+  for (int64_t i = 0; i < k; i++) beyond |= uint32_t(uint32_t(p[i]) >= uint32_t(k));
+  STD_TORCH_CHECK(beyond == 0, "perm holds numbers that are no columns of x");
+  return p;
+}
+
 const float* bias_floats(const std::optional<Tensor>& bias, int64_t n, const Level& level, Buffer& buffer) {
   if (!bias) return nullptr;
   check_dense(*bias, "bias");
@@ -205,13 +231,13 @@ Tensor empty_rows(const Tensor& x, int64_t n) {
 
 template <bool S8>
 Tensor linear(Tensor x, Tensor qweight, Tensor scales, std::optional<Tensor> zeros, std::optional<Tensor> table,
-              std::optional<Tensor> tensor_scale, std::optional<Tensor> bias, int64_t n, int64_t bits, int64_t group, std::string code,
-              int64_t offset) {
+              std::optional<Tensor> tensor_scale, std::optional<Tensor> perm, std::optional<Tensor> bias, int64_t n, int64_t bits,
+              int64_t group, std::string code, int64_t offset, bool minima) {
   STD_TORCH_CHECK(x.is_cpu() && x.dim() >= 1, "x must be a CPU tensor of at least one dimension");
   const Dtype dtype = dtype_of(x, "x");
   STD_TORCH_CHECK(is_activation(dtype), "x must be float32, bfloat16 or float16");
   const int64_t k = x.size(x.dim() - 1);
-  const Weight w = weight_of(qweight, scales, zeros, table, tensor_scale, n, k, bits, group, code, offset, 1.0, S8);
+  const Weight w = weight_of(qweight, scales, zeros, table, tensor_scale, n, k, bits, group, code, offset, minima, S8);
   if (!(x.dim() == 2 && x.stride(1) == 1) && !x.is_contiguous()) x = torch::stable::contiguous(x);
   Tensor y = empty_rows(x, n);
   const int64_t m = k == 0 ? 0 : x.numel() / k;
@@ -229,8 +255,8 @@ Tensor linear(Tensor x, Tensor qweight, Tensor scales, std::optional<Tensor> zer
   char* memory = activations.at_least(values + 3 * blocks * sizeof(float));
   auto* of_blocks = reinterpret_cast<float*>(memory + values);
   const Activations a{m, memory, of_blocks, of_blocks + blocks, reinterpret_cast<int32_t*>(of_blocks + 2 * blocks)};
-  const void* px = x.const_data_ptr();
-  share_rows(m, m * k < 64 * 1024, [&](int64_t m0, int64_t m1) { by.prepare_rows(px, dtype, stride, w, m0, m1, a); });
+  const Rows rows{x.const_data_ptr(), dtype, stride, checked_perm(perm, k)};
+  share_rows(m, m * k < 64 * 1024, [&](int64_t m0, int64_t m1) { by.prepare_rows(rows, w, m0, m1, a); });
   const Output out{y.mutable_data_ptr(), dtype, bias_floats(bias, n, level, bias_buffer)};
   share_strips(m, n, m * n * k < 256 * 1024, [&](int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
     static thread_local Buffer scratch;
@@ -240,8 +266,9 @@ Tensor linear(Tensor x, Tensor qweight, Tensor scales, std::optional<Tensor> zer
 }
 
 Tensor dequantize(Tensor qweight, Tensor scales, std::optional<Tensor> zeros, std::optional<Tensor> table,
-                  std::optional<Tensor> tensor_scale, int64_t n, int64_t k, int64_t bits, int64_t group, std::string code, int64_t offset) {
-  const Weight w = weight_of(qweight, scales, zeros, table, tensor_scale, n, k, bits, group, code, offset, 1.0, false);
+                  std::optional<Tensor> tensor_scale, int64_t n, int64_t k, int64_t bits, int64_t group, std::string code, int64_t offset,
+                  bool minima) {
+  const Weight w = weight_of(qweight, scales, zeros, table, tensor_scale, n, k, bits, group, code, offset, minima, false);
   Tensor out = torch::stable::new_empty(qweight, {n, k}, ScalarType::Float);
   auto* p = static_cast<float*>(out.mutable_data_ptr());
   share_strips(1, n, n * k < 64 * 1024, [&](int64_t, int64_t, int64_t p0, int64_t p1) { best_level()->dequantize(w, p0, p1, p); });
@@ -283,11 +310,12 @@ double probe(std::string what, Tensor buffer, int64_t rounds) {
 }  // namespace qk
 
 #define QK_WEIGHT "Tensor qweight, Tensor scales, Tensor? zeros, Tensor? table, Tensor? tensor_scale"
+#define QK_CODE "int bits, int group, str code, int offset, bool minima"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(qkernels, m) {
-  m.def("cpu_linear_s8(Tensor x, " QK_WEIGHT ", Tensor? bias, int n, int bits, int group, str code, int offset) -> Tensor");
-  m.def("cpu_linear_f32(Tensor x, " QK_WEIGHT ", Tensor? bias, int n, int bits, int group, str code, int offset) -> Tensor");
-  m.def("cpu_dequantize(" QK_WEIGHT ", int n, int k, int bits, int group, str code, int offset) -> Tensor");
+  m.def("cpu_linear_s8(Tensor x, " QK_WEIGHT ", Tensor? perm, Tensor? bias, int n, " QK_CODE ") -> Tensor");
+  m.def("cpu_linear_f32(Tensor x, " QK_WEIGHT ", Tensor? perm, Tensor? bias, int n, " QK_CODE ") -> Tensor");
+  m.def("cpu_dequantize(" QK_WEIGHT ", int n, int k, " QK_CODE ") -> Tensor");
   m.def("cpu_set_level(str name) -> bool");
   m.def("cpu_has_level(str name) -> bool");
   m.def("cpu_level() -> str");

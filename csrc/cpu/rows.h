@@ -13,14 +13,24 @@ void to_floats(const void* x, Dtype dtype, int64_t first, int64_t count, float* 
   else floats_of<Dtype::f16>(x, first, count, out);
 }
 
-inline void load_block(const void* x, Dtype dtype, int64_t row, const Geometry& g, const Block& block,
-                       float* out) {  // zeros up to a multiple of 16
+template <class T>
+inline void gather(const void* x, const int32_t* columns, int64_t count, T* out) {
+  for (int64_t i = 0; i < count; i++) out[i] = static_cast<const T*>(x)[columns[i]];
+}
+
+inline void load_block(const Rows& rows, int64_t row, const Geometry& g, const Block& block, float* out) {  // zeros up to a multiple of 16
   const int64_t in_group = block.k0 - block.group * g.group_padded, start = block.group * g.group + in_group;
   int64_t count = g.group - in_group;
   if (count > block.length) count = block.length;
   if (count > g.k - start) count = g.k - start;
   if (count < 0) count = 0;
-  to_floats(x, dtype, row + start, count, out);
+  if (rows.perm == nullptr) to_floats(rows.x, rows.dtype, row + start, count, out);
+  else if (rows.dtype == Dtype::f32) gather(static_cast<const float*>(rows.x) + row, rows.perm + start, count, out);
+  else {
+    uint16_t numbers[MAX_BLOCK];
+    gather(static_cast<const uint16_t*>(rows.x) + row, rows.perm + start, count, numbers);
+    to_floats(numbers, rows.dtype, 0, count, out);
+  }
   for (int64_t i = count; i < (block.length + 15) / 16 * 16; i++) out[i] = 0;
 }
 
@@ -38,13 +48,12 @@ inline int32_t round_to_s8(const float* v, int64_t count, float times, int8_t* o
 }
 
 template <class Work>  // work(floats, length, position in values, position in what a block has one of)
-inline void for_blocks(const void* x, Dtype dtype, int64_t stride, const Geometry& g, int64_t m0, int64_t m1, int64_t m_all,
-                       const Work& work) {
+inline void for_blocks(const Rows& rows, const Geometry& g, int64_t m0, int64_t m1, int64_t m_all, const Work& work) {
   alignas(64) float v[MAX_BLOCK];
   for (int64_t m = m0; m < m1; m++) {
     Block block = first_block(g);
     for (int64_t b = 0; b < g.blocks; b++, block = block_after(g, block)) {
-      load_block(x, dtype, m * stride, g, block, v);
+      load_block(rows, m * rows.stride, g, block, v);
       work(v, block.length, m_all * block.k0 + m * block.length, b * m_all + m);
     }
   }
@@ -52,11 +61,11 @@ inline void for_blocks(const void* x, Dtype dtype, int64_t stride, const Geometr
 
 // PAIRS: stored as DotPairs wants them.
 template <bool PAIRS>
-void rows_to_s8(const void* x, Dtype dtype, int64_t stride, const Weight& w, int64_t m0, int64_t m1, const Activations& a) {
+void rows_to_s8(const Rows& rows, const Weight& w, int64_t m0, int64_t m1, const Activations& a) {
   const bool few_codes = has_few_codes(w);
   const float largest_code = few_codes ? 120 : 127;  // the same for every kernel and level, that all may give the same bits
   const int32_t less = (few_codes ? DotS8<true>::BIAS : DotS8<false>::BIAS) - w.offset;
-  for_blocks(x, dtype, stride, w.geometry, m0, m1, a.m, [&](const float* v, int64_t length, int64_t at, int64_t block) {
+  for_blocks(rows, w.geometry, m0, m1, a.m, [&](const float* v, int64_t length, int64_t at, int64_t block) {
     I most = magnitude_bits(load_f(v));  // as integers, where a NaN is larger than all: it reaches the scale and the whole row
     for (int64_t i = 16; i < length; i += 16) most = max_i(most, magnitude_bits(load_f(v + i)));
     const float absmax = bits_to_float(uint32_t(highest(most)));
@@ -65,8 +74,8 @@ void rows_to_s8(const void* x, Dtype dtype, int64_t stride, const Weight& w, int
     int32_t sum = 0;
     if (finite) sum = round_to_s8(v, length, absmax > 0x1p-120f ? largest_code / absmax : 0.0f, out);
     else __builtin_memset(out, 1, size_t(length));  // any code: the scale makes the row NaN
-    a.sums[block] = float(sum);
     a.scales[block] = finite ? absmax / largest_code : bits_to_float(0x7fc00000u);
+    a.sums[block] = a.scales[block] * float(sum);
     a.starts[block] = less * sum;
 #ifdef QK_PAIRS
     if constexpr (PAIRS) a.starts[block] -= DotPairs::rows(out, length);
@@ -84,16 +93,16 @@ inline float sum_of(const float* v, int64_t length) {
   return lanes[0];
 }
 
-void rows_to_f32(const void* x, Dtype dtype, int64_t stride, const Weight& w, int64_t m0, int64_t m1, const Activations& a) {
-  for_blocks(x, dtype, stride, w.geometry, m0, m1, a.m, [&](const float* v, int64_t length, int64_t at, int64_t block) {
+void rows_to_f32(const Rows& rows, const Weight& w, int64_t m0, int64_t m1, const Activations& a) {
+  for_blocks(rows, w.geometry, m0, m1, a.m, [&](const float* v, int64_t length, int64_t at, int64_t block) {
     __builtin_memcpy(static_cast<float*>(a.values) + at, v, size_t(length) * 4);
     a.sums[block] = sum_of(v, length);
   });
 }
 
 #ifdef QK_BF16_DOT
-void rows_to_bf16(const void* x, Dtype dtype, int64_t stride, const Weight& w, int64_t m0, int64_t m1, const Activations& a) {
-  for_blocks(x, dtype, stride, w.geometry, m0, m1, a.m, [&](const float* v, int64_t length, int64_t at, int64_t block) {
+void rows_to_bf16(const Rows& rows, const Weight& w, int64_t m0, int64_t m1, const Activations& a) {
+  for_blocks(rows, w.geometry, m0, m1, a.m, [&](const float* v, int64_t length, int64_t at, int64_t block) {
     uint16_t* out = static_cast<uint16_t*>(a.values) + at;
     int64_t i = 0;
     for (; i + 16 <= length; i += 16) store_bf16_tiles(out + i, load_f(v + i));
@@ -107,9 +116,10 @@ void rows_to_bf16(const void* x, Dtype dtype, int64_t stride, const Weight& w, i
 }
 #endif
 
-inline void write_rows(const Weight& w, const Output& out, int64_t m0, int64_t m1, int64_t panel, int panels, const float* acc) {
+inline void write_rows(const Weight& w, const Output& out, int64_t m0, int64_t m1, int64_t panel, int panels, bool shifted, float* acc) {
   for (int64_t m = m0; m < m1; m++)
     for (int p = 0; p < panels; p++, acc += PANEL) {
+      if (shifted) store_f(acc, add_f(load_f(acc), load_f(acc + SHIFT_SUMS)));
       const int64_t n0 = (panel + p) * PANEL, columns = w.n - n0 < PANEL ? w.n - n0 : PANEL;
       if (columns == PANEL)
         store_numbers(out.y, out.dtype, m * w.n + n0, out.bias ? add_f(load_f(acc), load_f(out.bias + n0)) : load_f(acc));

@@ -97,7 +97,10 @@ inline I byte_lanes(const uint8_t* half, int i) {
 inline F from_e4m3_16(I c) {
   const I magnitude = _mm512_and_si512(c, _mm512_set1_epi32(0x7f)),
           sign = _mm512_slli_epi32(_mm512_and_si512(c, _mm512_set1_epi32(0x80)), 24);
-  F f = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(magnitude, 20)), _mm512_set1_ps(0x1p120f));
+  // What e4m3 has below its least exponent is no such number here: Intel's CPUs would take a hundred cycles over each vector.
+  F f = _mm512_castsi512_ps(_mm512_add_epi32(_mm512_slli_epi32(magnitude, 20), _mm512_set1_epi32(120 << 23)));
+  const __mmask16 least = _mm512_cmpeq_epi32_mask(_mm512_and_si512(c, _mm512_set1_epi32(0x78)), _mm512_setzero_si512());
+  f = _mm512_mask_blend_ps(least, f, _mm512_fmadd_ps(f, _mm512_set1_ps(2), _mm512_set1_ps(-0x1p-6f)));
   f = _mm512_mask_blend_ps(_mm512_cmpeq_epi32_mask(magnitude, _mm512_set1_epi32(0x7f)), f,
                            _mm512_castsi512_ps(_mm512_set1_epi32(0x7fc00000)));
   return _mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(f), sign));
@@ -187,7 +190,9 @@ inline F load_numbers(const void* p, Dtype dtype, int64_t i) {
       return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(h))), 16));
     default: break;
   }
-  const I lanes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(c)));
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(c));
+  if (dtype == Dtype::i8) return to_float(_mm512_cvtepi8_epi32(bytes));
+  const I lanes = _mm512_cvtepu8_epi32(bytes);
   if (dtype == Dtype::u8) return to_float(lanes);
   if (dtype == Dtype::e4m3) return from_e4m3_16(lanes);
   const F f = _mm512_castsi512_ps(_mm512_max_epi32(_mm512_slli_epi32(lanes, 23), _mm512_set1_epi32(0x00400000)));  // e8m0: code 0 is 2^-127
@@ -205,14 +210,16 @@ inline void store_numbers(void* p, Dtype dtype, int64_t i, F v) {
 }
 
 #ifdef __AVX512VBMI__
-inline void expand_bits(const uint8_t* stream, int bits, uint8_t* codes) {  // 8 codes a 64-bit lane
+#define QK_EXPAND
+[[gnu::always_inline]] inline B expanded(const uint8_t* stream, int bits) {  // 8 codes a 64-bit lane
   const I bytes = _mm512_set1_epi64(0x0706050403020100), octets = _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0);
   const I firsts = _mm512_mullo_epi64(octets, _mm512_set1_epi64(bits * 0x0101010101010101));
   const I packed = _mm512_maskz_loadu_epi8((uint64_t(1) << (8 * bits)) - 1, stream);
   const I lanes = _mm512_permutexvar_epi8(_mm512_add_epi8(firsts, bytes), packed);
   const I shifted = _mm512_multishift_epi64_epi8(_mm512_set1_epi64(bits * 0x0706050403020100), lanes);
-  _mm512_storeu_si512(codes, _mm512_and_si512(shifted, _mm512_set1_epi8(char((1 << bits) - 1))));
+  return {_mm512_and_si512(shifted, _mm512_set1_epi8(char((1 << bits) - 1)))};
 }
+inline void expand_bits(const uint8_t* stream, int bits, uint8_t* codes) { store_b(codes, expanded(stream, bits)); }
 #else
 inline void expand_bits(const uint8_t* stream, int bits, uint8_t* codes) {
   const uint64_t mask = 0x0101010101010101ull * ((1u << bits) - 1);

@@ -36,6 +36,14 @@ struct S8Table : S8<false> {
   static B weight(const uint8_t* tile, int step, const Weight& w) { return look_up(w.table_u8, nibbles(load_b(tile), step)); }
 };
 
+#ifdef QK_EXPAND
+template <int BITS>
+struct S8Bits : S8<(BITS < 5)> {  // integers
+  static constexpr int TILE_BYTES = 16 * BITS, IDLE_ROWS = 1;
+  static B weight(const uint8_t* tile, int step, const Weight&) { return expanded(tile + 8 * BITS * step, BITS); }
+};
+#endif
+
 #ifdef QK_PAIRS
 struct S8Pairs {  // codes below 16 in scratch
   using Dot = DotPairs;
@@ -174,7 +182,7 @@ struct Chunk {  // of K, for PANELS panels of a strip
   const uint8_t* codes;  // its codes, in the form of a source
   int64_t step;  // bytes to the next tile's: TILE_BYTES of every panel of the strip
   float* scales;  // [count, PANELS, 16]; where weights are streamed [PANELS, 16], of the block at hand
-  float* shifts;  // likewise: scale * (code - zero) is scale * code + shift; or null
+  float* shifts;  // likewise: what the scale does not multiply, as in scale * code + shift; or null
   const int32_t* columns;  // [count, PANELS, 16], of paired codes: what they add among themselves
   Ahead ahead;  // unless weights are streamed
   int passes;  // over these columns, this one and those to come: the strip's other panels
@@ -197,22 +205,42 @@ template <int PANELS, class Work>
     case Dtype::e4m3: return all(std::integral_constant<Dtype, Dtype::e4m3>{});
     case Dtype::e8m0: return all(std::integral_constant<Dtype, Dtype::e8m0>{});
     case Dtype::u8: return all(std::integral_constant<Dtype, Dtype::u8>{});
+    case Dtype::i8: break;  // those of for_nested
   }
   __builtin_unreachable();
 }
 
+// work(p, 16 scales, or zeros) where they have a second level.
+template <int PANELS, class Work>
+[[gnu::always_inline]] inline void for_nested(const void* numbers, Dtype dtype, int64_t first, const uint16_t* outer, const Work& work) {
+  const auto all = [&](auto kind) __attribute__((always_inline)) {
+    each<PANELS>(QK_WITH(p) {
+      work(p, mul(load_numbers(numbers, kind, (first + p) * PANEL), load_numbers(outer, Dtype::f16, p * PANEL)));
+    });
+  };
+  if (dtype == Dtype::i8) all(std::integral_constant<Dtype, Dtype::i8>{});
+  else all(std::integral_constant<Dtype, Dtype::u8>{});
+}
+
 template <int PANELS, class Work>  // work(p, 16 scales)
-[[gnu::always_inline]] inline void for_scales(const Weight& w, int64_t first, const Work& work) {
-  for_numbers<PANELS>(w.scales, w.scale_dtype, w.scale_lanes, first,
-                      [&](auto p, F s) __attribute__((always_inline)) { work(p, mul(s, set1_f(w.alpha))); });
+[[gnu::always_inline]] inline void for_scales(const Weight& w, const Place& place, int64_t group, const Work& work) {
+  const int64_t first = numbers_at(w, place, group);
+  const auto scale = [&](auto p, F s) __attribute__((always_inline)) { work(p, mul(s, set1_f(w.alpha))); };
+  if (w.outer != nullptr) return for_nested<PANELS>(w.scales, w.scale_dtype, first, outer_at(w, place, group, false), scale);
+  for_numbers<PANELS>(w.scales, w.scale_dtype, w.scale_lanes, first, scale);
 }
 
 template <bool CENTRED, int PANELS>
-[[gnu::noinline]] void decode_shifts(const Weight& w, int64_t first, const float* scales, float* shifts) {
+[[gnu::noinline]] void decode_shifts(const Weight& w, const Place& place, int64_t group, const float* scales, float* shifts) {
   const F centre = set1_f(CENTRED ? w.centre : 0.0f);
-  const auto shift = [&](int p, F zero) { store_f(shifts + p * PANEL, mul(load_f(scales + p * PANEL), sub_f(centre, zero))); };
-  if (w.zeros != nullptr) return for_numbers<PANELS>(w.zeros, w.zero_dtype, PANEL, first, shift);
-  for (int p = 0; p < PANELS; p++) shift(p, zero_f());
+  const int64_t first = numbers_at(w, place, group);
+  const auto zero = [&](int p, F v) { store_f(shifts + p * PANEL, mul(load_f(scales + p * PANEL), sub_f(centre, v))); };
+  const auto minimum = [&](int p, F v) { store_f(shifts + p * PANEL, fma(load_f(scales + p * PANEL), centre, v)); };
+  if (w.zeros == nullptr)
+    for (int p = 0; p < PANELS; p++) zero(p, zero_f());
+  else if (!w.minima) for_numbers<PANELS>(w.zeros, w.zero_dtype, PANEL, first, zero);
+  else if (w.outer == nullptr) for_numbers<PANELS>(w.zeros, w.zero_dtype, PANEL, first, minimum);
+  else for_nested<PANELS>(w.zeros, w.zero_dtype, first, outer_at(w, place, group, true), minimum);
 }
 
 template <bool CENTRED, int PANELS>
@@ -220,9 +248,8 @@ template <bool CENTRED, int PANELS>
   float *scales = chunk.scales, *shifts = chunk.shifts;
   Block block = chunk.block;
   for (int64_t b = 0; b < chunk.count; b++, block = block_after(w.geometry, block), scales += PANELS * PANEL) {
-    const int64_t numbers = numbers_at(w, chunk.place, block.group);
-    for_scales<PANELS>(w, numbers, [&](int p, F scale) { store_f(scales + p * PANEL, scale); });
-    if (shifts != nullptr) decode_shifts<CENTRED, PANELS>(w, numbers, scales, shifts), shifts += PANELS * PANEL;
+    for_scales<PANELS>(w, chunk.place, block.group, [&](int p, F scale) { store_f(scales + p * PANEL, scale); });
+    if (shifts != nullptr) decode_shifts<CENTRED, PANELS>(w, chunk.place, block.group, scales, shifts), shifts += PANELS * PANEL;
   }
 }
 
@@ -234,12 +261,30 @@ template <int PANELS>
   for (int64_t i = 0; i < PANELS * size; i += 64) __builtin_prefetch(line + i, 0, 2);
 }
 
-// Out of line: where there is nothing to shift, GCC finds better registers for the rest.
-[[gnu::noinline]] void add_shifts(const float* shifts, const float* scales, const float* sums, int rows, int panels, float* acc) {
-  for (int r = 0; r < rows; r++) {
-    const F sum = set1_f(scales == nullptr ? sums[r] : scales[r] * sums[r]);
-    for (int p = 0; p < panels; p++, acc += PANEL) store_f(acc, fma(load_f(shifts + p * PANEL), sum, load_f(acc)));
-  }
+// What shifts add goes into sums of its own, that many floats beyond those of the products, and comes to them at the end: a matmul of the
+// shifts with the sums of x, block by block, beside the products' and in registers.
+constexpr int64_t SHIFT_SUMS = MOST_ROWS * STRIP * PANEL;
+
+template <int ROWS, int PANELS>
+[[gnu::always_inline]] inline void add_shifts(const float* shifts, const float* sums, int64_t m, int64_t blocks, float* acc) {
+  DotF32 total[ROWS][PANELS];
+  each<ROWS>(QK_WITH(r) { each<PANELS>(QK_WITH(p) { total[r][p].sum = load_f(acc + (r * PANELS + p) * PANEL); }); });
+  for (int64_t b = 0; b < blocks; b++, shifts += PANELS * PANEL, sums += m)
+    each<PANELS>(QK_WITH(p) {
+      const F shift = load_f(shifts + p * PANEL);
+      each<ROWS>(QK_WITH(r) { total[r][p].add(shift, sums + r); });
+    });
+  each<ROWS>(QK_WITH(r) { each<PANELS>(QK_WITH(p) { store_f(acc + (r * PANELS + p) * PANEL, total[r][p].sum); }); });
+}
+
+// Rows m0…m1; out of line: where there is nothing to shift, GCC finds better registers for the rest.
+template <int PANELS>
+[[gnu::noinline]] void add_shifts(const float* shifts, const Activations& x, int64_t first, int64_t blocks, int64_t m0, int64_t m1,
+                                  float* acc) {
+  constexpr int ROWS = 4;
+  const float* sums = x.sums + first * x.m;
+  for (; m0 + ROWS <= m1; m0 += ROWS, acc += ROWS * PANELS * PANEL) add_shifts<ROWS, PANELS>(shifts, sums + m0, x.m, blocks, acc);
+  for (; m0 < m1; m0++, acc += PANELS * PANEL) add_shifts<1, PANELS>(shifts, sums + m0, x.m, blocks, acc);
 }
 
 // Where there is next to nothing to do but read, the CPU fetches by itself what lies between the lines that it is asked for.
@@ -252,22 +297,23 @@ template <class Source, int ROWS, int PANELS, bool STREAMED>
 void tile(const Weight& w, const Activations& x, Chunk& chunk, int64_t m, float* acc) {  // acc [ROWS, PANELS, 16]
   constexpr int NEXT = STREAMED ? 0 : PANELS * PANEL;
   const uint8_t* codes = chunk.codes;
-  const float *w_scales = chunk.scales, *shifts = chunk.shifts;
+  const float* w_scales = chunk.scales;
   std::conditional_t<STREAMED, FarAhead<PANELS * Source::TILE_BYTES, LINES_APART<Source, ROWS>>, Ahead> ahead;
   if constexpr (!STREAMED) ahead = chunk.ahead;
   const int64_t first = chunk.first * x.m + m;
-  const float *sums = x.sums + first, *scales = x.scales + first;
+  const float* scales = x.scales + first;
   const int32_t *starts = x.starts + first, *columns = chunk.columns;
   Block block = chunk.block;
   for (int64_t b = 0; b < chunk.count; b++, block = block_after(w.geometry, block)) {
     F factors[PANELS];
     if constexpr (STREAMED) {
-      const int64_t numbers = numbers_at(w, chunk.place, block.group), next = numbers + PANELS * w.geometry.groups;
-      for_scales<PANELS>(w, numbers, [&](auto p, F scale) __attribute__((always_inline)) { factors[p] = scale; });
+      const int64_t next = numbers_at(w, chunk.place, block.group) + PANELS * w.geometry.groups;
+      for_scales<PANELS>(w, chunk.place, block.group, [&](auto p, F scale) __attribute__((always_inline)) { factors[p] = scale; });
       fetch_numbers<PANELS>(w.scales, w.scale_dtype, w.scale_lanes, next);
-      if (shifts != nullptr) {
+      if (chunk.shifts != nullptr) {
         each<PANELS>(QK_WITH(p) { store_f(chunk.scales + p * PANEL, factors[p]); });
-        decode_shifts<!is_s8<Source>, PANELS>(w, numbers, chunk.scales, chunk.shifts);
+        decode_shifts<!is_s8<Source>, PANELS>(w, chunk.place, block.group, chunk.scales, chunk.shifts);
+        add_shifts<PANELS>(chunk.shifts, x, b, 1, m, m + ROWS, acc + SHIFT_SUMS);
         if (w.zeros != nullptr) fetch_numbers<PANELS>(w.zeros, w.zero_dtype, PANEL, next);
       }
     }
@@ -290,12 +336,8 @@ void tile(const Weight& w, const Activations& x, Chunk& chunk, int64_t m, float*
         store_f(sum, fma(is_s8<Source> ? mul(factor, scale) : factor, total.dot[r][p].value(), load_f(sum)));
       });
     });
-    if (shifts != nullptr) {
-      add_shifts(shifts, is_s8<Source> ? scales : nullptr, sums, ROWS, PANELS, acc);
-      shifts += NEXT;
-    }
     codes += block.length / TILE_K * chunk.step;
-    w_scales += NEXT, columns += PANELS * PANEL, scales += x.m, sums += x.m, starts += x.m;
+    w_scales += NEXT, columns += PANELS * PANEL, scales += x.m, starts += x.m;
   }
   if constexpr (!STREAMED) chunk.ahead = ahead;
 }
@@ -321,6 +363,7 @@ constexpr auto TILES = []<int... R>(std::integer_sequence<int, R...>) {  // by h
 // All rows m0…m1, in tiles of nearly equal height (so that no M is much dearer than the next).
 template <class Source, int PANELS>
 void rows_of_tiles(const Weight& w, const Activations& x, Chunk& chunk, int64_t m0, int64_t m1, float* acc) {
+  if (chunk.shifts != nullptr) add_shifts<PANELS>(chunk.shifts, x, chunk.first, chunk.count, m0, m1, acc + SHIFT_SUMS);
   const int64_t tiles = (m1 - m0 + MAX_ROWS<Source, PANELS> - 1) / MAX_ROWS<Source, PANELS>;
   const int64_t tiles_of_k = tiles * chunk.passes * (chunk.k / TILE_K);
   chunk.ahead.per_tile = ((chunk.ahead.end - chunk.ahead.at) / tiles_of_k + 63) / 64 * 64;

@@ -96,12 +96,17 @@ inline void unpack(Bf16, const Weight& w, const uint8_t* codes, int64_t k, uint8
 #endif
 
 inline F scale_of(const Weight& w, int64_t panel, int64_t group) {
-  const int64_t at = numbers_at(w, place_of(w, panel), group) * w.scale_lanes;
+  const Place place = place_of(w, panel);
+  const int64_t at = numbers_at(w, place, group) * w.scale_lanes;
   const F s = w.scale_lanes == 1 ? set1_f(load_number(w.scales, w.scale_dtype, at)) : load_numbers(w.scales, w.scale_dtype, at);
-  return mul(s, set1_f(w.alpha));
+  const F scale = mul(s, set1_f(w.alpha));
+  return w.outer ? mul(scale, load_numbers(outer_at(w, place, group, false), Dtype::f16, 0)) : scale;
 }
 inline F zero_of(const Weight& w, int64_t panel, int64_t group) {
-  return w.zeros == nullptr ? zero_f() : load_numbers(w.zeros, w.zero_dtype, numbers_at(w, place_of(w, panel), group) * PANEL);
+  if (w.zeros == nullptr) return zero_f();
+  const Place place = place_of(w, panel);
+  const F zero = load_numbers(w.zeros, w.zero_dtype, numbers_at(w, place, group) * PANEL);
+  return w.outer ? mul(zero, load_numbers(outer_at(w, place, group, true), Dtype::f16, 0)) : zero;
 }
 
 void dequantize(const Weight& w, int64_t p0, int64_t p1, float* out) {
@@ -110,10 +115,11 @@ void dequantize(const Weight& w, int64_t p0, int64_t p1, float* out) {
   for (int64_t panel = p0; panel < p1; panel++)
     for (int64_t group = 0; group < g.groups; group++) {
       const int64_t start = group * g.group, length = g.k - start < g.group ? g.k - start : g.group;
-      const F scale = scale_of(w, panel, group), zero = sub_f(zero_of(w, panel, group), set1_f(w.centre));
+      const F scale = scale_of(w, panel, group), shift = zero_of(w, panel, group), none = zero_f();
+      const F zero = sub_f(w.minima ? none : shift, set1_f(w.centre)), minimum = w.minima ? shift : none;
       for (int64_t k = 0; k < length; k++) {
         if (k % TILE_K == 0) unpack(F32{}, w, codes_at(w, panel, group * g.group_padded + k), TILE_K, reinterpret_cast<uint8_t*>(values));
-        store_f(lanes, mul(sub_f(load_f(values + k % TILE_K * PANEL), zero), scale));
+        store_f(lanes, add_f(mul(sub_f(load_f(values + k % TILE_K * PANEL), zero), scale), minimum));
         for (int64_t n = panel * PANEL; n < w.n && n < (panel + 1) * PANEL; n++) out[n * g.k + start + k] = lanes[n % PANEL];
       }
     }

@@ -256,6 +256,7 @@ inline __m512i _mm512_cvtps_epi32(__m512 v) {  // to nearest even; what does not
 }
 inline __m128i _mm512_cvtepi32_epi8(__m512i v) { return (__m128i) __builtin_convertvector((emulated::i32x16)v, emulated::i8x16); }
 inline __m512i _mm512_cvtepu8_epi32(__m128i v) { return (__m512i) __builtin_convertvector((emulated::u8x16)v, emulated::u32x16); }
+inline __m512i _mm512_cvtepi8_epi32(__m128i v) { return (__m512i) __builtin_convertvector((emulated::i8x16)v, emulated::i32x16); }
 inline __m512i _mm512_cvtepu16_epi32(__m256i v) { return (__m512i) __builtin_convertvector((emulated::u16x16)v, emulated::u32x16); }
 inline __m256i _mm512_cvtepi32_epi16(__m512i v) { return (__m256i) __builtin_convertvector((emulated::u32x16)v, emulated::u16x16); }
 inline __m512 _mm512_cvtph_ps(__m256i v) {

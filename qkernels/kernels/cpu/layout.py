@@ -6,6 +6,9 @@ strip, which holds its tiles, scales and zeros in order of k, then of panels; th
     4 bits   (n, k) of a tile -> byte 4n + k % 4, low nibble for k < 4, high nibble for k >= 4
     8 bits   (n, k) of a tile -> byte 64 (k // 4) + 4n + k % 4
     others   as 8 bits, each 64 codes squeezed into a little-endian bit stream
+
+Nested blocks (ggml's) come apart into the same: codes of one width, and numbers of the groups that share the finest scale. Where scales
+have a scale themselves, that of every block lies in strips as they do.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qkernels.formats import Codebook, Float, Int, QuantFormat, QuantTensor
-from qkernels.formats.format import SCALE_DTYPES, Code
+from qkernels.formats.format import SCALE_DTYPES, Code, Parts
 from qkernels.formats.packing import pack, unpack
 from qkernels.kernels.cpu import memory
 from qkernels.kernels.registry import Problem
@@ -28,11 +31,12 @@ PANEL, TILE_K, STRIP, MAX_BLOCK = 16, 8, 4, 256
 class Packed(NamedTuple):
     """A weight as the CPU kernels read it.
 
-    Shapes, with P = ceil(N / 16) panels and G groups along K:
+    Shapes, with P = ceil(N / 16) panels, G groups and B nested blocks along K:
         weight        [P * padded K * 2 * bits]   uint8
         scales        [P * G * 16]                scale type (e8m0: uint8); [P * G] where a scale serves whole panels
-        zeros         [P * G * 16]                uint8 or scale type
-        tensor_scale  [1]                         float32
+        zeros         [P * G * 16]                uint8 or scale type; minima as well
+        tensor_scale  [1]                         float32; or what multiplies the scales of a nested block, and then the minima:
+                      [P * B * (1 or 2) * 16]     float16, with scales and zeros of one byte
         perm          [K]                         int32
     """
 
@@ -48,16 +52,18 @@ class Packed(NamedTuple):
 def prepare(q: QuantTensor) -> Packed:
     """Re-lay a canonical weight in panels and tiles."""
     (n, k), bits = q.shape, q.format.bits
-    assert q.scales is not None
-    codes = F.pad(_pad_groups(unpack(q.codes, bits, k), q.format, n, k), (0, 0, 0, -n % PANEL))
+    codes, scales, zeros, tensor_scale = _apart(q)
+    codes = F.pad(_pad_groups(codes, q.format, n, k), (0, 0, 0, -n % PANEL))
     tiles = codes.view(-1, PANEL, codes.shape[1] // TILE_K, 2, 4).permute(0, 2, 3, 1, 4)  # panel, tile, half, row, k
     weight = tiles[:, :, 0] | (tiles[:, :, 1] << 4) if bits == 4 else pack(tiles.reshape(*tiles.shape[:3], 64), bits)
-    scales = _panel_rows(q.scales, q.format, n, k, _scale_lanes(q.format, n, k))
-    zeros = None if q.zeros is None else _panel_rows(q.zeros, q.format, n, k, PANEL)
+    scales = _panel_rows(scales, q.format, n, k, _scale_lanes(q.format, n, k))
+    zeros = None if zeros is None else _panel_rows(zeros, q.format, n, k, PANEL)
+    if tensor_scale is not None and q.format.block is not None:
+        tensor_scale = _panel_rows(tensor_scale, q.format, n, k, PANEL)
     if scales.dtype == torch.float8_e8m0fnu:  # a dtype that the stable ABI does not carry yet
         scales = scales.view(torch.uint8)
     codes = memory.empty(weight.numel()).view_as(weight.flatten(2))
-    return Packed(q.format, q.shape, _strips(weight.flatten(2), codes), scales, zeros, q.tensor_scale, q.perm)
+    return Packed(q.format, q.shape, _strips(weight.flatten(2), codes), scales, zeros, tensor_scale, q.perm)
 
 
 def restore(packed: Packed) -> QuantTensor:
@@ -71,10 +77,47 @@ def restore(packed: Packed) -> QuantTensor:
     else:
         tiles = unpack(weight.unflatten(2, (2, 8 * bits)), bits, 64).unflatten(-1, (PANEL, 4))
     codes = tiles.permute(0, 3, 1, 2, 4).reshape(panels * PANEL, -1)[:n]
-    codes = pack(_crop_groups(codes, packed.format, n, k), bits)
-    scales = _canonical_rows(packed.scales, packed.format, n, k, _scale_lanes(packed.format, n, k)).view(SCALE_DTYPES[packed.format.scale])
+    codes = _crop_groups(codes, packed.format, n, k)
+    scales = _canonical_rows(packed.scales, packed.format, n, k, _scale_lanes(packed.format, n, k))
     zeros = None if packed.zeros is None else _canonical_rows(packed.zeros, packed.format, n, k, PANEL)
-    return QuantTensor(packed.format, packed.shape, codes, scales, zeros, packed.tensor_scale, packed.perm)
+    if packed.format.block is not None:
+        return QuantTensor(packed.format, packed.shape, _joined(packed, codes, scales, zeros), perm=packed.perm)
+    scales = scales.view(SCALE_DTYPES[packed.format.scale])
+    return QuantTensor(packed.format, packed.shape, pack(codes, bits), scales, zeros, packed.tensor_scale, packed.perm)
+
+
+def _apart(q: QuantTensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Codes [N, K]; scales and zeros [N / group_n, G]; the scale of all, or those of nested blocks [N, B], with minima [N, 2 B]."""
+    if q.format.block is None:
+        assert q.scales is not None
+        return unpack(q.codes, q.format.bits, q.shape[1]), q.scales, q.zeros, q.tensor_scale
+    parts = q.format.block.split(q.codes.unflatten(-1, (-1, q.format.block.nbytes)))
+    inner = (parts.d, parts.m, None) if parts.scales is None else (parts.scales, parts.mins, parts.d)
+    if parts.scales is not None and parts.m is not None:
+        inner = *inner[:2], torch.cat([parts.d, parts.m], -1)
+    scales, zeros, outer = (None if t is None else t.flatten(1) for t in inner)
+    assert scales is not None
+    return parts.codes.flatten(1), scales, zeros, outer
+
+
+def _joined(packed: Packed, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
+    """Raw blocks [N, bytes] from codes [N, K] and the numbers of the groups [N, G]."""
+    block, alike = packed.format.block, _parts(packed.format)
+    assert block is not None and block.join is not None
+    blocks = packed.shape[1] // block.elements, -1
+    codes, scales = codes.unflatten(1, blocks), scales.unflatten(1, blocks)
+    zeros = None if zeros is None else zeros.unflatten(1, blocks)
+    if packed.tensor_scale is None:
+        return block.join(Parts(codes, scales.view(alike.d.dtype), m=zeros)).flatten(1)
+    outer = _canonical_rows(packed.tensor_scale, packed.format, *packed.shape, PANEL).unflatten(1, blocks)
+    d, *m = outer.split(1, -1)
+    return block.join(Parts(codes, d, scales, m[0] if m else None, zeros)).flatten(1)
+
+
+def _parts(format: QuantFormat) -> Parts:
+    """Those of a block of zeros: what there is, and its dtypes."""
+    assert format.block is not None
+    return format.block.split(torch.zeros(1, 1, format.block.nbytes, dtype=torch.uint8, device="cpu"))
 
 
 def _strips(panels: Tensor, out: Tensor | None = None) -> Tensor:
@@ -146,15 +189,17 @@ _BYTES = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # indexing and paddin
 # -- what the ops want to know of a format -------------------------------------------------------------------------------------------
 
 
-_DESCRIBED: dict[tuple[QuantFormat, int, int], tuple[Tensor | None, int, int, str, int]] = {}  # torch.compile warns of functools caches
+Described = tuple[Tensor | None, tuple[int, int, str, int, bool]]
+_DESCRIBED: dict[tuple[QuantFormat, int, int], Described] = {}  # torch.compile warns of functools caches
 
 
-def describe(format: QuantFormat, n: int, k: int) -> tuple[Tensor | None, int, int, str, int]:
-    """(table, bits, group, code, offset) for the ops."""
+def describe(format: QuantFormat, n: int, k: int) -> Described:
+    """table and (bits, group, code, offset, minima) for the ops."""
     found = _DESCRIBED.get((format, n, k))
     if found is None:
         table, bits, code, offset = _describe_code(format.code)
-        found = _DESCRIBED[format, n, k] = table, bits, format.group_extent(n, k)[1], code, offset
+        minima = format.zero == "min" if format.block is None else _parts(format).m is not None
+        found = _DESCRIBED[format, n, k] = table, (bits, format.group_extent(n, k)[1], code, offset, minima)
     return found
 
 
@@ -175,10 +220,8 @@ def why_not(p: Problem) -> str | None:
         from qkernels.kernels.cpu import library
 
         return library.why_missing() or "the compiled library is missing"
-    if p.format.block is not None:
-        return f"{p.format.name} keeps its blocks; codes of one width and groups are held"
-    if p.format.zero == "min":
-        return "minima in place of zero points are not held"
+    if p.format.block is not None and p.format.block.join is None:
+        return f"{p.format.name} does not come apart into codes of one width and scales of groups"
     code = p.format.code
     if isinstance(code, Codebook | Float) and code.bits > 4 and code.name not in ("e4m3", "e5m2"):
         return f"code {code.name} has {code.bits} bits; tables of up to 4 bits, e4m3 and e5m2 are held"

@@ -42,7 +42,7 @@ def _binder(name: str) -> Callable[[QuantFormat, tuple[int, int]], Matmul]:
 
     def bind(format: QuantFormat, shape: tuple[int, int]) -> Matmul:
         op, n = getattr(ops, name).default, shape[0]
-        table, bits, group, code, offset = layout.describe(format, *shape)
+        table, code = layout.describe(format, *shape)
 
         def matmul(
             x: Tensor,
@@ -53,9 +53,7 @@ def _binder(name: str) -> Callable[[QuantFormat, tuple[int, int]], Matmul]:
             perm: Tensor | None,
             bias: Tensor | None,
         ) -> Tensor:
-            if perm is not None:
-                x = x.index_select(-1, perm)
-            return op(x, weight, scales, zeros, table, tensor_scale, bias, n, bits, group, code, offset)
+            return op(x, weight, scales, zeros, table, tensor_scale, perm, bias, n, *code)
 
         return matmul
 
@@ -65,9 +63,9 @@ def _binder(name: str) -> Callable[[QuantFormat, tuple[int, int]], Matmul]:
 def dequantize(packed: Packed) -> Tensor:
     """[N, K] float32 from the packed form."""
     n, k = packed.shape
-    table, bits, group, code, offset = layout.describe(packed.format, n, k)
+    table, code = layout.describe(packed.format, n, k)
     op = torch.ops.qkernels.cpu_dequantize.default
-    weight = op(packed.weight, packed.scales, packed.zeros, table, packed.tensor_scale, n, k, bits, group, code, offset)
+    weight = op(packed.weight, packed.scales, packed.zeros, table, packed.tensor_scale, n, k, *code)
     return weight if packed.perm is None else torch.empty_like(weight).index_copy_(1, packed.perm.long(), weight)
 
 
@@ -84,11 +82,11 @@ if library.why_missing() is None:
 
     @torch.library.register_fake("qkernels::cpu_linear_s8")
     @torch.library.register_fake("qkernels::cpu_linear_f32")
-    def _(x, qweight, scales, zeros, table, tensor_scale, bias, n, bits, group, code, offset):  # type: ignore[no-untyped-def]
+    def _(x, qweight, scales, zeros, table, tensor_scale, perm, bias, n, bits, group, code, offset, minima):  # type: ignore[no-untyped-def]
         return x.new_empty((*x.shape[:-1], n))
 
     @torch.library.register_fake("qkernels::cpu_dequantize")
-    def _(qweight, scales, zeros, table, tensor_scale, n, k, bits, group, code, offset):  # type: ignore[no-untyped-def]
+    def _(qweight, scales, zeros, table, tensor_scale, n, k, bits, group, code, offset, minima):  # type: ignore[no-untyped-def]
         return qweight.new_empty((n, k), dtype=torch.float32)
 
 
