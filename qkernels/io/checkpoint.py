@@ -89,15 +89,32 @@ def write(
             writer.config = {**(config or {}), "quantization_config": stated}
 
 
+def try_write(items: Iterable[tuple[str, Value]], layout: str, settings: Mapping[str, Any] | None = None) -> None:
+    """Raise UnsupportedError as `write` would, without writing anything."""
+    if layout == "gguf":
+        for name, value in items:
+            _reader("gguf").stored(name, value)
+    elif layout == "qkernels":
+        for name, value in items:
+            _single(name, value)
+    else:
+        _reader(layout).write(items, settings, lambda *_: None)
+
+
+def _single(name: str, value: Value) -> QuantTensor | Tensor:
+    if isinstance(value, QuantStack):
+        raise UnsupportedError(f"{name} is a stack {list(value.shape)}; a qkernels directory holds single layers")
+    return value
+
+
 def _write_native(items: Iterable[tuple[str, Value]], path: str | os.PathLike[str], shard_bytes: int) -> None:
     layers: dict[str, dict[str, Any]] = {}
     with native.Writer(path, layers, {}, shard_bytes) as writer:
-        for name, value in items:
+        for name, given in items:
+            value = _single(name, given)
             if isinstance(value, Tensor):
                 writer.add(name, value)
                 continue
-            if isinstance(value, QuantStack):
-                raise UnsupportedError(f"{name} is a stack {list(value.shape)}; a qkernels directory holds single layers")
             layer = name.removesuffix(".weight")
             layers[layer] = {"format": value.format.name, "shape": list(value.shape), "compute": "auto"}
             for field, t in value.tensors().items():
