@@ -33,19 +33,25 @@ def random_quant(format, n, k, seed=0, perm=False):
     return QuantTensor(format, (n, k), codes, scales.to(dtype), zeros, tensor_scale, order)
 
 
+def _sensible(d):
+    """Which blocks have scales of 0.001 … 0.1."""
+    return ((d.float().abs() > 1e-3) & (d.float().abs() < 0.1)).all(-1)
+
+
 def random_blocks(format, n, k, seed=0, perm=False):
     """A weight of a block format from random bytes: every code and every sub-scale, under scales of a sensible size and both signs."""
     g = torch.Generator().manual_seed(seed)
     block = format.block
     raw = torch.randint(256, (n, k // block.elements, block.nbytes), generator=g).to(torch.uint8)
-    parts = block.split(raw)
     if block.join is not None:
-        sign = torch.randint(2, parts.d.shape, generator=g) * 2 - 1 if parts.d.dtype.itemsize > 1 else 1
-        d = (torch.rand(parts.d.shape, generator=g) * 0.02 + 0.005) * sign
-        m = None if parts.m is None else ((torch.rand(parts.m.shape, generator=g) - 0.9) * 0.02 * 2**format.bits).to(parts.m.dtype)
+        parts = block.split(raw)
+        signs = torch.randint(2, parts.d.shape, generator=g) * 2 - 1 if parts.d.dtype == torch.float16 else 1
+        d = (torch.rand(parts.d.shape, generator=g) * 0.02 + 0.005) * signs
+        m = None if parts.m is None else ((torch.rand(parts.m.shape, generator=g) - 0.9) * 0.02 * 2**format.bits).half()
         raw = block.join(parts._replace(d=d.to(parts.d.dtype), m=m))
-    while not (good := ((d := block.split(raw).d.float().abs()) > 1e-3).logical_and(d < 1).all(-1)).all():
-        raw[~good] = torch.randint(256, (int((~good).sum()), block.nbytes), generator=g).to(torch.uint8)
+    else:  # redrawn until every scale is of such a size
+        while (bad := ~_sensible(block.split(raw).d)).any():
+            raw[bad] = torch.randint(256, (int(bad.sum()), block.nbytes), generator=g).to(torch.uint8)
     order = torch.randperm(k, generator=g).to(torch.int32) if perm else None
     return QuantTensor(format, (n, k), raw.flatten(1), perm=order)
 

@@ -247,7 +247,7 @@ def test_a_permutation_may_not_reach_beyond_x(bad):
         kernel.run(torch.randn(2, 64), kernel.prepare(q), None)
 
 
-@pytest.mark.parametrize("name", [f.name for f in FORMATS if f.block is not None and f.block.join is not None])
+@pytest.mark.parametrize("name", [f.name for f in FORMATS if f.block is not None])
 def test_nested_blocks_take_hardly_more_than_their_own_bytes(name):
     q = random_quant(formats.get(name), 128, 512)
     kernel = kernels.registry.get("cpu_s8_wN_dot")

@@ -17,6 +17,14 @@ constexpr int64_t MOST_ROWS = 512;  // of x at a time: their sums with a strip t
 constexpr int64_t ALWAYS = INT64_MAX;
 
 enum class Dtype { f32, bf16, f16, e4m3, e8m0, u8, i8 };
+// Nested blocks that are kept as they lie, of 256 columns; see nested.h.
+enum class Nested { none, iq1_s, iq1_m, iq2_xxs, iq2_xs, iq2_s, iq3_xxs, iq3_s, tq1_0 };
+constexpr int64_t NESTED_K = 256;
+static inline constexpr int64_t nested_bytes(Nested type) {
+  constexpr int64_t BYTES[] = {0, 50, 56, 66, 74, 82, 98, 110, 54};
+  return BYTES[int(type)];
+}
+
 enum class CodeKind { integer, table, e4m3, e5m2 };
 
 struct Geometry {  // how K is cut: real k, groups, blocks
@@ -56,7 +64,9 @@ struct Weight {
   int bits;
   CodeKind kind;
   int offset;  // integer: value = code - offset;  int8 tables: value = entry - offset
-  const uint8_t* codes;  // [strips, k_padded / 8, panels of the strip, 16 * bits]
+  const uint8_t* codes;  // [strips, k_padded / 8, panels of the strip, 16 * bits]; nested: [n, k / 256, bytes of a block], without scales
+  Nested nested;
+  const uint8_t* grid;  // [points, 4 or 8] int8, what the indices of nested blocks name; or null
   const void* scales;  // [strips, groups, panels of the strip, scale_lanes]
   Dtype scale_dtype;
   int scale_lanes;  // 16: one a row; 1: one for the panel

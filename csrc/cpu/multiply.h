@@ -2,6 +2,7 @@
 //
 // Weights come straight from their packed form (few rows) or from a scratch panel that is unpacked once for many rows.
 #include "cpu/tile.h"
+#include "cpu/nested.h"
 #include "cpu/unpack.h"
 #include "cpu/rows.h"
 #include "cpu/probe.h"
@@ -14,6 +15,8 @@ constexpr int64_t CHUNK_CODES = 8 << 10;  // bytes of packed codes: a quarter of
 constexpr int64_t PAIR_CODES = 8 << 10;  // bytes of unpacked codes: likewise
 constexpr int64_t SCRATCH_WEIGHTS =
     STRIP * MAX_BLOCK * PANEL * 4;  // bytes: a block of floats, or several of shorter numbers; near L1's size
+constexpr int64_t SCRATCH_NESTED = STRIP * NESTED_K * PANEL;  // bytes: codes on their way to floats
+constexpr int64_t SCRATCH = SCRATCH_ACC + 3 * SCRATCH_SCALES + SCRATCH_WEIGHTS + SCRATCH_NESTED;
 
 struct Job {  // rows m0…m1 times the strip that begins with `panel`
   const Weight& w;
@@ -25,7 +28,9 @@ struct Job {  // rows m0…m1 times the strip that begins with `panel`
   float* acc() const { return reinterpret_cast<float*>(scratch); }
   float* scales() const { return reinterpret_cast<float*>(scratch + SCRATCH_ACC); }
   int32_t* columns() const { return reinterpret_cast<int32_t*>(scratch + SCRATCH_ACC + 2 * SCRATCH_SCALES); }
+  float* nested() const { return reinterpret_cast<float*>(columns()); }  // a weight has the one or the other
   uint8_t* unpacked() const { return reinterpret_cast<uint8_t*>(scratch + SCRATCH_ACC + 3 * SCRATCH_SCALES); }
+  uint8_t* nested_codes() const { return unpacked() + SCRATCH_WEIGHTS; }
 };
 
 // Blocks from chunk.first and chunk.block on, as many as fit most_k columns but one at least; returns the one after them.
@@ -46,6 +51,7 @@ Chunk chunk_of(const Job& j, int panels) {  // of the strip; its sums start from
   chunk.first = 0, chunk.block = first_block(j.w.geometry), chunk.place = place_of(j.w, j.panel);
   chunk.step = panels * Source::TILE_BYTES;
   chunk.scales = j.scales(), chunk.shifts = shifted ? chunk.scales + SCRATCH_SCALES / 4 : nullptr, chunk.columns = j.columns();
+  chunk.nested = j.nested();
   __builtin_memset(j.acc(), 0, size_t(j.rows() * panels * PANEL * 4));
   if (shifted) __builtin_memset(j.acc() + SHIFT_SUMS, 0, size_t(j.rows() * panels * PANEL * 4));
   return chunk;
@@ -63,7 +69,7 @@ void by_chunks(const Job& j, int64_t most_k, const Codes& codes_of) {
     const uint8_t* codes = codes_of(chunk);
     const int64_t bytes = chunk.k * 2 * j.w.bits * ALL;
     const uint8_t* next = codes_at(j.w, j.panel, chunk.block.k0) + bytes;  // may be of the next strip
-    chunk.ahead = {next, bytes < end - next ? next + bytes : end, 0};
+    chunk.ahead = {next, j.w.nested != Nested::none ? next : bytes < end - next ? next + bytes : end, 0};
     for (int p = 0; p < ALL; p += PANELS) {
       chunk.place = place_of(j.w, j.panel + p), chunk.codes = codes + p * Source::TILE_BYTES, chunk.passes = (ALL - p) / PANELS;
       decode<!is_s8<Source>, PANELS>(j.w, chunk);
@@ -106,6 +112,16 @@ void through_scratch(const Job& j) {
   });
 }
 
+template <class Unpacked, int PANELS, int ALL>
+void from_nested(const Job& j) {
+  by_chunks<Unpacked, PANELS, ALL>(j, NESTED_K, [&](const Chunk& chunk) {
+    uint8_t* codes = is_s8<Unpacked> ? j.unpacked() : j.nested_codes();
+    apart(j.w, j.panel, ALL, chunk.block.k0, codes, j.nested());
+    if constexpr (!is_s8<Unpacked>) unpack(Unpacked{}, j.w, codes, chunk.k * ALL, j.unpacked());
+    return j.unpacked();
+  });
+}
+
 // Up to a few rows (FEW_…, of the level), unpacking in registers again for every tile is cheaper than a trip through scratch.
 
 #ifdef QK_EXPAND
@@ -125,6 +141,7 @@ inline bool streamed_bits(const Job& j) {
 struct ByS8 {
   template <int PANELS, int ALL>
   static void panels(const Job& j) {
+    if (j.w.nested != Nested::none) return from_nested<S8Bytes, PANELS, ALL>(j);
     const bool integers = j.w.kind == CodeKind::integer;
 #ifdef QK_EXPAND
     if constexpr (PANELS == STRIP)
@@ -158,6 +175,7 @@ struct ByPairs {  // through scratch
 struct ByF32 {
   template <int PANELS, int ALL>
   static void panels(const Job& j) {
+    if (j.w.nested != Nested::none) return from_nested<F32Unpacked, PANELS, ALL>(j);
     const bool integers = j.w.kind == CodeKind::integer;
     if (j.w.bits == 4 && integers && j.rows() <= FEW_INTEGERS) direct<F32Integers, PANELS, ALL>(j);
     else if (j.w.bits == 4 && j.rows() <= FEW_TABLE) direct<F32Table, PANELS, ALL>(j);
@@ -170,7 +188,8 @@ struct ByF32 {
 struct ByBf16 {
   template <int PANELS, int ALL>
   static void panels(const Job& j) {
-    if (j.w.bits == 4 && j.rows() <= FEW_INTEGERS) direct<Bf16Nibbles, PANELS, ALL>(j);
+    if (j.w.nested != Nested::none) from_nested<Bf16Unpacked, PANELS, ALL>(j);
+    else if (j.w.bits == 4 && j.rows() <= FEW_INTEGERS) direct<Bf16Nibbles, PANELS, ALL>(j);
     else if (j.w.bits == 8 && j.w.kind == CodeKind::integer && j.rows() <= FEW_BYTES) direct_tall<Bf16Bytes, PANELS, ALL>(j);
     else through_scratch<Bf16Unpacked, PANELS, ALL>(j);
   }
@@ -197,6 +216,6 @@ constexpr Arithmetic BF16_ARITHMETIC = {2, rows_to_bf16, multiply<ByBf16>, probe
 constexpr Arithmetic BF16_ARITHMETIC = {};
 #endif
 
-#define QK_LEVEL(NAME)                                                                                                                    \
-  {NAME,       S8_ARITHMETIC, PAIRS_ARITHMETIC, F32_ARITHMETIC, BF16_ARITHMETIC, int(SCRATCH_ACC + 3 * SCRATCH_SCALES + SCRATCH_WEIGHTS), \
-   dequantize, to_floats,     best_scales,      encode,         read_bytes}
+#define QK_LEVEL(NAME)                                                                                  \
+  {NAME,    S8_ARITHMETIC, PAIRS_ARITHMETIC, F32_ARITHMETIC, BF16_ARITHMETIC, int(SCRATCH), dequantize, \
+   to_floats, best_scales,   encode,           read_bytes}

@@ -59,6 +59,12 @@ class Buffer {
   size_t size_ = 0;
 };
 
+Nested nested_of(const std::string& code) {
+  const char* names[] = {"", "iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "tq1_0"};
+  const auto found = std::find(std::begin(names), std::end(names), code);
+  return found == std::end(names) ? Nested::none : Nested(found - names);
+}
+
 CodeKind kind_of(const std::string& code) {
   if (code == "int") return CodeKind::integer;
   if (code == "table") return CodeKind::table;
@@ -74,6 +80,22 @@ uint16_t nearest_bf16(float f) {  // of a finite number
 
 void check_dense(const Tensor& t, const char* what) {
   STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous(), what, " must be contiguous on the CPU");
+}
+
+// What is kept as it lies: its values come apart as codes of 8 bits.
+void set_nested(Weight& w, const Tensor& qweight, const std::optional<Tensor>& scales, const std::optional<Tensor>& grid) {
+  const int64_t points[] = {0, 2048, 2048, 256, 512, 1024, 256, 512, 0}, of_point = w.nested < Nested::iq3_xxs ? 8 : 4;
+  const int64_t count = points[int(w.nested)] * of_point, bytes = w.n * (w.geometry.k / NESTED_K) * nested_bytes(w.nested);
+  STD_TORCH_CHECK(w.geometry.k % NESTED_K == 0 && NESTED_K % w.geometry.group == 0 && w.geometry.group % PANEL == 0 && w.bits == 8 && w.offset == 128 && !scales,
+                  "nested blocks have 256 columns, groups of 16 to 256, 8 bits, 128 for 0, and hold their scales");
+  STD_TORCH_CHECK(qweight.scalar_type() == ScalarType::Byte && qweight.numel() == bytes, "qweight must hold ", bytes,
+                  " bytes for this n and k; it has ", qweight.numel());
+  STD_TORCH_CHECK(grid.has_value() == (count > 0), "vector codebooks go with a table, others without");
+  if (grid) {
+    check_dense(*grid, "table");
+    STD_TORCH_CHECK(grid->scalar_type() == ScalarType::Char && grid->numel() == count, "table must hold ", count, " of int8");
+    w.grid = static_cast<const uint8_t*>(grid->const_data_ptr());
+  }
 }
 
 // tensor_scale: one float for the whole weight, or halves for the scales of every few groups.
@@ -93,34 +115,51 @@ void set_outer(Weight& w, const Tensor& tensor_scale) {
   w.outer = static_cast<const uint16_t*>(tensor_scale.const_data_ptr()), w.per_outer = groups / count;
 }
 
-// Check everything that the kernels will rely on: a packed weight may come from anywhere.
-Weight weight_of(const Tensor& qweight, const Tensor& scales, const std::optional<Tensor>& zeros, const std::optional<Tensor>& table,
-                 const std::optional<Tensor>& tensor_scale, int64_t n, int64_t k, int64_t bits, int64_t group, const std::string& code,
-                 int64_t offset, bool minima, bool int8) {
-  STD_TORCH_CHECK(n >= 1 && k >= 1 && group >= 1 && bits >= 1 && bits <= 8, "n, k and group are at least 1, bits 1 to 8; got ", n, ", ", k,
-                  ", ", group, ", ", bits);
-  Weight w{};
-  w.geometry = make_geometry(k, group);
-  const int64_t panels = panels_of(n);
-  w.n = n, w.bits = int(bits), w.kind = kind_of(code), w.offset = int(offset), w.minima = minima && zeros, w.alpha = 1;
-  check_dense(qweight, "qweight");
-  STD_TORCH_CHECK(qweight.scalar_type() == ScalarType::Byte && qweight.numel() == panels * w.geometry.k_padded * 2 * bits,
-                  "qweight must hold ", panels * w.geometry.k_padded * 2 * bits, " bytes for this n, k, bits and group; it has ",
-                  qweight.numel());
-  w.codes = static_cast<const uint8_t*>(qweight.const_data_ptr());
-  check_dense(scales, "scales");
-  const int64_t numbers = panels * w.geometry.groups;
-  STD_TORCH_CHECK(scales.numel() == numbers || scales.numel() == numbers * PANEL, "scales must hold ", numbers, " or ", numbers * PANEL,
-                  " numbers for this n, k and group; they hold ", scales.numel());
-  w.scales = scales.const_data_ptr(), w.scale_dtype = dtype_of(scales, "scales");
-  w.scale_lanes = int(scales.numel() / numbers);
+void set_packed(Weight& w, const Tensor& qweight, const std::optional<Tensor>& scales, const std::optional<Tensor>& zeros) {
+  const int64_t panels = panels_of(w.n), bytes = panels * w.geometry.k_padded * 2 * w.bits, numbers = panels * w.geometry.groups;
+  STD_TORCH_CHECK(qweight.scalar_type() == ScalarType::Byte && qweight.numel() == bytes, "qweight must hold ", bytes,
+                  " bytes for this n, k, bits and group; it has ", qweight.numel());
+  STD_TORCH_CHECK(scales.has_value(), "scales are missing");
+  check_dense(*scales, "scales");
+  STD_TORCH_CHECK(scales->numel() == numbers || scales->numel() == numbers * PANEL, "scales must hold ", numbers, " or ", numbers * PANEL,
+                  " numbers for this n, k and group; they hold ", scales->numel());
+  w.scales = scales->const_data_ptr(), w.scale_dtype = dtype_of(*scales, "scales");
+  w.scale_lanes = int(scales->numel() / numbers);
   if (zeros) {
     check_dense(*zeros, "zeros");
     STD_TORCH_CHECK(zeros->numel() == numbers * PANEL, "zeros must hold ", numbers * PANEL, " numbers for this n, k and group; they hold ",
                     zeros->numel());
     w.zeros = zeros->const_data_ptr(), w.zero_dtype = dtype_of(*zeros, "zeros");
   }
-  STD_TORCH_CHECK(table.has_value() == (w.kind == CodeKind::table), "code = table goes with a table, others without");
+}
+
+void set_table(Weight& w, const Tensor& table, bool int8) {
+  check_dense(table, "table");
+  STD_TORCH_CHECK(w.bits <= 4 && table.numel() == 16 && table.scalar_type() == ScalarType::Float,
+                  "a table is 16 floats, for codes of up to 4 bits");
+  const auto* t = static_cast<const float*>(table.const_data_ptr());
+  float largest = 0;
+  for (int i = 0; i < 16; i++) w.table[i] = t[i], largest = std::max(largest, std::fabs(t[i]));
+  if (!int8) return;
+  // Entries as int8 + 128; alpha brings them back. Half-integer tables (e2m1: up to 6) come out exact.
+  bool halves = largest <= 63;
+  for (int i = 0; i < 16; i++) halves = halves && t[i] * 2 == std::nearbyint(t[i] * 2);
+  const float unit = halves ? 0.5f : largest / 127;
+  for (int i = 0; i < 16; i++) w.table_u8[i] = uint8_t(int(std::nearbyint(t[i] / unit)) + 128);
+  w.offset = 128, w.alpha *= unit;
+}
+
+// Check everything that the kernels will rely on: a packed weight may come from anywhere.
+Weight weight_of(const Tensor& qweight, const std::optional<Tensor>& scales, const std::optional<Tensor>& zeros,
+                 const std::optional<Tensor>& table, const std::optional<Tensor>& tensor_scale, int64_t n, int64_t k, int64_t bits,
+                 int64_t group, const std::string& code, int64_t offset, bool minima, bool int8) {
+  STD_TORCH_CHECK(n >= 1 && k >= 1 && group >= 1 && bits >= 1 && bits <= 8, "n, k and group are at least 1, bits 1 to 8; got ", n, ", ", k,
+                  ", ", group, ", ", bits);
+  Weight w{};
+  w.geometry = make_geometry(k, group), w.n = n, w.bits = int(bits), w.offset = int(offset), w.minima = minima && zeros, w.alpha = 1;
+  w.nested = nested_of(code), w.kind = w.nested != Nested::none ? CodeKind::integer : kind_of(code);
+  check_dense(qweight, "qweight");
+  w.codes = static_cast<const uint8_t*>(qweight.const_data_ptr());
   STD_TORCH_CHECK(!int8 || w.kind == CodeKind::integer || w.kind == CodeKind::table,
                   "int8 activations go with integer codes and tables, not ", code);
   if (w.kind == CodeKind::integer) {
@@ -128,20 +167,12 @@ Weight weight_of(const Tensor& qweight, const Tensor& scales, const std::optiona
     w.centre = float(middle - w.offset);
     for (int i = 0; i < 16; i++) w.table[i] = float(i - middle);
   }
-  if (table) {
-    check_dense(*table, "table");
-    STD_TORCH_CHECK(bits <= 4 && table->numel() == 16 && table->scalar_type() == ScalarType::Float,
-                    "a table is 16 floats, for codes of up to 4 bits");
-    const auto* t = static_cast<const float*>(table->const_data_ptr());
-    float largest = 0;
-    for (int i = 0; i < 16; i++) w.table[i] = t[i], largest = std::max(largest, std::fabs(t[i]));
-    if (int8) {  // entries as int8 + 128; alpha brings them back. Half-integer tables (e2m1: up to 6) come out exact.
-      bool halves = largest <= 63;
-      for (int i = 0; i < 16; i++) halves = halves && t[i] * 2 == std::nearbyint(t[i] * 2);
-      const float unit = halves ? 0.5f : largest / 127;
-      for (int i = 0; i < 16; i++) w.table_u8[i] = uint8_t(int(std::nearbyint(t[i] / unit)) + 128);
-      w.offset = 128, w.alpha *= unit;
-    }
+  if (w.nested != Nested::none) {
+    set_nested(w, qweight, scales, table);
+  } else {
+    set_packed(w, qweight, scales, zeros);
+    STD_TORCH_CHECK(table.has_value() == (w.kind == CodeKind::table), "code = table goes with a table, others without");
+    if (table) set_table(w, *table, int8);
   }
   for (int i = 0; i < 32; i++) w.table_bf16[i] = nearest_bf16(w.table[i % 16]);
   if (tensor_scale) set_outer(w, *tensor_scale);
@@ -230,7 +261,7 @@ Tensor empty_rows(const Tensor& x, int64_t n) {
 }
 
 template <bool S8>
-Tensor linear(Tensor x, Tensor qweight, Tensor scales, std::optional<Tensor> zeros, std::optional<Tensor> table,
+Tensor linear(Tensor x, Tensor qweight, std::optional<Tensor> scales, std::optional<Tensor> zeros, std::optional<Tensor> table,
               std::optional<Tensor> tensor_scale, std::optional<Tensor> perm, std::optional<Tensor> bias, int64_t n, int64_t bits,
               int64_t group, std::string code, int64_t offset, bool minima) {
   STD_TORCH_CHECK(x.is_cpu() && x.dim() >= 1, "x must be a CPU tensor of at least one dimension");
@@ -265,7 +296,7 @@ Tensor linear(Tensor x, Tensor qweight, Tensor scales, std::optional<Tensor> zer
   return y;
 }
 
-Tensor dequantize(Tensor qweight, Tensor scales, std::optional<Tensor> zeros, std::optional<Tensor> table,
+Tensor dequantize(Tensor qweight, std::optional<Tensor> scales, std::optional<Tensor> zeros, std::optional<Tensor> table,
                   std::optional<Tensor> tensor_scale, int64_t n, int64_t k, int64_t bits, int64_t group, std::string code, int64_t offset,
                   bool minima) {
   const Weight w = weight_of(qweight, scales, zeros, table, tensor_scale, n, k, bits, group, code, offset, minima, false);
@@ -309,7 +340,7 @@ double probe(std::string what, Tensor buffer, int64_t rounds) {
 }  // namespace
 }  // namespace qk
 
-#define QK_WEIGHT "Tensor qweight, Tensor scales, Tensor? zeros, Tensor? table, Tensor? tensor_scale"
+#define QK_WEIGHT "Tensor qweight, Tensor? scales, Tensor? zeros, Tensor? table, Tensor? tensor_scale"
 #define QK_CODE "int bits, int group, str code, int offset, bool minima"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(qkernels, m) {

@@ -184,6 +184,7 @@ struct Chunk {  // of K, for PANELS panels of a strip
   float* scales;  // [count, PANELS, 16]; where weights are streamed [PANELS, 16], of the block at hand
   float* shifts;  // likewise: what the scale does not multiply, as in scale * code + shift; or null
   const int32_t* columns;  // [count, PANELS, 16], of paired codes: what they add among themselves
+  const float* nested;  // [count, panels of the strip, 16], scales of blocks that came apart
   Ahead ahead;  // unless weights are streamed
   int passes;  // over these columns, this one and those to come: the strip's other panels
 };
@@ -248,6 +249,11 @@ template <bool CENTRED, int PANELS>
   float *scales = chunk.scales, *shifts = chunk.shifts;
   Block block = chunk.block;
   for (int64_t b = 0; b < chunk.count; b++, block = block_after(w.geometry, block), scales += PANELS * PANEL) {
+    if (w.nested != Nested::none) {
+      const float* those = chunk.nested + (b * chunk.place.panels + chunk.place.in_strip) * PANEL;
+      each<PANELS>(QK_WITH(p) { store_f(scales + p * PANEL, mul(load_f(those + p * PANEL), set1_f(w.alpha))); });
+      continue;
+    }
     for_scales<PANELS>(w, chunk.place, block.group, [&](int p, F scale) { store_f(scales + p * PANEL, scale); });
     if (shifts != nullptr) decode_shifts<CENTRED, PANELS>(w, chunk.place, block.group, scales, shifts), shifts += PANELS * PANEL;
   }

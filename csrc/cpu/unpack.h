@@ -111,14 +111,19 @@ inline F zero_of(const Weight& w, int64_t panel, int64_t group) {
 
 void dequantize(const Weight& w, int64_t p0, int64_t p1, float* out) {
   const Geometry& g = w.geometry;
-  alignas(64) float values[TILE_K * PANEL], lanes[PANEL];
+  alignas(64) float values[TILE_K * PANEL], lanes[PANEL], nested[NESTED_K];
+  alignas(64) uint8_t codes[NESTED_K * PANEL];
   for (int64_t panel = p0; panel < p1; panel++)
     for (int64_t group = 0; group < g.groups; group++) {
       const int64_t start = group * g.group, length = g.k - start < g.group ? g.k - start : g.group;
-      const F scale = scale_of(w, panel, group), shift = zero_of(w, panel, group), none = zero_f();
+      const bool kept = w.nested != Nested::none;
+      if (kept && start % NESTED_K == 0) apart(w, panel, 1, start, codes, nested);
+      const F scale = kept ? mul(load_f(nested + start % NESTED_K / g.group * PANEL), set1_f(w.alpha)) : scale_of(w, panel, group);
+      const F shift = zero_of(w, panel, group), none = zero_f();
       const F zero = sub_f(w.minima ? none : shift, set1_f(w.centre)), minimum = w.minima ? shift : none;
       for (int64_t k = 0; k < length; k++) {
-        if (k % TILE_K == 0) unpack(F32{}, w, codes_at(w, panel, group * g.group_padded + k), TILE_K, reinterpret_cast<uint8_t*>(values));
+        const uint8_t* tile = kept ? codes + (start + k) % NESTED_K * PANEL : codes_at(w, panel, group * g.group_padded + k);
+        if (k % TILE_K == 0) unpack(F32{}, w, tile, TILE_K, reinterpret_cast<uint8_t*>(values));
         store_f(lanes, add_f(mul(sub_f(load_f(values + k % TILE_K * PANEL), zero), scale), minimum));
         for (int64_t n = panel * PANEL; n < w.n && n < (panel + 1) * PANEL; n++) out[n * g.k + start + k] = lanes[n % PANEL];
       }

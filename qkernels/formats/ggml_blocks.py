@@ -188,7 +188,7 @@ def join_mxfp4(p: Parts) -> Tensor:
 
 
 def split_nvfp4(raw: Tensor) -> Parts:
-    # UE4M3 is E4M3 whose sign is never set. 0x7F is NaN; ggml reads it as 0.
+    # UE4M3 is E4M3 whose sign is never set (ggml ignores the bit). 0x7F is NaN; ggml reads it as 0.
     return Parts(planes(raw[..., 4:], 4, 8), raw[..., :4].contiguous().view(torch.float8_e4m3fn))
 
 

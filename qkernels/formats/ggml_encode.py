@@ -1,13 +1,14 @@
 """Encoders of ggml's block types, without an importance matrix: the blocks that ggml's reference C code makes, byte for byte.
 
 Every `encode_<type>` takes weights [N, B, elements of a block] float32 and returns Parts for the type's `join`. To give the same bytes they
-do the same float32 operations in the same order: sums run element by element. For that, and for speed, groups lie as [elements, N, B, groups
-of a block], one contiguous slice an element. Source: the algorithms of ggml-quants.c.
+do the same float32 operations in the same order: sums run element by element. For that, and for speed, groups lie as
+[elements, N, B, groups of a block], one contiguous slice an element. Source: the algorithms of ggml-quants.c.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,24 +17,28 @@ from qkernels.errors import FormatError
 from qkernels.formats.format import Parts
 from qkernels.formats.ggml_blocks import IQ4
 
-_BLOCKS = 4096  # encoded at a time: what the searches hold stays in the caches
+_CHUNK = 1 << 16  # weights encoded at a time: what the searches hold stays in the caches
 _TINY = 1e-15  # groups with no larger weight are zeros
 
 
-def by_chunks(encode: Callable[[Tensor], Parts], join: Callable[[Parts], Tensor]) -> Callable[[Tensor], Tensor]:
-    """What `Block.encode` is: weights [N, B, elements] float32 to raw blocks; FormatError for scales beyond float16."""
+@dataclass(frozen=True)
+class Encoder:
+    """What `Block.encode` is for a type: weights [N, B, elements] float32 to raw blocks. Raises FormatError for too large scales."""
 
-    def made(weight: Tensor) -> Tensor:
-        chunks = weight.reshape(1, -1, weight.shape[-1]).split(_BLOCKS, 1)
-        raw = torch.cat([join(_checked(encode(chunk))) for chunk in chunks], 1)
+    encode: Callable[[Tensor], Parts]
+    join: Callable[[Parts], Tensor]
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        chunks = weight.reshape(1, -1, weight.shape[-1]).split(_CHUNK // weight.shape[-1], 1)
+        raw = torch.cat([self.join(_checked(self.encode(chunk), chunk)) for chunk in chunks], 1)
         return raw.view(*weight.shape[:2], -1)
 
-    return made
 
-
-def _checked(p: Parts) -> Parts:
-    if not all(bool(torch.isfinite(scale.float()).all()) for scale in (p.d, p.m) if scale is not None):
-        raise FormatError("the weight has groups whose scale is beyond 65504, the largest that ggml's blocks hold")
+def _checked(p: Parts, weight: Tensor) -> Parts:
+    finite = all(bool(torch.isfinite(scale.float()).all()) for scale in (p.d, p.m) if scale is not None)
+    # The searches take third powers, which overflow long after the scales: no float16 scale times codes reaches 2^30.
+    if not finite or (p.d.dtype == torch.float16 and float(weight.abs().amax()) > 2.0**30):
+        raise FormatError("the weight has groups whose scale is beyond the largest of its type: 65504 in float16, 448 in UE4M3")
     return p
 
 
@@ -57,7 +62,12 @@ def _sum(terms: Tensor) -> Tensor:
 
 def _peak(x: Tensor, dim: int) -> Tensor:
     """The value of largest magnitude, with its sign; the first of several. The dimension stays, with extent 1."""
-    return x.gather(dim, x.abs().argmax(dim, keepdim=True))
+    return x.gather(dim, x.abs().argmax(dim, keepdim=True)) + 0.0  # never -0
+
+
+def _over(number: float, x: Tensor) -> Tensor:
+    """Divide and round once; `number / x` is the number times the reciprocal in torch."""
+    return torch.tensor(number) / x
 
 
 def _inverse(x: Tensor) -> Tensor:
@@ -73,14 +83,30 @@ def _rounded(x: Tensor) -> Tensor:
 # -- one scale a block -------------------------------------------------------------------------------------------------------------
 
 
-def encode_symmetric(weight: Tensor, bias: int) -> Parts:
-    """Q4_0 and Q5_0: the largest weight becomes code 0, whatever its sign."""
+def encode_q4_0(weight: Tensor) -> Parts:
+    return _symmetric(weight, 8)
+
+
+def encode_q5_0(weight: Tensor) -> Parts:
+    return _symmetric(weight, 16)
+
+
+def _symmetric(weight: Tensor, bias: int) -> Parts:
+    """The largest weight becomes code 0, whatever its sign."""
     d = _peak(weight, -1) / -bias
     return Parts((weight * _inverse(d) + (bias + 0.5)).clamp(max=2 * bias - 1).to(torch.uint8), d.half())
 
 
-def encode_affine(weight: Tensor, top: int) -> Parts:
-    """Q4_1 and Q5_1: codes from the smallest weight to the largest."""
+def encode_q4_1(weight: Tensor) -> Parts:
+    return _affine(weight, 15)
+
+
+def encode_q5_1(weight: Tensor) -> Parts:
+    return _affine(weight, 31)
+
+
+def _affine(weight: Tensor, top: int) -> Parts:
+    """Codes from the smallest weight to the largest."""
     low, high = weight.aminmax(dim=-1, keepdim=True)
     d = (high - low) / top
     return Parts(((weight - low) * _inverse(d) + 0.5).clamp(max=top).to(torch.uint8), d.half(), m=low.half())
@@ -129,9 +155,9 @@ def encode_nvfp4(weight: Tensor) -> Parts:
 
 
 def _e4m3(scale: Tensor) -> Tensor:
-    """Round half up, in each of ggml's own ranges: subnormals stay subnormal, and 248 and more become 448."""
+    """Round half up, in each of ggml's own ranges: subnormals stay subnormal, and 248 and more become 448. NaN: too large."""
     normal = ((scale.view(torch.int32) + (1 << 19)) >> 20) - (120 << 3)  # the exponent's bias is 7 rather than 127
-    normal = torch.where(normal >= 15 << 3, 0x7E, normal)
+    normal = torch.where(scale > 464, 0x7F, torch.where(normal >= 15 << 3, 0x7E, normal))
     subnormal = (scale * 512 + 0.5).clamp(max=7).int()
     return torch.where(scale < 2.0**-6, subnormal, normal).to(torch.uint8).view(torch.float8_e4m3fn)
 
@@ -140,7 +166,7 @@ def _e4m3(scale: Tensor) -> Tensor:
 
 
 def _search_symmetric(x: Tensor, bound: int) -> tuple[Tensor, Tensor]:
-    """Codes in 0 … 2 * bound - 1 and scales of groups: 19 first guesses, each with its best scale; weighted by the squares of the weights."""
+    """Codes in 0 … 2 * bound - 1 and scales of groups: 19 guesses, each with its best scale; errors count by the squares of the weights."""
     peak = _peak(x, 0)
     live = peak.abs() >= _TINY
     peak = torch.where(live, peak, 1.0)
@@ -167,7 +193,7 @@ def _descend_symmetric(x: Tensor, bound: int) -> tuple[Tensor, Tensor]:
     """Codes in 0 … 2 * bound - 1 and scales of groups: one guess, then five sweeps that move one code at a time."""
     peak = _peak(x, 0)
     live = peak.abs() >= _TINY
-    codes = (-bound / torch.where(live, peak, 1.0) * x).round_().clamp_(-bound, bound - 1)
+    codes = (_over(-bound, torch.where(live, peak, 1.0)) * x).round_().clamp_(-bound, bound - 1)
     importance = x * x
     importance_x = importance * x
     xl, ll = _sum(importance_x * codes), _sum(importance * codes * codes)
@@ -186,7 +212,7 @@ def _descend_symmetric(x: Tensor, bound: int) -> tuple[Tensor, Tensor]:
 def _search_affine(
     x: Tensor, importance: Tensor, top: int, first: float, steps: int, loss: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, ...]:
-    """Codes in 0 … top, scales and minima (turned positive) of groups: guesses of the scale, each with its best scale and minimum."""
+    """Codes in 0 … top, scales and negated minima of groups: guesses of the scale, each with the best scale and minimum for its codes."""
     low, high = x.amin(0).clamp(max=0.0), x.amax(0)
     flat = high == low
     sum_w, sum_x = _sum(importance), _sum(importance * x)
@@ -195,8 +221,9 @@ def _search_affine(
         return _sum(importance * loss(scale * codes + low - x))
 
     span = torch.where(flat, 1.0, high - low)
-    codes = (top / span * (x - low)).round_().clamp_(0, top)
-    scale = 1 / (top / span)
+    inverse = _over(top, span)
+    codes = (inverse * (x - low)).round_().clamp_(0, top)
+    scale = 1 / inverse
     best = error(codes, scale, low)
     for start in first + torch.tensor(0.1) * torch.arange(steps + 1) + top:
         new = (start / torch.where(flat, 1.0, high - low) * (x - low)).round_().clamp_(0, top)
@@ -223,7 +250,7 @@ def _nested_affine(x: Tensor, top: int, scale_top: int, found: tuple[Tensor, ...
 
     def quantised(level: Tensor) -> tuple[Tensor, Tensor]:
         peak = level.amax(-1, keepdim=True).clamp(min=0.0)
-        return (peak / scale_top).half(), (torch.where(peak > 0, scale_top / peak, 0.0) * level).round_().clamp_(0, scale_top)
+        return (peak / scale_top).half(), (torch.where(peak > 0, _over(scale_top, peak), 0.0) * level).round_().clamp_(0, scale_top)
 
     (d, scales), (m, mins) = map(quantised, levels)
     step, low = d.float() * scales, m.float() * mins
@@ -231,14 +258,16 @@ def _nested_affine(x: Tensor, top: int, scale_top: int, found: tuple[Tensor, ...
     return Parts(_codes(codes), d, scales.to(torch.uint8), -m, mins.to(torch.uint8))
 
 
-def _nested_symmetric(x: Tensor, bound: int, scale_bound: int, found: tuple[Tensor, Tensor]) -> Parts:
+def _nested_symmetric(x: Tensor, bound: int, scale_bound: int, found: tuple[Tensor, Tensor], empty: int = 0) -> Parts:
+    """Quantise scales of groups, and the weights anew with what they became; `empty` are the scales of a block of zeros."""
     codes, level = found
     peak = _peak(level, -1)
-    inverse = torch.where(peak.abs() < _TINY, 0.0, -scale_bound / peak)
+    live = peak.abs() >= _TINY
+    inverse = torch.where(live, _over(-scale_bound, peak), 0.0)
     d = _inverse(inverse).half()
-    scales = (inverse * level).round_().clamp_(-scale_bound, scale_bound - 1)
+    scales = torch.where(live, (inverse * level).round_().clamp_(-scale_bound, scale_bound - 1), empty)
     step = d.float() * scales
-    codes = torch.where(step == 0, codes, (x / step).round_().clamp_(-bound, bound - 1) + bound)
+    codes = torch.where(step == 0, codes * live, (x / step).round_().clamp_(-bound, bound - 1) + bound)
     return Parts(_codes(codes), d, scales.to(torch.int8))
 
 
@@ -249,13 +278,12 @@ def encode_q2_k(weight: Tensor) -> Parts:
 
 def encode_q3_k(weight: Tensor) -> Parts:
     x = _grouped(weight, 16)
-    parts = _nested_symmetric(x, 4, 32, _descend_symmetric(x, 4))
-    assert parts.scales is not None
-    return parts._replace(scales=torch.where(parts.d == 0, -32, parts.scales))  # the bytes of an empty block are zeros
+    return _nested_symmetric(x, 4, 32, _descend_symmetric(x, 4), empty=-32)  # whose bytes are zeros
 
 
 def _rms_importance(x: Tensor) -> Tensor:
-    return (_sum(x * x) / len(x)).sqrt() + x.abs()
+    # In double, as torch's float32 root may be off by one ulp.
+    return (_sum(x * x) / len(x)).double().sqrt().float() + x.abs()
 
 
 def encode_q4_k(weight: Tensor) -> Parts:
@@ -283,14 +311,14 @@ def _nearest(x: Tensor) -> Tensor:
 
 
 def _search_table(x: Tensor) -> Tensor:
-    """Scales of groups: 16 first guesses, each with its best scale; weighted by the squares of the weights."""
+    """Scales of groups: 16 guesses, each with its best scale; errors count by the squares of the weights."""
     table = torch.tensor(IQ4.values, device=x.device)
     peak = _peak(x, 0)
     live = peak[0].abs() >= _TINY
     peak = torch.where(live, peak, 1.0)
     importance = x * x
     best, scale = torch.full_like(x[0], -1.0), torch.zeros_like(x[0])
-    for inverse in (1 / (peak / 127), *((i - 127) / peak for i in range(-7, 8))):
+    for inverse in (1 / (peak / 127), *(_over(i - 127, peak) for i in range(-7, 8))):
         values = table[_nearest(inverse * x)]
         weighted = importance * values
         xl, ll = _sum(weighted * x), _sum(weighted * values)

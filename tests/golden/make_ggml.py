@@ -9,7 +9,7 @@ The library of xllamacpp happens to export the C functions of ggml; they are cal
     <id>.raw        [7, bytes]        uint8      what C encodes the weight to; with an importance of 1 where C cannot do without
     <id>.blocks     [3, n * bytes]    uint8      random bytes, except for floats that are not finite
     <id>.values     [3, n * block]    float32    and what C decodes them to
-    <id>.digest     [32]              uint8      SHA-256 of the float32 values of `SWEEP` blocks of random bytes: -0 is 0, what is not finite is 0
+    <id>.digest     [32]              uint8      SHA-256 of the float32 values of `SWEEP` random blocks; -0 is 0, so is what is not finite
 
 Nothing of qkernels is imported.
 """
@@ -72,14 +72,14 @@ def decode(id, raw):
 
 
 def weights():
-    """Rows with zeros, constants, one large value, few distinct values, one sign, and magnitudes from 1e-7 to 1e4."""
+    """Rows with zeros, constants, one large value, few distinct values, one sign, and magnitudes from 1e-7 to 1e3."""
     random = np.random.RandomState(0)
     w = random.standard_normal((7, 768)).astype(np.float32)
     w[3, :256], w[3, 256:512], w[3, 512:] = 0, -0.75, 0
     w[3, 700] = 3.0
     w[4] = random.randint(-8, 9, 768) / 4
     w[5, :384], w[5, 384:] = np.abs(w[5, :384]), -np.abs(w[5, 384:])
-    w[6] *= np.exp2(np.repeat(np.linspace(-23, 12, 24), 32))
+    w[6] *= np.exp2(np.repeat(np.linspace(-23, 8, 24), 32))
     return w.astype(np.float16)
 
 

@@ -8,7 +8,8 @@ strip, which holds its tiles, scales and zeros in order of k, then of panels; th
     others   as 8 bits, each 64 codes squeezed into a little-endian bit stream
 
 Nested blocks (ggml's) come apart into the same: codes of one width, and numbers of the groups that share the finest scale. Where scales
-have a scale themselves, that of every block lies in strips as they do.
+have a scale themselves, that of every block lies in strips as they do. Vector codebooks (IQ1, IQ2, IQ3) and TQ1_0, whose codes would take
+more than their blocks, are kept as they lie, row by row, and come apart a few columns at a time.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from qkernels.formats import Codebook, Float, Int, QuantFormat, QuantTensor
 from qkernels.formats.format import SCALE_DTYPES, Code, Parts
+from qkernels.formats.ggml_grids import grid
 from qkernels.formats.packing import pack, unpack
 from qkernels.kernels.cpu import memory
 from qkernels.kernels.registry import Problem
@@ -32,7 +34,7 @@ class Packed(NamedTuple):
     """A weight as the CPU kernels read it.
 
     Shapes, with P = ceil(N / 16) panels, G groups and B nested blocks along K:
-        weight        [P * padded K * 2 * bits]   uint8
+        weight        [P * padded K * 2 * bits]   uint8; blocks that are kept: [N * B * bytes of one], and then nothing else but perm
         scales        [P * G * 16]                scale type (e8m0: uint8); [P * G] where a scale serves whole panels
         zeros         [P * G * 16]                uint8 or scale type; minima as well
         tensor_scale  [1]                         float32; or what multiplies the scales of a nested block, and then the minima:
@@ -43,7 +45,7 @@ class Packed(NamedTuple):
     format: QuantFormat
     shape: tuple[int, int]
     weight: Tensor
-    scales: Tensor
+    scales: Tensor | None
     zeros: Tensor | None
     tensor_scale: Tensor | None
     perm: Tensor | None
@@ -52,6 +54,8 @@ class Packed(NamedTuple):
 def prepare(q: QuantTensor) -> Packed:
     """Re-lay a canonical weight in panels and tiles."""
     (n, k), bits = q.shape, q.format.bits
+    if _is_kept(q.format):
+        return Packed(q.format, q.shape, memory.empty(q.codes.numel()).copy_(q.codes.flatten()), None, None, None, q.perm)
     codes, scales, zeros, tensor_scale = _apart(q)
     codes = F.pad(_pad_groups(codes, q.format, n, k), (0, 0, 0, -n % PANEL))
     tiles = codes.view(-1, PANEL, codes.shape[1] // TILE_K, 2, 4).permute(0, 2, 3, 1, 4)  # panel, tile, half, row, k
@@ -69,6 +73,9 @@ def prepare(q: QuantTensor) -> Packed:
 def restore(packed: Packed) -> QuantTensor:
     """Invert `prepare`, bit for bit."""
     (n, k), bits = packed.shape, packed.format.bits
+    if _is_kept(packed.format):
+        return QuantTensor(packed.format, packed.shape, packed.weight.clone().view(n, -1), perm=packed.perm)
+    assert packed.scales is not None
     panels = -(-n // PANEL)
     weight = _panels(packed.weight.view(panels, -1, PANEL * bits))
     if bits == 4:
@@ -197,10 +204,23 @@ def describe(format: QuantFormat, n: int, k: int) -> Described:
     """table and (bits, group, code, offset, minima) for the ops."""
     found = _DESCRIBED.get((format, n, k))
     if found is None:
-        table, bits, code, offset = _describe_code(format.code)
+        table, bits, code, offset = _describe_kept(format) if _is_kept(format) else _describe_code(format.code)
         minima = format.zero == "min" if format.block is None else _parts(format).m is not None
         found = _DESCRIBED[format, n, k] = table, (bits, format.group_extent(n, k)[1], code, offset, minima)
     return found
+
+
+# Blocks that are kept as they lie: what their indices name, see formats/ggml_grids.py.
+_GRIDS = {name: name for name in ("iq1_s", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s")} | {"iq1_m": "iq1_s", "tq1_0": None}
+
+
+def _is_kept(format: QuantFormat) -> bool:
+    return format.block is not None and format.block.join is None
+
+
+def _describe_kept(format: QuantFormat) -> tuple[Tensor | None, int, str, int]:
+    name = _GRIDS[format.name]
+    return None if name is None else grid(name), 8, format.name, 128
 
 
 def _describe_code(code: Code) -> tuple[Tensor | None, int, str, int]:
@@ -220,7 +240,7 @@ def why_not(p: Problem) -> str | None:
         from qkernels.kernels.cpu import library
 
         return library.why_missing() or "the compiled library is missing"
-    if p.format.block is not None and p.format.block.join is None:
+    if _is_kept(p.format) and p.format.name not in _GRIDS:
         return f"{p.format.name} does not come apart into codes of one width and scales of groups"
     code = p.format.code
     if isinstance(code, Codebook | Float) and code.bits > 4 and code.name not in ("e4m3", "e5m2"):

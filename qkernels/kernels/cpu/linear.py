@@ -5,7 +5,7 @@ A result depends on K alone: not on the threads, nor on the other rows.
 
 Source: interleaving output rows so that no sum crosses lanes, as in llama.cpp's repacked types; unsigned weights against signed
 activations with a correction by the activations' sum, as VNNI libraries do; unpacking a panel once for many rows, as ik_llama.cpp does;
-half the products for codes of up to 4 bits, as in S. Winograd, A New Algorithm for Inner Product, 1968.
+half the products for codes of up to 4 bits, as in S. Winograd, A New Algorithm for Inner Product, 1968; nested blocks: ggml-common.h.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from qkernels.formats import Codebook, Float, Int, QuantFormat
+from qkernels.formats import Int, QuantFormat
 from qkernels.kernels.cpu import layout, library
 from qkernels.kernels.cpu.layout import Packed, prepare, restore
 from qkernels.kernels.registry import Kernel, Matmul, Problem, register
@@ -47,7 +47,7 @@ def _binder(name: str) -> Callable[[QuantFormat, tuple[int, int]], Matmul]:
         def matmul(
             x: Tensor,
             weight: Tensor,
-            scales: Tensor,
+            scales: Tensor | None,
             zeros: Tensor | None,
             tensor_scale: Tensor | None,
             perm: Tensor | None,
@@ -73,9 +73,7 @@ def _why_not_s8(p: Problem) -> str | None:
     if reason := layout.why_not(p):
         return reason
     code = p.format.code
-    if isinstance(code, Int | Codebook) or (isinstance(code, Float) and code.bits <= 4):
-        return None if code.bits == 4 or isinstance(code, Int) else f"codebooks of {code.bits} bits: 4 are held"
-    return f"{code.name} values do not fit int8"
+    return None if isinstance(code, Int) or code.bits <= 4 else f"{code.name} values do not fit int8"
 
 
 if library.why_missing() is None:
