@@ -260,6 +260,11 @@ def test_wrong_tensors(case):
         read(changed(**leaves))
 
 
+def test_tensors_of_no_module():
+    with pytest.raises(CheckpointError, match="called qweight, and not <module>"):
+        read({"qweight": torch.zeros(8, 16, dtype=I32)})
+
+
 WRONG_SETTINGS = {
     "group of other shapes": ({"group_size": 16}, CheckpointError, r"scales is \[2, 16\] torch.float16, not \[4, 16\]"),
     "no group": ({"group_size": 0}, CheckpointError, "group_size is 0; -1"),

@@ -41,13 +41,15 @@ def walk(tensors: Mapping[str, Tensor], leaves: Sequence[str], lone: Sequence[st
             if leaf in leaves and module.rpartition(".")[2] not in lone:
                 raise CheckpointError(f"{name} is there, but {module}.qweight is missing")
             yield name, None
+        elif not module:
+            raise CheckpointError("a tensor is called qweight, and not <module>.qweight: nothing says whose it is")
+        elif surplus := next((other for other in held[module] if other not in (*leaves, "bias")), None):
+            raise CheckpointError(f"{module}.{surplus} lies beside {module}.qweight; a quantised module has {', '.join(leaves)} and bias")
         elif leaf == "bias":
             yield name, None
-        elif leaf not in leaves:
-            raise CheckpointError(f"{name} lies beside {module}.qweight; a quantised module has {', '.join(leaves)} and bias")
         elif module not in done:
             done.add(module)
-            yield module, {leaf: tensors[f"{module}.{leaf}"] for leaf in held[module] if leaf != "bias"}
+            yield module, {other: tensors[f"{module}.{other}"] for other in held[module] if other != "bias"}
 
 
 @contextmanager
