@@ -238,6 +238,22 @@ def test_forms_say_the_same(format):
         assert torch.equal(reference.decode(form, torch.float64), reference.decode(q, torch.float64))
 
 
+def test_frequencies_of_llama_3():
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope["original_max_position_embeddings"] = 32
+    config = LlamaConfig(hidden_size=64, num_attention_heads=2, rope_parameters=rope, max_position_embeddings=256)
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    plain = 500.0 ** -(torch.arange(0, 32, 2) / 32)
+    torch.testing.assert_close(gguf_model.rope_factors(config.to_dict()), plain / scaled)
+    assert gguf_model.rope_factors(CONFIG) is None
+    for other in ({"model_type": "gemma2"}, {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}):
+        with pytest.raises(UnsupportedError, match=r"of such a model is not written"):
+            gguf_model.key_values(CONFIG | other, "")
+
+
 def test_forms_of_integers():
     q = random_quant(formats.get("u4_g32_zi_sf32"), 8, 64)
     assert len(list(forms(q))) == 1

@@ -26,7 +26,7 @@ from qkernels.quantizers.rtn import rtn
 Value = QuantTensor | QuantStack | Tensor
 TARGETS = ("gptq", "awq", "awq:gemv", "awq:gemv_fast", "compressed-tensors", "bitsandbytes", "gguf", "qkernels")
 TARGETS_OF_MIXES = tuple(f"gguf:{mix}" for mix in gguf_model.MIXES)
-NO_TOKENIZER = "the file has no tokenizer, which llama.cpp needs to run it: add one with its convert_hf_to_gguf.py --vocab-only"
+NO_TOKENIZER = "the file has no tokenizer: llama.cpp runs it on the numbers of tokens, not on text"
 NO_CONFIG = "config.json and tokenizer are not made from a GGUF file's key-values: take them from the model's own repository"
 _GROUPS = (128, 64, 32)
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
@@ -104,7 +104,7 @@ class _Conversion:
         source: Iterator[tuple[str, Value]] = checkpoint.read(self.info)
         if self.layout == "gguf" and self.info.layout != "gguf":
             assert self.settings is not None
-            return gguf_model.items(source, self.settings)
+            return gguf_model.items(source, self.settings, self.info.config)
         return gguf_model.to_hf(source, self.info.settings) if self.info.layout == "gguf" and self.layout != "gguf" else source
 
     # -- the look ----------------------------------------------------------------------------------------------------------------------

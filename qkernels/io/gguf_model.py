@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -45,24 +46,28 @@ _KEYS = {
     "expert_used_count": "num_experts_per_tok",
     "expert_feed_forward_length": "moe_intermediate_size",
 }
+_WRITTEN = ("llama", "qwen2", "qwen3", "qwen3moe")  # of which these keys say all that llama.cpp asks for
 _FLOATS = ("attention.layer_norm_rms_epsilon", "rope.freq_base")
 
 
 def key_values(config: Mapping[str, Any], mix: str) -> KeyValues:
-    """Architecture and hyper-parameters of config.json, as llama.cpp calls them; a tokenizer is not among them.
+    """Architecture and hyper-parameters of config.json, as llama.cpp calls them; it is told that there is no tokenizer.
 
     Raises UnsupportedError for a model whose names are not known, CheckpointError for a config.json that lacks what all models have.
     """
     kind = config.get("model_type")
     arch = gguf_names.ARCHITECTURES.get(str(kind))
-    if arch is None:
-        raise UnsupportedError(f"model_type {kind!r}: how GGUF names its tensors is not known; {', '.join(gguf_names.ARCHITECTURES)} are")
+    if arch not in _WRITTEN:
+        known = ", ".join(name for name, arch in gguf_names.ARCHITECTURES.items() if arch in _WRITTEN)
+        raise UnsupportedError(f"model_type {kind!r}: a GGUF file of such a model is not written; those of {known} are")
+    if (scaling := _rope(config).get("rope_type", "default")) not in ("default", "llama3"):
+        raise UnsupportedError(f"rope_type {scaling!r}: a GGUF file of such a model is not written; 'default' and 'llama3' are")
     stated = {**config, "num_local_experts": config.get("num_local_experts", config.get("num_experts"))}
-    found = KeyValues({"general.architecture": arch, "general.quantization_version": 2})
+    found = KeyValues({"general.architecture": arch, "general.quantization_version": 2, "tokenizer.ggml.model": "none"})
     if mix:
         found["general.file_type"] = MIXES[mix][2]
     for key, name in _KEYS.items():
-        value = stated.get(name, (config.get("rope_parameters") or {}).get(name))
+        value = stated.get(name, _rope(config).get(name))
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             found[f"{arch}.{key}"] = float(value) if key in _FLOATS else value
     if missing := [name for key, name in list(_KEYS.items())[:5] if f"{arch}.{key}" not in found]:
@@ -70,11 +75,32 @@ def key_values(config: Mapping[str, Any], mix: str) -> KeyValues:
     return found
 
 
-def items(source: Iterable[tuple[str, Value]], settings: Mapping[str, Any]) -> Iterator[tuple[str, Value]]:
+def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What is said of the rotary embedding, under the key of today or of before."""
+    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    return {**found, "rope_type": found.get("rope_type", found.get("type", "default"))}
+
+
+def rope_factors(config: Mapping[str, Any]) -> Tensor | None:
+    """What llama.cpp divides the frequencies of Llama 3.1 by, [head / 2] float32; None where it needs nothing. Source: transformers."""
+    rope = _rope(config)
+    if rope["rope_type"] != "llama3":
+        return None
+    size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    base = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+    turns = rope["original_max_position_embeddings"] / (2 * math.pi) * base ** -(torch.arange(0, size, 2).double() / size)
+    low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
+    smooth = ((turns - low) / (high - low)).clamp(0, 1)  # 0: slow, divided by all of the factor
+    return (1 / ((1 - smooth) / factor + smooth)).float()
+
+
+def items(source: Iterable[tuple[str, Value]], settings: Mapping[str, Any], config: Mapping[str, Any]) -> Iterator[tuple[str, Value]]:
     """Rename a model's tensors, reorder the rows of q and k, add what norms lack, and stack experts, held until all of a tensor are there.
 
-    settings   of `key_values`
+    settings   of `key_values`, which were made of config
     """
+    if (factors := rope_factors(config)) is not None:
+        yield "rope_freqs.weight", factors
     arch = settings["general.architecture"]
     count = settings.get(f"{arch}.expert_count", 0)
     gathered: dict[str, dict[int, Value]] = {}
