@@ -88,7 +88,7 @@ def measure(options: Options, say: Say, total: Callable[[int], None]) -> dict:
         limits, note = machine.try_roofline(options.threads, before=limits)
     record |= {"roofline": machine.as_dict(limits), "roofline_note": note, "others_share": neighbours.share()}
     if not missing:
-        record["versions"]["ggml"] = ggml.version()
+        record["versions"] |= ggml.versions()
     record["results"] = [asdict(with_limits(result, limits)) for result in results]
     return record | {"goals": judge_all(record, GGML_GOALS)}
 

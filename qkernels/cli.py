@@ -131,7 +131,8 @@ def inspect(path: Path) -> None:
     for row in summary.rows(devices.current("cpu")):
         table.add_row(*row)
     table.add_section()
-    table.add_row(*summary.total())
+    for row in summary.totals():
+        table.add_row(*row)
     for line in summary.head():
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print(table)

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from qkernels import formats, io
 from qkernels.errors import UnsupportedError
-from qkernels.formats import QuantFormat
+from qkernels.formats import QuantTensor
 from qkernels.io.detect import CheckpointInfo
 from qkernels.kernels import registry
 from qkernels.kernels.device import Device
+from qkernels.kernels.registry import Problem
 
 _LONGEST = 100  # characters of a setting that are shown
 # of the hundreds of key-values of a GGUF file: those that say what the model is
@@ -43,33 +44,38 @@ class Summary:
     def rows(self, here: Device) -> Iterator[tuple[str, ...]]:
         """Name, format, shape, bits per weight, MB and kernel of each quantised weight."""
         try:
-            for name, format, shape, compute in self._each():
-                n, k = shape[-2:]
-                elements, nbytes = math.prod(shape), format.nbytes(n, k) * math.prod(shape[:-2])
+            for name, shape, p in self._each(here):
+                elements, nbytes = math.prod(shape), p.format.nbytes(p.n, p.k) * math.prod(shape[:-2])
                 self.weights, self.elements, self.nbytes = self.weights + 1, self.elements + elements, self.nbytes + nbytes
-                numbers = " x ".join(map(str, shape)), f"{8 * nbytes / elements:.3f}", f"{nbytes / 1e6:.2f}"
-                yield name, format.name, *numbers, _kernel(format, n, k, compute, here)
+                permuted = ", permuted" if p.perm else ""
+                extent = " x ".join(map(str, shape)) + permuted
+                yield name, p.format.name, extent, f"{8 * nbytes / elements:.3f}", f"{nbytes / 1e6:.2f}", _kernel(p)
         except UnsupportedError as error:
             self.notes.append(str(error))
 
-    def total(self) -> tuple[str, ...]:
+    def totals(self) -> Iterator[tuple[str, ...]]:
+        """The same columns of all weights, and of what is not quantised."""
         bits = f"{8 * self.nbytes / self.elements:.3f}" if self.elements else ""
-        dense = f"and {self.dense} tensors that are not quantised, {self.dense_bytes / 1e6:.2f} MB" if self.dense else ""
-        return f"{self.weights} weights", "", dense, bits, f"{self.nbytes / 1e6:.2f}", ""
+        yield f"{self.weights} weights", "", "", bits, f"{self.nbytes / 1e6:.2f}", ""
+        if self.dense:
+            yield f"{self.dense} tensors that are not quantised", "", "", "", f"{self.dense_bytes / 1e6:.2f}", ""
 
-    def _each(self) -> Iterator[tuple[str, QuantFormat, tuple[int, ...], str]]:
-        """Name, format, shape and compute of what is quantised; what is not is counted. A directory of ours says it in its manifest."""
+    def _each(self, here: Device) -> Iterator[tuple[str, tuple[int, ...], Problem]]:
+        """Name, shape and problem of what is quantised; what is not is counted. A directory of ours says it in its manifest."""
         if self.info.layout == "qkernels":
             for name, layer in self.info.settings["layers"].items():
-                yield name, formats.get(layer["format"]), tuple(layer["shape"]), layer["compute"]
+                format, (n, k) = formats.get(layer["format"]), layer["shape"]
+                yield name, (n, k), Problem(format, n, k, compute=layer["compute"], device=here)
             return
         for name, value in io.read(self.info):
             if isinstance(value, Tensor):
                 self.dense, self.dense_bytes = self.dense + 1, self.dense_bytes + value.nbytes
-            else:
-                yield name, value.format, tuple(value.shape), "auto"
+                continue
+            *_, n, k = value.shape
+            perm = isinstance(value, QuantTensor) and value.perm is not None
+            yield name, tuple(value.shape), Problem(value.format, n, k, perm=perm, device=here)
 
 
-@lru_cache(maxsize=1024)
-def _kernel(format: QuantFormat, n: int, k: int, compute: str, here: Device) -> str:
-    return registry.plan(registry.Problem(format, n, k, compute=compute, device=here)).kernel.name  # type: ignore[arg-type]  # as it was checked
+@lru_cache(maxsize=1024)  # models have few kinds of layers
+def _kernel(problem: Problem) -> str:
+    return registry.plan(problem).kernel.name

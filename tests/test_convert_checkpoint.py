@@ -17,7 +17,7 @@ from qkernels.io.convert import NO_CONFIG, NO_TOKENIZER, convert
 from qkernels.io.forms import code_bits, few_rows, forms
 from qkernels.quantizers.rtn import rtn
 
-HIDDEN, FFN, HEADS, KV_HEADS, LAYERS = 256, 512, 4, 2, 2
+HIDDEN, FFN, HEADS, KV_HEADS, LAYERS = 256, 256, 4, 2, 2
 CONFIG = {
     "model_type": "llama",
     "num_hidden_layers": LAYERS,
@@ -303,7 +303,7 @@ def test_commands(run, tmp_path):
         "blk.1.ffn_up.weight",
         "q4_0",
         "4.500",
-        "512 x 256",
+        "256 x 256",
         "14 weights",
         "7 tensors",
     ):

@@ -109,8 +109,9 @@ def ggml() -> ctypes.CDLL:
     return library
 
 
-def version() -> str:
-    return ggml().ggml_version().decode()
+def versions() -> dict[str, str]:
+    """As it says it itself: it is no package that was installed."""
+    return {"ggml": ggml().ggml_version().decode()}
 
 
 @functools.cache
