@@ -50,8 +50,10 @@ def random_blocks(format, n, k, seed=0, perm=False):
         m = None if parts.m is None else ((torch.rand(parts.m.shape, generator=g) - 0.9) * 0.02 * 2**format.bits).half()
         raw = block.join(parts._replace(d=d.to(parts.d.dtype), m=m))
     else:  # redrawn until every scale is of such a size
-        while (bad := ~_sensible(block.split(raw).d)).any():
-            raw[bad] = torch.randint(256, (int(bad.sum()), block.nbytes), generator=g).to(torch.uint8)
+        bad = ~_sensible(block.split(raw).d)
+        while bad.any():
+            raw[bad] = fresh = torch.randint(256, (int(bad.sum()), block.nbytes), generator=g).to(torch.uint8)
+            bad[bad.clone()] = ~_sensible(block.split(fresh[None]).d)[0]
     order = torch.randperm(k, generator=g).to(torch.int32) if perm else None
     return QuantTensor(format, (n, k), raw.flatten(1), perm=order)
 

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import gc
 import itertools
 import pickle
@@ -62,12 +63,20 @@ def with_parts(q, **changed):
     return dataclasses.replace(q, codes=q.format.block.join(parts._replace(**changed)).flatten(1))
 
 
-def check(kernel, q, y, x, bias):
+@functools.lru_cache(maxsize=16)
+def weight_of(format, n, k, seed, perm):
+    """A weight and its values, kept for the levels that follow each other."""
+    q = random_quant(format, n, k, seed=seed, perm=perm)
+    return q, reference.decode(q, torch.float64)
+
+
+def check(kernel, q, y, x, bias, weight=None):
     """Where int8 can hold x (one magnitude, and zeros) its rounding is no excuse: the bound is that of float kernels."""
     if kernel.compute == "int8" and x.abs().unique().numel() <= 2:
         assert_matmul_close(y, x, reference.decode(with_int8_entries(q), torch.float64), bias)
     else:
-        assert_matmul_close(y, x, reference.decode(q, torch.float64), bias, int8=q if kernel.compute == "int8" else None)
+        weight = reference.decode(q, torch.float64) if weight is None else weight
+        assert_matmul_close(y, x, weight, bias, int8=q if kernel.compute == "int8" else None)
 
 
 def with_int8_entries(q):
@@ -103,12 +112,12 @@ def test_against_fp64(kernel, format, level, isa):
         dtype, with_bias, with_perm = DTYPES[(i + i // 8) % 3], i % 5 < 2, i % 7 < 3
         if not able(kernel, format, n, k, m=m, dtype=dtype, bias=with_bias, perm=with_perm):
             continue
-        q = random_quant(format, n, k, seed=i, perm=with_perm)
+        q, weight = weight_of(format, n, k, i // len(ROWS), with_perm)
         x = inputs(i // 3, m, k, dtype)
         if kernel.compute == "int8" and i // 2 % 2:
             x = x.sign() * (x.abs() > 0.5)
         bias = torch.randn(n).to(dtype) if with_bias else None
-        check(kernel, q, kernel.run(x, kernel.prepare(q), bias), x, bias)
+        check(kernel, q, kernel.run(x, kernel.prepare(q), bias), x, bias, weight)
         ran += 1
     if not ran:
         need(kernel, format)
