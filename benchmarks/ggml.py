@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 
 import torch
@@ -12,7 +12,7 @@ from rich.markup import escape
 from torch import Tensor, nn
 
 from . import machine, peers, report
-from .base import CheckFailed, Contestant
+from .base import CheckFailed, Contestant, Prepared
 from .goals import GGML_GOALS, INT4, LIKE_INT4, TORCH, find, judge_all, over_best
 from .neighbours import Neighbours
 from .ours import DTYPES, contestant, of_weight
@@ -49,7 +49,11 @@ def ours(type: str, dtype: str = "bfloat16") -> Contestant:
             raise CheckFailed(f"the blocks of {type} mean something else to ggml")
         return qkernels.QuantLinear.from_quant_tensor(q, compute="int8", dtype=DTYPES[dtype])
 
-    return of_weight(type, layer, "int8", dtype)
+    def prepare(weight: Tensor, threads: int) -> Prepared:  # both are charged with the bytes of the file, however a kernel lays them out
+        return replace(made.prepare(weight, threads), nbytes=ggml.blocks(weight, type).nbytes)
+
+    made = of_weight(type, layer, "int8", dtype)
+    return replace(made, prepare=prepare)
 
 
 def permuted(dtype: str = "bfloat16") -> Contestant:
