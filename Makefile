@@ -7,7 +7,7 @@ QUIET := $(if $(MAKE_TERMOUT),,--quiet)
 INSTALL := $(BIN)/python -m pip install $(QUIET) --disable-pip-version-check --constraint constraints.txt
 export HF_HUB_OFFLINE = 1
 
-.PHONY: help demo test lint bench venv build peers emulate sanitize sweep fuzz tritons clean
+.PHONY: help demo test lint bench venv build peers ggml emulate sanitize sweep fuzz tritons clean
 
 help:  ## list the commands
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -53,7 +53,24 @@ $(VENV)/peers.stamp: $(VENV)/qkernels.stamp
 	@echo "== the benchmark's peers"
 	$(INSTALL) --no-deps zentorch
 	$(INSTALL) deprecated onnxruntime onnx openvino bitsandbytes
+	@$(MAKE) --no-print-directory ggml || echo "== WARNING: ggml was not compiled; the benchmark goes without it"
 	@touch $@
+
+# Of llama-cpp-python's source package llama.cpp's kernels alone, for this CPU, as llama.cpp compiles them by default. Two changes, both for
+# AMX: GCC before 13 drops the stores to a tile configuration, and torch, on the same threads, releases the one that ggml loads once.
+GGML := build/ggml
+GGML_SOURCE := $(GGML)/llama_cpp_python-*/vendor/llama.cpp/ggml
+ggml:
+	@command -v cmake >/dev/null || { echo "== ggml needs cmake"; exit 1; }
+	mkdir -p $(GGML) && rm -rf $(GGML)/llama_cpp_python-*
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary llama-cpp-python --dest $(GGML) --constraint constraints.txt llama-cpp-python
+	tar xzf $(GGML)/llama_cpp_python-*.tar.gz -C $(GGML)
+	touch $$(echo $(GGML_SOURCE))/ggml.pc.in
+	sed -i 's/static thread_local bool done/bool done/' $(GGML_SOURCE)/src/ggml-cpu/amx/mmq.cpp
+	cmake -S $(GGML_SOURCE) -B $(GGML)/made -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DGGML_LLAMAFILE=ON -DGGML_BUILD_TESTS=OFF \
+	-DGGML_BUILD_EXAMPLES=OFF -DCMAKE_CXX_FLAGS="-fno-dse -fno-tree-dse"
+	cmake --build $(GGML)/made --parallel 2 --target ggml-cpu
+	mkdir -p $(VENV)/lib/ggml && cp -L $(GGML)/made/src/libggml-base.so $(GGML)/made/src/libggml-cpu.so $(VENV)/lib/ggml
 
 # The level is looked for beforehand: the tests would skip one that is missing.
 EMULATED := build/emulated

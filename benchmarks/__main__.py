@@ -13,11 +13,13 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from . import ggml as of_ggml
 from . import machine, peers, plot, readme, report
 from .cliff import measure_cliff
 from .gpu.readme import markdown as gpu_markdown
 from .ours import DTYPES
 from .overhead import measure_memory, measure_overhead
+from .peers import ggml
 from .record import Options, measure
 from .shapes import parse_shapes
 from .timing import Pace
@@ -164,6 +166,36 @@ def overhead(
     each(formats, computes, threads, both)
 
 
+@app.command(name="ggml")
+def against_ggml(
+    types: Annotated[str, typer.Option(help="ggml's types, comma-separated; empty: int4's forms alone.")] = ",".join(ggml.TYPES),
+    shapes: Annotated[str, typer.Option(help="NxK, one.")] = "4096x4096",
+    m: MsOption = "1,16,128,512",
+    threads: ThreadsOption = 0,
+    rounds: RoundsOption = 8,
+    name: Annotated[str, typer.Option(help="Name of the JSON; default: from the CPU's model.")] = "",
+    out: Annotated[Path, typer.Option(help="Folder of the results.", file_okay=False, show_default="ggml, in that of the CPU's")] = (
+        report.RESULTS / "ggml"
+    ),
+    save: SaveOption = True,
+) -> None:
+    """Measure against llama.cpp's kernels on the same bytes, and int4 with zero points or a permutation against plain int4."""
+    with usage_errors():
+        wanted, rows, (shape, *_) = split(types), [int(part) for part in split(m)], parse_shapes(shapes)
+        if unknown := set(wanted) - set(ggml.TYPES):
+            raise ValueError(f"unknown types {', '.join(sorted(unknown))}; known: {', '.join(ggml.TYPES)}")
+        if save:
+            out.mkdir(parents=True, exist_ok=True)
+    with progress_bar() as (say, total):
+        record = of_ggml.measure(of_ggml.Options(wanted, shape, rows, thread_count(threads), Pace(rounds=rounds)), say, total)
+    if save:
+        console.print(f"wrote {report.save(record, name or machine.slug(), out).name} in {out}", highlight=False, soft_wrap=True)
+    of_ggml.show(record, console)
+    if red := report.reds(record):
+        console.print(f"[red]{len(red)} of our results are wrong: no speed is given for them[/]")
+        raise typer.Exit(1)
+
+
 @app.command()
 def gpu(
     shapes: Annotated[str, typer.Option(help="8b, 70b, 70b-tp8, 8b-head, other models or NxK, comma-separated.")] = "8b,70b",
@@ -250,8 +282,12 @@ def static(write: Annotated[bool, typer.Option(help="Write results/static/triton
 def print_readme(
     write: Annotated[bool, typer.Option(help="Rewrite README.md between the markers.")] = False, out: OutOption = report.RESULTS
 ) -> None:
-    """Print the README's benchmark sections from all results: the CPUs', and the GPUs'."""
-    sections = {readme.CPU: readme.markdown(report.load_all(out)), readme.GPU: gpu_markdown(report.load_all(out / "gpu"))}
+    """Print the README's benchmark sections from all results: the CPUs', those against ggml, and the GPUs'."""
+    sections = {
+        readme.CPU: readme.markdown(report.load_all(out)),
+        of_ggml.SECTION: of_ggml.markdown(report.load_all(out / "ggml")),
+        readme.GPU: gpu_markdown(report.load_all(out / "gpu")),
+    }
     if write and not readme.README.exists():
         raise typer.BadParameter(f"--write: there is no {readme.README}; only a checkout of qkernels has one")
     text = readme.README.read_text() if write else ""

@@ -50,6 +50,7 @@ class Contestant:
     prepare      (weight [N, K] float32, threads) -> Prepared; may raise, which is reported
     dtype        of the activations that it is given; its output is compared as it comes
     package      module that must be importable, or "" for torch and qkernels
+    absent       instead of `package`, for what is no module: says why it is not there, or ""
     """
 
     name: str
@@ -60,6 +61,7 @@ class Contestant:
     prepare: Callable[[Tensor, int], Prepared]
     package: str = ""
     distribution: str = ""  # the name under which the package is installed, where it differs
+    absent: Callable[[], str] | None = None
 
 
 def groupwise(weight: Tensor, group: int, top: int) -> tuple[Tensor, Tensor]:

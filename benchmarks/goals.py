@@ -42,15 +42,15 @@ def find(record: dict, contestant: str, m: int, shape: str = SHAPE) -> dict | No
     return next(rows, None)
 
 
-def read_share(contestant: str) -> Value:
+def read_share(contestant: str, weights: str = "") -> Value:
     """Weight bytes per second at M = 1 as a share of what reading memory alone reached in the turns beside.
 
     Not measured where anybody read faster than that by over 10 %, which is more than a better order of reading gives (7 %, NOTES.md):
-    neighbours took memory during the turns of reading.
+    neighbours took memory during the turns of reading. Of those with `weights`, where they alone were measured in turn.
     """
 
     def value(record: dict) -> float | None:
-        rows = (r for r in record["results"] if r["m"] == 1 and r["shape"] == SHAPE and r["ok"])
+        rows = (r for r in record["results"] if r["m"] == 1 and r["shape"] == SHAPE and r["ok"] and weights in ("", r.get("weights")))
         disturbed = any((r.get("read_share") or 0) > 1.1 for r in rows)
         return None if disturbed else (find(record, contestant, 1) or {}).get("read_share")
 
@@ -60,6 +60,16 @@ def read_share(contestant: str) -> Value:
 def faster(contestant: str, other: str, m: int) -> Value:
     """How many times faster than another one at one M."""
     return lambda record: (find(record, contestant, m) or {"times_over": {}})["times_over"].get(other)
+
+
+def over_best(contestant: str, others: str, m: int, shape: str = SHAPE) -> Value:
+    """How many times faster than the fastest of those whose names begin with `others`."""
+
+    def value(record: dict) -> float | None:
+        times_over = (find(record, contestant, m, shape) or {"times_over": {}})["times_over"]
+        return min((times for other, times in times_over.items() if other.startswith(others)), default=None)
+
+    return value
 
 
 def worst(contestant: str, other: str, least_m: int = 1) -> Value:
@@ -101,5 +111,19 @@ GOALS: tuple[Goal, ...] = (
 )
 
 
-def judge_all(record: dict) -> list[dict]:
-    return [goal.judge(record) for goal in GOALS]
+# of `python -m benchmarks ggml`: the types that llama.cpp's files are made of, and int4 as GPTQ and AWQ leave it
+GGML_TYPES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs", "mxfp4")
+LIKE_INT4 = {"int4_asym": "int4 with zero points", "int4 perm": "int4 with a permutation"}
+GGML_GOALS: tuple[Goal, ...] = (
+    *(Goal(f"{type} M=1: share of the read bandwidth", 0.85, read_share(f"qkernels {type} int8", type), unit="%") for type in GGML_TYPES),
+    *(Goal(f"{type} M=512: over ggml", 1.8, over_best(f"qkernels {type} int8", f"ggml {type} ", 512)) for type in GGML_TYPES),
+    *(
+        Goal(f"{text} M={m}: time over symmetric int4", 1.1, inverse(faster(f"qkernels {weights} int8", INT4, m)), at_least=False)
+        for weights, text in LIKE_INT4.items()
+        for m in (1, 16, 128, 512)
+    ),
+)
+
+
+def judge_all(record: dict, goals: tuple[Goal, ...] = GOALS) -> list[dict]:
+    return [goal.judge(record) for goal in goals]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -27,12 +28,17 @@ def quant_linear(weight: Tensor, format: str, compute: str, dtype: torch.dtype) 
 
 
 def contestant(format: str, compute: str, dtype: str) -> Contestant:
-    """One of our formats with one kind of arithmetic."""
+    """One of our formats with one kind of arithmetic, as users get it: a layer quantised from a float one."""
+    return of_weight(format, lambda weight: quant_linear(weight, format, compute, DTYPES[dtype]), compute, dtype)
+
+
+def of_weight(weights: str, layer_of: Callable[[Tensor], nn.Module], compute: str, dtype: str) -> Contestant:
+    """A contestant called after its weights, from a function that makes a QuantLinear of a weight [N, K] float32."""
 
     def prepare(weight: Tensor, threads: int) -> Prepared:
         import qkernels
 
-        layer = quant_linear(weight, format, compute, DTYPES[dtype])
+        layer = layer_of(weight)
         kind = arithmetic_of(layer, dtype)
 
         def check(x: Tensor, y: Tensor) -> None:
@@ -47,7 +53,7 @@ def contestant(format: str, compute: str, dtype: str) -> Contestant:
 
     short = {"bfloat16": "", "float16": " fp16", "float32": " fp32"}[dtype]
     kind: Arithmetic = "int8" if compute == "int8" else _float_arithmetic(dtype)
-    return Contestant(f"qkernels {format} {compute}{short}", "qkernels", format, kind, DTYPES[dtype], prepare)
+    return Contestant(f"qkernels {weights} {compute}{short}", "qkernels", weights, kind, DTYPES[dtype], prepare)
 
 
 def contestants(formats: list[str], computes: list[str], dtype: str) -> list[Contestant]:

@@ -18,16 +18,17 @@ def markdown(records: list[dict]) -> str:
 def _machine_section(record: dict) -> str:
     shapes = list(dict.fromkeys(r["shape"] for r in record["results"]))
     main = SHAPE if SHAPE in shapes else shapes[0]
-    parts = [_head(record), *([noise] if (noise := noise_line(record)) else []), _times_table(record, main)]
+    parts = [head(record), *([noise] if (noise := noise_line(record)) else []), _times_table(record, main)]
     if len(shapes) > 1:
         parts.append(_shapes_table(record, shapes))
     if missing := record.get("missing_peers"):
         parts.append("Not measured here: " + "; ".join(f"{name} ({reason})" for name, reason in missing.items()) + ".")
-    parts.append(table(["Goal", "Bound", "Measured", ""], [_goal_row(g) for g in record["goals"]]))
+    parts.append(goals_table(record))
     return "\n\n".join(parts)
 
 
-def _head(record: dict) -> str:
+def head(record: dict) -> str:
+    """Machine, versions and command in two lines."""
     machine, limits = record["machine"], record.get("roofline")
     limit = f" Measured limits: {limits_line(limits)}." if limits else ""
     peers = ", ".join(f"{name} {version}" for name, version in record["versions"].items() if name not in ("python", "numpy"))
@@ -71,6 +72,10 @@ def _shapes_table(record: dict, shapes: list[str]) -> str:
 
 def _times_cell(times: float | None) -> str:
     return "–" if times is None else f"{times:.1f} ×"
+
+
+def goals_table(record: dict) -> str:
+    return table(["Goal", "Bound", "Measured", ""], [_goal_row(g) for g in record["goals"]])
 
 
 def _goal_row(goal: dict) -> list[str]:

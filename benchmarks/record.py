@@ -14,6 +14,7 @@ from .goals import SHAPE, judge_all
 from .neighbours import Neighbours
 from .ours import contestants as our_contestants
 from .overhead import measure_memory, measure_overhead
+from .peers import ggml
 from .run import Say, measure_shape, rotation_bytes, with_limits
 from .shapes import LayerShape, parse_shapes
 from .timing import Pace
@@ -51,6 +52,8 @@ def measure(options: Options, say: Say, total: Callable[[int], None]) -> dict:
         say("measuring the machine's limits")
         limits, _ = machine.try_roofline(options.threads)
         record = machine.provenance(options.threads) | _settings(options)
+        if any(entrant in ggml.CONTESTANTS for entrant in entrants):
+            record["versions"] |= ggml.versions()
         results = []
         neighbours = Neighbours()
         for shape in options.shapes:

@@ -1,4 +1,4 @@
-"""The command `qkernels`: info, formats, explain, quantize, inspect, bench, tune."""
+"""The command `qkernels`: info, formats, explain, quantize, inspect, convert, bench, tune."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 import qkernels
-from qkernels import config, formats, kernels
+from qkernels import config, formats, inspection, io, kernels
 from qkernels.errors import FormatError, QKernelsError
 from qkernels.integrations.transformers import quantize_directory
-from qkernels.io import native
+from qkernels.io import convert as convert_checkpoint
 from qkernels.kernels import device as devices
 from qkernels.kernels import registry
 from qkernels.kernels.cpu import library
@@ -125,14 +125,31 @@ def quantize(
 
 @app.command()
 def inspect(path: Path) -> None:
-    """Layers of a saved directory: format, bits per weight, size, and the kernel that would run here."""
-    layers, here = native.read_manifest(path)["layers"], devices.current("cpu")
-    table = Table("layer", "format", "N x K", "bits / weight", "MB", "kernel here", title=str(path), title_justify="left")
-    for name, layer in layers.items():
-        f, (n, k) = formats.get(layer["format"]), layer["shape"]
-        kernel = registry.plan(registry.Problem(f, n, k, compute=layer["compute"], device=here)).kernel.name
-        table.add_row(name, f.name, f"{n} x {k}", f"{f.bits_per_weight(n, k):.3f}", f"{f.nbytes(n, k) / 1e6:.2f}", kernel)
+    """What a checkpoint holds: layout, settings, and of each weight format, bits per weight, size, and the kernel that would run here."""
+    summary = inspection.Summary(io.detect(path))
+    table = Table("weight", "format", "N x K", "bits / weight", "MB", "kernel here", title=str(path), title_justify="left")
+    for row in summary.rows(devices.current("cpu")):
+        table.add_row(*row)
+    table.add_section()
+    for row in summary.totals():
+        table.add_row(*row)
+    for line in summary.head():
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print(table)
+    for line in summary.notes:
+        console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="a directory or file that `qkernels inspect` knows")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="a new directory; a new file for gguf")],
+    to: Annotated[str, typer.Option(help=", ".join((*convert_checkpoint.TARGETS, *convert_checkpoint.TARGETS_OF_MIXES)))],
+    requantize: Annotated[bool, typer.Option("--requantize", help="round what the target cannot hold exactly")] = False,
+) -> None:
+    """Write a checkpoint in another layout: its numbers where that can hold them; where not, say so, or round them if asked to."""
+    report = convert_checkpoint.convert(source, target, to, requantize=requantize)
+    console.print(f"{report}\n{source} -> {target}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})

@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import random_quant
 
-from benchmarks import readme, report
+from benchmarks import ggml, readme, report
 from benchmarks.gpu.readme import markdown as gpu_markdown
 from qkernels import formats, kernels, reference
 from qkernels.formats.packing import unpack
@@ -33,6 +33,7 @@ def test_readme_prints_the_registry():
 def test_readme_prints_the_results():
     """`python -m benchmarks readme --write` after a change of benchmarks/results."""
     assert readme.current(README.read_text()) == readme.markdown(report.load_all())
+    assert readme.current(README.read_text(), ggml.SECTION) == ggml.markdown(report.load_all(report.PUBLISHED / "ggml"))
     assert readme.current(README.read_text(), readme.GPU) == gpu_markdown(report.load_all(report.PUBLISHED / "gpu"))
 
 

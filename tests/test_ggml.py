@@ -171,7 +171,7 @@ def test_scales_that_are_too_large(id, size):
 @pytest.mark.parametrize("name", ["q4_k", "q6_k", "iq3_s", "ggml_mxfp4"])
 def test_layer(name):
     q = random_blocks(formats.get(name), 17, 512)
-    layer = qkernels.QuantLinear.from_quant_tensor(q)
+    layer = qkernels.QuantLinear.from_quant_tensor(q, compute="float")
     x = torch.randn(3, 512)
     assert_matmul_close(layer(x), x, reference.decode(q, torch.float64))
     assert torch.equal(layer.state_dict()["weight"], q.codes)

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..base import Contestant
-from . import aten, bnb, ort, ov, zen
+from . import aten, bnb, ggml, ort, ov, zen
 
 TORCH: tuple[Contestant, ...] = aten.CONTESTANTS
-OTHERS: tuple[Contestant, ...] = (*zen.CONTESTANTS, *ort.CONTESTANTS, *ov.CONTESTANTS, *bnb.CONTESTANTS)
+OTHERS: tuple[Contestant, ...] = (*zen.CONTESTANTS, *ort.CONTESTANTS, *ov.CONTESTANTS, *bnb.CONTESTANTS, *ggml.CONTESTANTS)
 ALL = TORCH + OTHERS
 
 PROBE_TIMEOUT_S = 120
@@ -38,13 +38,13 @@ def select(names: str, known: Sequence[Contestant] = OTHERS) -> list[Contestant]
 
 
 def _matches(peer: Contestant, part: str) -> bool:
-    return peer.name.lower().startswith(part) or peer.package.startswith(part)
+    return peer.name.lower().startswith(part) or (bool(peer.package) and peer.package.startswith(part))
 
 
 def why_not(peer: Contestant, threads: int) -> str | None:
     """Say why a peer cannot be measured on this machine, or None when it can."""
-    if importlib.util.find_spec(peer.package) is None:
-        return f"not installed (pip install {peer.distribution or peer.package})"
+    if reason := _why_absent(peer):
+        return reason
     command = [sys.executable, "-m", f"{__name__}.probe", peer.name, str(threads)]
     root = Path(__file__).resolve().parents[__name__.count(".") + 1]  # there this package is found first, wherever the user is
     try:
@@ -56,6 +56,12 @@ def why_not(peer: Contestant, threads: int) -> str | None:
     if done.returncode < 0:
         return f"crashes on this CPU ({signal.Signals(-done.returncode).name})"
     return _explanation(done.stdout, done.stderr)
+
+
+def _why_absent(peer: Contestant) -> str:
+    if peer.absent is not None:
+        return peer.absent()
+    return "" if importlib.util.find_spec(peer.package) else f"not installed (pip install {peer.distribution or peer.package})"
 
 
 def _explanation(stdout: str, stderr: str) -> str:

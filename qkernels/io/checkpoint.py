@@ -89,6 +89,22 @@ def write(
             writer.config = {**(config or {}), "quantization_config": stated}
 
 
+def try_write(items: Iterable[tuple[str, Value]], layout: str, settings: Mapping[str, Any] | None = None) -> None:
+    """Raise UnsupportedError as `write` would, without writing anything."""
+    if layout == "gguf":
+        for name, value in items:
+            _reader("gguf").stored(name, value)
+    elif layout == "qkernels":
+        for name, value in items:
+            if not isinstance(value, Tensor):
+                single(name, value, _OURS)
+    else:
+        _reader(layout).write(items, settings, lambda *_: None)
+
+
+_OURS = "a qkernels directory"
+
+
 def _write_native(items: Iterable[tuple[str, Value]], path: str | os.PathLike[str], shard_bytes: int) -> None:
     layers: dict[str, dict[str, Any]] = {}
     with native.Writer(path, layers, {}, shard_bytes) as writer:
@@ -96,7 +112,7 @@ def _write_native(items: Iterable[tuple[str, Value]], path: str | os.PathLike[st
             if isinstance(value, Tensor):
                 writer.add(name, value)
                 continue
-            layer, q = name.removesuffix(".weight"), single(name, value, "a qkernels directory")
+            layer, q = name.removesuffix(".weight"), single(name, value, _OURS)
             layers[layer] = {"format": q.format.name, "shape": list(q.shape), "compute": "auto"}
             for field, t in q.tensors().items():
                 writer.add(f"{layer}.{_LEAVES[field]}", t)

@@ -86,11 +86,15 @@ class Writer:
             weight_map = {tensor: name for name, (_, tensors) in zip(names, self._files) for tensor in tensors}
             (self.directory / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1))
         if self.config is not None:
-            (self.directory / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
+            write_config(self.directory, self.config)
         self.directory.chmod(0o755)
         if self.target.exists():
             self.target.rmdir()  # empty
         self.directory.rename(self.target)
+
+
+def write_config(path: Path, config: Mapping[str, Any]) -> None:
+    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 @contextmanager

@@ -189,15 +189,15 @@ def _write_data(items: Iterable[tuple[str, Value]], data: IO[bytes], alignment: 
     for name, value in items:
         if name in infos:
             raise FormatError(f"the tensor {name!r} is there twice")
-        type, shape, raw = _stored(name, value)
+        type, shape, raw = stored(name, value)
         infos[name] = TensorInfo(name, type, shape, data.tell(), raw.numel())
         data.write(raw.numpy())  # type: ignore[call-overload]  # an array is a buffer
         data.write(bytes(gguf_file.padded(data.tell(), alignment) - data.tell()))
     return list(infos.values())
 
 
-def _stored(name: str, value: Value) -> tuple[int, tuple[int, ...], Tensor]:
-    """Type, shape and bytes of what is to be stored."""
+def stored(name: str, value: Value) -> tuple[int, tuple[int, ...], Tensor]:
+    """Type, shape and bytes of what is to be stored; UnsupportedError for what cannot be."""
     if len(name.encode()) > LONGEST_NAME:
         raise UnsupportedError(f"the tensor's name {name!r} is too long for ggml, which holds {LONGEST_NAME} bytes")
     shape = tuple(value.shape)

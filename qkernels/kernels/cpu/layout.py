@@ -122,9 +122,9 @@ def _joined(packed: Packed, codes: Tensor, scales: Tensor, zeros: Tensor | None)
 
 
 def _parts(format: QuantFormat) -> Parts:
-    """Those of a block of zeros: what there is, and its dtypes."""
+    """Those of two blocks of zeros: what there is, and its dtypes."""
     assert format.block is not None
-    return format.block.split(torch.zeros(1, 1, format.block.nbytes, dtype=torch.uint8, device="cpu"))
+    return format.block.split(torch.zeros(1, 2, format.block.nbytes, dtype=torch.uint8, device="cpu"))
 
 
 def _strips(panels: Tensor, out: Tensor | None = None) -> Tensor:
@@ -232,6 +232,20 @@ def _describe_code(code: Code) -> tuple[Tensor | None, int, str, int]:
     return torch.tensor(table, dtype=torch.float32, device="cpu"), code.bits, "table", 0
 
 
+def _why_not_blocks(format: QuantFormat) -> str | None:
+    if _is_kept(format):
+        return None if format.name in _GRIDS else f"{format.name} does not come apart into codes of one width and scales of groups"
+    assert format.block is not None
+    parts = _parts(format)
+    finest = parts.d if parts.scales is None else parts.scales
+    if format.group != (1, format.block.elements // finest.shape[-1]):
+        return f"{format.name} has {finest.shape[-1]} scales a block, which its group {format.group} does not say"
+    outer = [t for t in (parts.d, parts.m) if t is not None and parts.scales is not None]
+    if any(t.dtype != torch.float16 or t.shape[-1] != 1 for t in outer):
+        return f"{format.name} has scales of scales that are not one float16 a block"
+    return None
+
+
 def why_not(p: Problem) -> str | None:
     """What neither CPU kernel can hold."""
     if p.device.type != "cpu":
@@ -240,8 +254,8 @@ def why_not(p: Problem) -> str | None:
         from qkernels.kernels.cpu import library
 
         return library.why_missing() or "the compiled library is missing"
-    if _is_kept(p.format) and p.format.name not in _GRIDS:
-        return f"{p.format.name} does not come apart into codes of one width and scales of groups"
+    if p.format.block is not None and (reason := _why_not_blocks(p.format)):
+        return reason
     code = p.format.code
     if isinstance(code, Codebook | Float) and code.bits > 4 and code.name not in ("e4m3", "e5m2"):
         return f"code {code.name} has {code.bits} bits; tables of up to 4 bits, e4m3 and e5m2 are held"

@@ -1,0 +1,196 @@
+"""Hugging Face models as GGUF files have them: names, order of rows, stacked experts, hyper-parameters; llama.cpp's mixes of types."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkernels import formats
+from qkernels.errors import CheckpointError, FormatError, UnsupportedError
+from qkernels.formats import QuantFormat, QuantStack, QuantTensor
+from qkernels.io import gguf_names
+from qkernels.io.gguf_file import KeyValues
+
+Value = QuantTensor | QuantStack | Tensor
+# mix -> (the type of most tensors, the one of those that matter most, llama.cpp's number of the mix)
+MIXES = {
+    "Q4_0": ("q4_0", "q4_0", 2),
+    "Q4_1": ("q4_1", "q4_1", 3),
+    "Q8_0": ("q8_0", "q8_0", 7),
+    "Q5_0": ("q5_0", "q5_0", 8),
+    "Q5_1": ("q5_1", "q5_1", 9),
+    "Q4_K_M": ("q4_k", "q6_k", 15),
+    "Q5_K_M": ("q5_k", "q6_k", 17),
+    "Q6_K": ("q6_k", "q6_k", 18),
+}
+_NARROWER = {"q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}  # where K is no multiple of 256
+# key of a GGUF file, behind the architecture -> config.json's
+_KEYS = {
+    "block_count": "num_hidden_layers",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "attention.value_length": "head_dim",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "attention.sliding_window": "sliding_window",
+    "rope.freq_base": "rope_theta",
+    "vocab_size": "vocab_size",
+    "expert_count": "num_local_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size",
+}
+_WRITTEN = ("llama", "qwen2", "qwen3", "qwen3moe")  # of which these keys say all that llama.cpp asks for
+_FLOATS = ("attention.layer_norm_rms_epsilon", "rope.freq_base")
+
+
+def key_values(config: Mapping[str, Any], mix: str) -> KeyValues:
+    """Architecture and hyper-parameters of config.json, as llama.cpp calls them; it is told that there is no tokenizer.
+
+    Raises UnsupportedError for a model whose names are not known, CheckpointError for a config.json that lacks what all models have.
+    """
+    kind = config.get("model_type")
+    arch = gguf_names.ARCHITECTURES.get(str(kind))
+    if arch not in _WRITTEN:
+        known = ", ".join(name for name, arch in gguf_names.ARCHITECTURES.items() if arch in _WRITTEN)
+        raise UnsupportedError(f"model_type {kind!r}: a GGUF file of such a model is not written; those of {known} are")
+    if (scaling := _rope(config).get("rope_type", "default")) not in ("default", "llama3"):
+        raise UnsupportedError(f"rope_type {scaling!r}: a GGUF file of such a model is not written; 'default' and 'llama3' are")
+    stated = {**config, "num_local_experts": config.get("num_local_experts", config.get("num_experts"))}
+    found = KeyValues({"general.architecture": arch, "general.quantization_version": 2, "tokenizer.ggml.model": "none"})
+    if mix:
+        found["general.file_type"] = MIXES[mix][2]
+    for key, name in _KEYS.items():
+        value = stated.get(name, _rope(config).get(name))
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            found[f"{arch}.{key}"] = float(value) if key in _FLOATS else value
+    if missing := [name for key, name in list(_KEYS.items())[:5] if f"{arch}.{key}" not in found]:
+        raise CheckpointError(f"config.json has no number {', '.join(missing)}")
+    return found
+
+
+def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What is said of the rotary embedding, under the key of today or of before."""
+    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    return {**found, "rope_type": found.get("rope_type", found.get("type", "default"))}
+
+
+def rope_factors(config: Mapping[str, Any]) -> Tensor | None:
+    """What llama.cpp divides the frequencies of Llama 3.1 by, [head / 2] float32; None where it needs nothing. Source: transformers."""
+    rope = _rope(config)
+    if rope["rope_type"] != "llama3":
+        return None
+    size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    base = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+    turns = rope["original_max_position_embeddings"] / (2 * math.pi) * base ** -(torch.arange(0, size, 2).double() / size)
+    low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
+    smooth = ((turns - low) / (high - low)).clamp(0, 1)  # 0: slow, divided by all of the factor
+    return (1 / ((1 - smooth) / factor + smooth)).float()
+
+
+def items(source: Iterable[tuple[str, Value]], settings: Mapping[str, Any], config: Mapping[str, Any]) -> Iterator[tuple[str, Value]]:
+    """Rename a model's tensors, reorder the rows of q and k, add what norms lack, and stack experts, held until all of a tensor are there.
+
+    settings   of `key_values`, which were made of config
+    """
+    if (factors := rope_factors(config)) is not None:
+        yield "rope_freqs.weight", factors
+    arch = settings["general.architecture"]
+    count = settings.get(f"{arch}.expert_count", 0)
+    gathered: dict[str, dict[int, Value]] = {}
+    for hf_name, value in source:
+        name, expert = gguf_names.to_gguf(arch, hf_name)
+        value = _as_stored(arch, name, value, settings)
+        if expert is None:
+            yield name, value
+            continue
+        experts = gathered.setdefault(name, {})
+        experts[expert] = value
+        if len(experts) == count:
+            yield name, _stacked(name, [experts[e] for e in sorted(experts)])
+            del gathered[name]
+    if gathered:
+        held = {name: f"{len(experts)} of {count} experts" for name, experts in gathered.items()}
+        raise CheckpointError(f"experts are missing: {held}")
+
+
+def _as_stored(arch: str, name: str, value: Value, settings: Mapping[str, Any]) -> Value:
+    heads = gguf_names.rotated_heads(arch, name, settings)
+    if heads is not None:
+        value = _take_rows(name, value, gguf_names.rows_to_gguf(value.shape[0], heads))
+    if isinstance(value, Tensor) and value.dim() == 1:
+        value = value.float() + gguf_names.norm_offset(arch, name)  # llama.cpp wants its norms and biases in fp32
+    return value
+
+
+def _take_rows(name: str, value: Value, rows: Tensor) -> QuantTensor | Tensor:
+    if isinstance(value, Tensor):
+        return value[rows]
+    if isinstance(value, QuantStack) or value.format.group[0] != 1:
+        raise UnsupportedError(f"{name} is {value.format.name}, whose rows cannot be reordered: they share scales")
+    moved = {field: t[rows] if field in ("codes", "scales", "zeros") else t for field, t in value.tensors().items()}
+    return QuantTensor.from_tensors(value.format, value.shape, moved)
+
+
+def _stacked(name: str, experts: list[Value]) -> Value:
+    if all(isinstance(e, Tensor) for e in experts):
+        return torch.stack([e for e in experts if isinstance(e, Tensor)])
+    if not all(isinstance(e, QuantTensor) for e in experts):
+        raise UnsupportedError(f"{name}: some of its experts are quantised and some are not")
+    return QuantStack.of([e for e in experts if isinstance(e, QuantTensor)])
+
+
+def to_hf(source: Iterator[tuple[str, Value]], settings: Mapping[str, Any]) -> Iterator[tuple[str, Value]]:
+    """A GGUF file's tensors under the names of Hugging Face, q and k in the order of its rows, norms without what was added."""
+    arch = str(settings.get("general.architecture"))
+    for name, value in source:
+        hf = gguf_names.to_hf(arch, name)
+        if hf is None:
+            continue
+        heads = gguf_names.rotated_heads(arch, name, settings)
+        if heads is not None:
+            value = _take_rows(name, value, gguf_names.rows_to_hf(value.shape[0], heads))
+        if isinstance(value, Tensor) and (offset := gguf_names.norm_offset(arch, name)):
+            value = value.float() - offset
+        if "*" in hf and not isinstance(value, QuantTensor):
+            yield from ((hf.replace("*", str(e)), value[e]) for e in range(value.shape[0]))
+        else:
+            yield hf, value
+
+
+def type_of(mix: str, name: str, k: int, layers: int, tied: bool) -> QuantFormat | None:
+    """The type in which a mix stores a weight; None: it stays as it is. Source: llama.cpp's llama-quant.cpp.
+
+    name     in the GGUF file
+    layers   how many the model has
+    tied     the embedding is the output too
+    """
+    stem = name.removesuffix(".weight").rpartition(".")[2]
+    if not name.endswith(".weight") or "norm" in stem or stem.startswith(("ffn_gate_inp", "rope_", "position")) or k % 32:
+        return None
+    most, best, _ = MIXES[mix]
+    if stem == "output" or (stem == "token_embd" and tied):
+        most = "q8_0" if most == "q8_0" else "q6_k"
+    elif stem in ("attn_v", "ffn_down", "ffn_down_exps"):
+        i = int(name.split(".")[1])
+        if i < layers // 8 or i >= 7 * layers // 8 or (i - layers // 8) % 3 == 2:
+            most = best
+    return formats.get(_fitting(most, k))
+
+
+def nearest(bits: int, k: int) -> QuantFormat:
+    """The type of ggml of so many bits for rows of K; FormatError where K fits none."""
+    name = _fitting({2: "q2_k", 3: "q3_k", 4: "q4_k", 5: "q5_k", 6: "q6_k"}.get(bits, "q8_0"), k)
+    if k % 32:
+        raise FormatError(f"K = {k}; ggml's blocks have 32 or 256 elements")
+    return formats.get(name)
+
+
+def _fitting(name: str, k: int) -> str:
+    return _NARROWER[name] if name in _NARROWER and k % 256 else name
