@@ -20,7 +20,7 @@ from qkernels.formats import Int, QuantFormat, QuantStack, QuantTensor
 from qkernels.io import checkpoint, directory, gguf_file, gguf_model
 from qkernels.io.detect import CheckpointInfo, detect
 from qkernels.io.forms import code_bits, dense, few_rows, forms, has_minima
-from qkernels.io.layers import stays_dense
+from qkernels.io.gptq_family import stays_dense
 from qkernels.quantizers.rtn import rtn
 
 Value = QuantTensor | QuantStack | Tensor

@@ -65,6 +65,11 @@ def read_modules(
         yield name, replace(q, origin={"layout": layout.name, **beyond} if beyond else {})
 
 
+def stays_dense(name: str, value: Tensor) -> bool:
+    """Whether a plain tensor is the weight of a module in a block, which loaders would take for quantised, were they not told."""
+    return value.dim() == 2 and _IN_BLOCK.fullmatch(name) is not None
+
+
 def write_modules(
     items: Iterable[tuple[str, weights.Value]],
     add: weights.Add,
@@ -79,7 +84,7 @@ def write_modules(
         module = name.removesuffix(".weight")
         if isinstance(value, Tensor):
             add(name, value)
-            dense += [module] if value.dim() == 2 and _IN_BLOCK.fullmatch(name) else []
+            dense += [module] if stays_dense(name, value) else []
             continue
         with weights.naming(module):
             held = stored(name, module, value)
