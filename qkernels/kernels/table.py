@@ -1,4 +1,4 @@
-"""The table of formats by kernels, as the README prints it."""
+"""The table of formats by kernels, as docs/formats.md prints it."""
 
 from __future__ import annotations
 
