@@ -1,4 +1,4 @@
-"""Encoders of ggml's block types, without an importance matrix: the blocks that ggml's reference C code makes, byte for byte.
+"""Encoders of ggml's block types, without an importance matrix: the blocks that ggml's reference C code makes, byte for byte on the CPU.
 
 Every `encode_<type>` takes weights [N, B, elements of a block] float32 and returns Parts for the type's `join`. To give the same bytes they
 do the same float32 operations in the same order: sums run element by element. For that, and for speed, groups lie as
@@ -15,10 +15,20 @@ from torch import Tensor
 
 from qkernels.errors import FormatError
 from qkernels.formats.format import Parts
-from qkernels.formats.ggml_blocks import IQ4
+from qkernels.formats.ggml_search import (
+    TINY,
+    descend_symmetric,
+    inverse_of,
+    nearest_iq4,
+    over,
+    peak_of,
+    search_affine,
+    search_symmetric,
+    search_table,
+    total,
+)
 
 _CHUNK = 1 << 16  # weights encoded at a time: what the searches hold stays in the caches
-_TINY = 1e-15  # groups with no larger weight are zeros
 
 
 @dataclass(frozen=True)
@@ -52,28 +62,6 @@ def _codes(grouped: Tensor) -> Tensor:
     return grouped.movedim(0, -1).flatten(-2).to(torch.uint8)
 
 
-def _sum(terms: Tensor) -> Tensor:
-    """Add slices one after the other."""
-    total = terms[0].clone()
-    for term in terms[1:]:
-        total += term
-    return total
-
-
-def _peak(x: Tensor, dim: int) -> Tensor:
-    """The value of largest magnitude, with its sign; the first of several. The dimension stays, with extent 1."""
-    return x.gather(dim, x.abs().argmax(dim, keepdim=True)) + 0.0  # never -0
-
-
-def _over(number: float, x: Tensor) -> Tensor:
-    """Divide and round once; `number / x` is the number times the reciprocal in torch."""
-    return torch.tensor(number) / x
-
-
-def _inverse(x: Tensor) -> Tensor:
-    return torch.where(x == 0, 0.0, 1.0 / x)
-
-
 def _rounded(x: Tensor) -> Tensor:
     """Round half away from zero."""
     whole = x.trunc()
@@ -93,8 +81,8 @@ def encode_q5_0(weight: Tensor) -> Parts:
 
 def _symmetric(weight: Tensor, bias: int) -> Parts:
     """The largest weight becomes code 0, whatever its sign."""
-    d = _peak(weight, -1) / -bias
-    return Parts((weight * _inverse(d) + (bias + 0.5)).clamp(max=2 * bias - 1).to(torch.uint8), d.half())
+    d = peak_of(weight, -1) / -bias
+    return Parts((weight * inverse_of(d) + (bias + 0.5)).clamp(max=2 * bias - 1).to(torch.uint8), d.half())
 
 
 def encode_q4_1(weight: Tensor) -> Parts:
@@ -109,22 +97,22 @@ def _affine(weight: Tensor, top: int) -> Parts:
     """Codes from the smallest weight to the largest."""
     low, high = weight.aminmax(dim=-1, keepdim=True)
     d = (high - low) / top
-    return Parts(((weight - low) * _inverse(d) + 0.5).clamp(max=top).to(torch.uint8), d.half(), m=low.half())
+    return Parts(((weight - low) * inverse_of(d) + 0.5).clamp(max=top).to(torch.uint8), d.half(), m=low.half())
 
 
 def encode_q8_0(weight: Tensor) -> Parts:
     d = weight.abs().amax(-1, keepdim=True) / 127
-    return Parts((_rounded(weight * _inverse(d)) + 128).to(torch.uint8), d.half())
+    return Parts((_rounded(weight * inverse_of(d)) + 128).to(torch.uint8), d.half())
 
 
 def encode_ternary(weight: Tensor) -> Parts:
     """TQ1_0, TQ2_0 and Q2_0: the fourth code of two bits is never used."""
     d = weight.abs().amax(-1, keepdim=True)
-    return Parts((_rounded(weight * _inverse(d)) + 1).to(torch.uint8), d.half())
+    return Parts((_rounded(weight * inverse_of(d)) + 1).to(torch.uint8), d.half())
 
 
 def encode_q1_0(weight: Tensor) -> Parts:
-    d = _sum(weight.abs().movedim(-1, 0))[..., None] / 128
+    d = total(weight.abs().movedim(-1, 0))[..., None] / 128
     return Parts((weight >= 0).to(torch.uint8), d.half())
 
 
@@ -162,85 +150,6 @@ def _e4m3(scale: Tensor) -> Tensor:
     return torch.where(scale < 2.0**-6, subnormal, normal).to(torch.uint8).view(torch.float8_e4m3fn)
 
 
-# -- searches for the scale of a group -----------------------------------------------------------------------------------------------
-
-
-def _search_symmetric(x: Tensor, bound: int) -> tuple[Tensor, Tensor]:
-    """Codes in 0 … 2 * bound - 1 and scales of groups: 19 guesses, each with its best scale; errors count by the squares of the weights."""
-    peak = _peak(x, 0)
-    live = peak.abs() >= _TINY
-    peak = torch.where(live, peak, 1.0)
-    importance = x * x
-    importance_x = importance * x
-
-    def fit(start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        codes = (-start / peak * x).round_().clamp_(-bound, bound - 1)
-        return codes, _sum(importance_x * codes), _sum(importance * codes * codes)
-
-    steps = torch.tensor(0.1) * torch.tensor([0, *range(-9, 0), *range(1, 10)])
-    best = torch.full_like(x[0], -1.0)
-    codes, scale = torch.zeros_like(x), torch.zeros_like(x[0])
-    for start in bound + steps:
-        new, xl, ll = fit(start)
-        better = (ll > 0) & (xl * xl > best * ll)
-        codes = torch.where(better, new, codes)
-        scale = torch.where(better, xl / ll, scale)
-        best = torch.where(better, scale * xl, best)
-    return torch.where(live, codes + bound, 0.0), scale
-
-
-def _descend_symmetric(x: Tensor, bound: int) -> tuple[Tensor, Tensor]:
-    """Codes in 0 … 2 * bound - 1 and scales of groups: one guess, then five sweeps that move one code at a time."""
-    peak = _peak(x, 0)
-    live = peak.abs() >= _TINY
-    codes = (_over(-bound, torch.where(live, peak, 1.0)) * x).round_().clamp_(-bound, bound - 1)
-    importance = x * x
-    importance_x = importance * x
-    xl, ll = _sum(importance_x * codes), _sum(importance * codes * codes)
-    for i in [*range(len(x))] * 5:
-        w, wx, old = importance[i], importance_x[i], codes[i]
-        new_xl, new_ll = xl - wx * old, ll - w * old * old
-        new = (x[i] * new_ll / new_xl).round_().clamp_(-bound, bound - 1)
-        possible = (new_xl > 0) & (new != old)
-        new_xl, new_ll = new_xl + wx * new, new_ll + w * new * new
-        better = possible & (new_ll > 0) & (new_xl * new_xl * ll > xl * xl * new_ll)
-        codes[i] = torch.where(better, new, old)
-        xl, ll = torch.where(better, new_xl, xl), torch.where(better, new_ll, ll)
-    return torch.where(live, codes + bound, 0.0), torch.where(ll > 0, xl / ll, 0.0)
-
-
-def _search_affine(
-    x: Tensor, importance: Tensor, top: int, first: float, steps: int, loss: Callable[[Tensor], Tensor]
-) -> tuple[Tensor, ...]:
-    """Codes in 0 … top, scales and negated minima of groups: guesses of the scale, each with the best scale and minimum for its codes."""
-    low, high = x.amin(0).clamp(max=0.0), x.amax(0)
-    flat = high == low
-    sum_w, sum_x = _sum(importance), _sum(importance * x)
-
-    def error(codes: Tensor, scale: Tensor, low: Tensor) -> Tensor:
-        return _sum(importance * loss(scale * codes + low - x))
-
-    span = torch.where(flat, 1.0, high - low)
-    inverse = _over(top, span)
-    codes = (inverse * (x - low)).round_().clamp_(0, top)
-    scale = 1 / inverse
-    best = error(codes, scale, low)
-    for start in first + torch.tensor(0.1) * torch.arange(steps + 1) + top:
-        new = (start / torch.where(flat, 1.0, high - low) * (x - low)).round_().clamp_(0, top)
-        weighted = importance * new
-        sum_l, sum_ll, sum_xl = _sum(weighted), _sum(weighted * new), _sum(weighted * x)
-        determinant = sum_w * sum_ll - sum_l * sum_l
-        new_scale = (sum_w * sum_xl - sum_x * sum_l) / determinant
-        new_low = (sum_ll * sum_x - sum_l * sum_xl) / determinant
-        new_scale = torch.where(new_low > 0, sum_xl / sum_ll, new_scale)
-        new_low = new_low.clamp(max=0.0)
-        new_error = error(new, new_scale, new_low)
-        better = (determinant > 0) & (new_error < best) & ~flat
-        codes, best = torch.where(better, new, codes), torch.where(better, new_error, best)
-        scale, low = torch.where(better, new_scale, scale), torch.where(better, new_low, low)
-    return torch.where(flat, 0.0, codes), torch.where(flat, 0.0, scale), 0.0 - low
-
-
 # -- super-blocks ------------------------------------------------------------------------------------------------------------------
 
 
@@ -250,7 +159,7 @@ def _nested_affine(x: Tensor, top: int, scale_top: int, found: tuple[Tensor, ...
 
     def quantised(level: Tensor) -> tuple[Tensor, Tensor]:
         peak = level.amax(-1, keepdim=True).clamp(min=0.0)
-        return (peak / scale_top).half(), (torch.where(peak > 0, _over(scale_top, peak), 0.0) * level).round_().clamp_(0, scale_top)
+        return (peak / scale_top).half(), (torch.where(peak > 0, over(scale_top, peak), 0.0) * level).round_().clamp_(0, scale_top)
 
     (d, scales), (m, mins) = map(quantised, levels)
     step, low = d.float() * scales, m.float() * mins
@@ -261,10 +170,10 @@ def _nested_affine(x: Tensor, top: int, scale_top: int, found: tuple[Tensor, ...
 def _nested_symmetric(x: Tensor, bound: int, scale_bound: int, found: tuple[Tensor, Tensor], empty: int = 0) -> Parts:
     """Quantise scales of groups, and the weights anew with what they became; `empty` are the scales of a block of zeros."""
     codes, level = found
-    peak = _peak(level, -1)
-    live = peak.abs() >= _TINY
-    inverse = torch.where(live, _over(-scale_bound, peak), 0.0)
-    d = _inverse(inverse).half()
+    peak = peak_of(level, -1)
+    live = peak.abs() >= TINY
+    inverse = torch.where(live, over(-scale_bound, peak), 0.0)
+    d = inverse_of(inverse).half()
     scales = torch.where(live, (inverse * level).round_().clamp_(-scale_bound, scale_bound - 1), empty)
     step = d.float() * scales
     codes = torch.where(step == 0, codes * live, (x / step).round_().clamp_(-bound, bound - 1) + bound)
@@ -273,69 +182,45 @@ def _nested_symmetric(x: Tensor, bound: int, scale_bound: int, found: tuple[Tens
 
 def encode_q2_k(weight: Tensor) -> Parts:
     x = _grouped(weight, 16)
-    return _nested_affine(x, 3, 15, _search_affine(x, x.abs(), 3, -0.5, 15, torch.abs))
+    return _nested_affine(x, 3, 15, search_affine(x, x.abs(), 3, -0.5, 15, torch.abs))
 
 
 def encode_q3_k(weight: Tensor) -> Parts:
     x = _grouped(weight, 16)
-    return _nested_symmetric(x, 4, 32, _descend_symmetric(x, 4), empty=-32)  # whose bytes are zeros
+    return _nested_symmetric(x, 4, 32, descend_symmetric(x, 4), empty=-32)  # whose bytes are zeros
 
 
 def _rms_importance(x: Tensor) -> Tensor:
     # In double, as torch's float32 root may be off by one ulp.
-    return (_sum(x * x) / len(x)).double().sqrt().float() + x.abs()
+    return (total(x * x) / len(x)).double().sqrt().float() + x.abs()
 
 
 def encode_q4_k(weight: Tensor) -> Parts:
     x = _grouped(weight, 32)
-    return _nested_affine(x, 15, 63, _search_affine(x, _rms_importance(x), 15, -1.0, 20, torch.square))
+    return _nested_affine(x, 15, 63, search_affine(x, _rms_importance(x), 15, -1.0, 20, torch.square))
 
 
 def encode_q5_k(weight: Tensor) -> Parts:
     x = _grouped(weight, 32)
-    return _nested_affine(x, 31, 63, _search_affine(x, _rms_importance(x), 31, -0.5, 15, torch.square))
+    return _nested_affine(x, 31, 63, search_affine(x, _rms_importance(x), 31, -0.5, 15, torch.square))
 
 
 def encode_q6_k(weight: Tensor) -> Parts:
     x = _grouped(weight, 16)
-    return _nested_symmetric(x, 32, 128, _search_symmetric(x, 32))
+    return _nested_symmetric(x, 32, 128, search_symmetric(x, 32))
 
 
 # -- IQ4: a table of 16 values -----------------------------------------------------------------------------------------------------
 
 
-def _nearest(x: Tensor) -> Tensor:
-    """Codes of the nearest values; of two the greater."""
-    table = torch.tensor(IQ4.values, device=x.device)
-    return torch.bucketize(x, (table[1:] + table[:-1]) / 2, right=True, out_int32=True)
-
-
-def _search_table(x: Tensor) -> Tensor:
-    """Scales of groups: 16 guesses, each with its best scale; errors count by the squares of the weights."""
-    table = torch.tensor(IQ4.values, device=x.device)
-    peak = _peak(x, 0)
-    live = peak[0].abs() >= _TINY
-    peak = torch.where(live, peak, 1.0)
-    importance = x * x
-    best, scale = torch.full_like(x[0], -1.0), torch.zeros_like(x[0])
-    for inverse in (1 / (peak / 127), *(_over(i - 127, peak) for i in range(-7, 8))):
-        values = table[_nearest(inverse * x)]
-        weighted = importance * values
-        xl, ll = _sum(weighted * x), _sum(weighted * values)
-        better = xl * xl > best * ll
-        scale = torch.where(better, xl / ll, scale)
-        best = torch.where(better, scale * xl, best)
-    return torch.where(live, scale, 0.0)
-
-
 def encode_iq4_nl(weight: Tensor) -> Parts:
-    d = _search_table(_grouped(weight, 32))
-    return Parts(_nearest(weight * _inverse(d)).to(torch.uint8), d.half())
+    d = search_table(_grouped(weight, 32))
+    return Parts(nearest_iq4(weight * inverse_of(d)).to(torch.uint8), d.half())
 
 
 def encode_iq4_xs(weight: Tensor) -> Parts:
     x = _grouped(weight, 32)
-    level = _search_table(x)
-    d = _peak(level, -1) / -32
-    scales = (_inverse(d) * level).round_().clamp_(-32, 31)
-    return Parts(_codes(_nearest(x * _inverse(d * scales))), d.half(), scales.to(torch.int8))
+    level = search_table(x)
+    d = peak_of(level, -1) / -32
+    scales = (inverse_of(d) * level).round_().clamp_(-32, 31)
+    return Parts(_codes(nearest_iq4(x * inverse_of(d * scales))), d.half(), scales.to(torch.int8))

@@ -1,9 +1,11 @@
 """The tables of ggml's vector codebooks: points of 4 or 8 weights, named by their index.
 
-The tables are data that no formula gives. They are those of ggml (ggml-common.h), which has this licence:
+The tables are data that no formula gives. All six are those of ggml (ggml-common.h), taken from its package gguf
+0.19.0 (the grids of gguf/quants.py), which has this licence:
 
 MIT License
 
+Copyright (c) 2023 Georgi Gerganov
 Copyright (c) 2023-2026 The ggml authors
 
 Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated documentation files (the
