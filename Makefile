@@ -7,7 +7,7 @@ QUIET := $(if $(MAKE_TERMOUT),,--quiet)
 INSTALL := $(BIN)/python -m pip install $(QUIET) --disable-pip-version-check --constraint constraints.txt
 export HF_HUB_OFFLINE = 1
 
-.PHONY: help demo test lint bench venv build peers emulate sanitize sweep tritons clean
+.PHONY: help demo test lint bench venv build peers emulate sanitize sweep fuzz tritons clean
 
 help:  ## list the commands
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -67,6 +67,15 @@ emulate: build  ## the kernels' tests with AVX-512 emulated, for machines withou
 
 sweep: build  ## all cases of the GPU kernels' tests, of which `make test` takes a part
 	QKERNELS_SWEEP=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal tests/test_triton.py
+
+FUZZ_SECONDS := 60
+fuzz: $(VENV)/fuzz.stamp  ## broken files for the parsers of files from outside, a minute each
+	for target in gguf index; do $(BIN)/python tests/fuzz_gguf.py $$target -max_total_time=$(FUZZ_SECONDS) || exit 1; done
+
+$(VENV)/fuzz.stamp: $(VENV)/qkernels.stamp
+	@echo "== the fuzzer"
+	$(INSTALL) atheris
+	@touch $@
 
 # One version lies in .venv; the others go beside it, and before it on the path.
 TRITONS := 3.4.0 3.5.1 3.6.0 3.7.1 3.8.0

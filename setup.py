@@ -38,6 +38,8 @@ LEVELS = {  # source -> its own flags. No other source may hold such instruction
     "level_avx512vnni": AVX2 + AVX512,
     "level_avx512bf16": AVX2 + AVX512 + ["-mavx512bf16", "-mavx512vbmi"],
 }
+if sys.platform == "linux" and X86 and not EMULATE:  # elsewhere nothing asks the system to save its registers
+    LEVELS["level_amx"] = LEVELS["level_avx512bf16"] + ["-mamx-tile", "-mamx-int8"]
 EMULATED = [level for level in LEVELS if "avx512" in level] if EMULATE else []
 for level in EMULATED:  # -O3 takes five times as long to compile; what -m would define stays defined
     defines = [f"-D__{flag.removeprefix('-m').upper()}__" for flag in LEVELS[level] if flag.startswith("-mavx512")]
@@ -55,8 +57,9 @@ FLAGS = [
 
 def sources() -> list[str]:
     """Return the sources that this machine can compile, relative to the repository."""
+    levels = [level for level in LEVELS if X86 or level in ("level_portable", *EMULATED)]
     found = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
-    return [str(p.relative_to(ROOT)) for p in found if X86 or p.stem in ("level_portable", *EMULATED) or p.stem not in LEVELS]
+    return [str(p.relative_to(ROOT)) for p in found if p.stem in levels or not p.stem.startswith("level_")]
 
 
 class BuildPython(build_py):

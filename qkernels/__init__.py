@@ -24,6 +24,13 @@ def quantize(weight, format="int4", *, quantizer="rtn"):  # type: ignore[no-unty
     return quantizers.get(quantizer)(weight, formats.get(format))
 
 
+def from_pretrained(path, **options):  # type: ignore[no-untyped-def]
+    """Load a quantised transformers model in its own format; see `qkernels.integrations.pretrained.from_pretrained`."""
+    from qkernels.integrations import pretrained
+
+    return pretrained.from_pretrained(path, **options)
+
+
 __all__ = [
     "BackendUnavailable",
     "CheckpointError",
@@ -36,6 +43,7 @@ __all__ = [
     "UnsupportedError",
     "explain",
     "formats",
+    "from_pretrained",
     "io",
     "kernels",
     "load",

@@ -11,9 +11,12 @@ from torch import nn
 
 from qkernels import formats
 from qkernels.convert import _set, tie_key
+from qkernels.embedding import QuantEmbedding
 from qkernels.errors import CheckpointError, FormatError
+from qkernels.formats import QuantTensor
+from qkernels.formats.tensor import FIELDS
 from qkernels.io import native
-from qkernels.linear import QuantLinear
+from qkernels.linear import _TENSORS, QuantLinear
 from qkernels.progress import pulse, track
 
 
@@ -37,16 +40,19 @@ def _check_saveable(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None
     if meta := next((name for name, t in state.items() if t.is_meta), None):
         raise CheckpointError(f"{meta} is on the meta device, which holds no values; load or initialise the model, then save it")
     for name, m in model.named_modules():
-        if isinstance(m, QuantLinear) and not formats.is_known(m.format):
+        if isinstance(m, QuantLinear | QuantEmbedding) and not formats.is_known(m.format):
             raise CheckpointError(f"{name} has the format {m.format.name}, which no name finds again; register it (docs/add_a_format.md)")
 
 
 def layers_of(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """What qkernels.json says of every QuantLinear; one that the model holds under a second name is `shared_with` the first."""
+    """What qkernels.json says of QuantLinears and QuantEmbeddings; one that has a second name in the model is `shared_with` the first."""
     layers: dict[str, dict[str, Any]] = {}
     first: dict[int, str] = {}
     for name, m in model.named_modules(remove_duplicate=False):
-        if isinstance(m, QuantLinear):
+        if isinstance(m, QuantEmbedding):
+            shape, dtype = [m.num_embeddings, m.embedding_dim], str(m.dtype).removeprefix("torch.")
+            layers[name] = {"format": m.format.name, "shape": shape, "compute": "auto", "dtype": dtype}
+        elif isinstance(m, QuantLinear):
             layers[name] = {"format": m.format.name, "shape": [m.out_features, m.in_features], "compute": m.compute}
             if (shared_with := first.setdefault(id(m), name)) != name:
                 layers[name]["shared_with"] = shared_with
@@ -85,7 +91,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, batch_invariant: boo
     leaves: dict[str, list[str]] = {}
     for name in tensors:
         leaves.setdefault(name.rpartition(".")[0], []).append(name.rpartition(".")[2])
-    made: dict[str, QuantLinear] = {}
+    made: dict[str, nn.Module] = {}
     for name, entry in track(layers.items(), progress, f"loading {path}"):
         if (shared_with := entry.get("shared_with")) in made:
             made[name] = made[shared_with]
@@ -145,11 +151,13 @@ def _tie(model: nn.Module, name: str, source: str) -> None:
     setattr(model.get_submodule(parent), leaf, getattr(model.get_submodule(source_parent), source_leaf))
 
 
-def _layer(model: nn.Module, name: str, entry: dict[str, Any], mine: dict[str, torch.Tensor], batch_invariant: bool) -> QuantLinear:
+def _layer(model: nn.Module, name: str, entry: dict[str, Any], mine: dict[str, torch.Tensor], batch_invariant: bool) -> nn.Module:
     try:
         linear = model.get_submodule(name)
     except AttributeError:
         raise CheckpointError(f"the model has no layer {name!r}") from None
+    if isinstance(linear, nn.Embedding):
+        return _embedding(linear, name, entry, mine)
     if not isinstance(linear, nn.Linear):
         raise CheckpointError(f"layer {name!r} is a {type(linear).__name__}, not a Linear")
     shape = [linear.out_features, linear.in_features]
@@ -172,6 +180,18 @@ def _layer(model: nn.Module, name: str, entry: dict[str, Any], mine: dict[str, t
     if layer.bias is not None and linear.bias is not None:
         layer.bias.requires_grad_(linear.bias.requires_grad)
     return layer.train(linear.training)
+
+
+def _embedding(embedding: nn.Embedding, name: str, entry: dict[str, Any], mine: dict[str, torch.Tensor]) -> QuantEmbedding:
+    shape = [embedding.num_embeddings, embedding.embedding_dim]
+    if entry.get("shape") != shape:
+        raise CheckpointError(f"embedding {name!r} was saved as {entry.get('shape')}, the model's is {shape}")
+    tensors = {field: _beside(embedding.weight, mine[leaf]) for leaf, field in zip(_TENSORS, FIELDS, strict=True) if leaf in mine}
+    try:
+        q = QuantTensor.from_tensors(formats.get(entry["format"]), (shape[0], shape[1]), tensors)
+    except (FormatError, TypeError) as error:
+        raise CheckpointError(f"embedding {name!r}: {error}") from error
+    return QuantEmbedding(embedding, q, getattr(torch, entry.get("dtype", "float32"))).train(embedding.training)
 
 
 def _check_rest(own: dict[str, torch.Tensor], rest: dict[str, torch.Tensor], tied: dict[str, str]) -> None:

@@ -2,7 +2,7 @@
 
 | Variable          | Meaning                                                                            |
 |-------------------|------------------------------------------------------------------------------------|
-| `QKERNELS_ISA`    | run the CPU kernels at this level: portable, avx2, avx512vnni, avx512bf16          |
+| `QKERNELS_ISA`    | run the CPU kernels at this level: portable, avx2, avx512vnni, avx512bf16, amx     |
 | `QKERNELS_TABLES` | folder of the tables that `qkernels tune` writes; default ~/.cache/qkernels/tables |
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-ISA_LEVELS = ("portable", "avx2", "avx512vnni", "avx512bf16")  # each contains the ones before it
+ISA_LEVELS = ("portable", "avx2", "avx512vnni", "avx512bf16", "amx")  # each contains the ones before it
 
 
 def forced_isa() -> str | None:

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "qkernels").rglob("*.py"))
 LAYERS = {
     "errors": -1, "config": -1, "progress": -1, "formats": 0, "reference": 1, "quantizers": 1, "io": 1, "kernels": 2,
-    "linear": 3, "convert": 3, "checkpoint": 3, "warmup": 3, "integrations": 4, "cli": 4, "testing": 4,
+    "linear": 3, "embedding": 3, "convert": 3, "checkpoint": 3, "warmup": 3, "integrations": 4, "cli": 4, "testing": 4,
 }  # fmt: skip
 every_file = pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 
@@ -115,13 +115,20 @@ def test_import_is_light(compiled, tmp_path):
 EVEX = r"62 .*|k.*|\{.*"  # and operations on masks, and the VEX forms that came later still (AVX-VNNI)
 BF16_OR_VBMI = r"62 (vcvtne2?ps2bf16|vdpbf16ps|vperm(|i2|t2)b|vpmultishiftqb).*"
 NEWER = r"62 (vp(compress|expand)[bw]|vpsh[lr]d|vpmadd52|vpopcnt|vpshufbit|vpconflict|vplzcnt|vpbroadcastm|vgf2|vaes|vpclmul|vp2inter).*"
+AMX = "tile.*|tdp.*|[ls][dt]tilecfg"
 MAY_NOT_HAVE = {
-    "level_avx2.cpp": EVEX,
-    "level_avx512vnni.cpp": f"{BF16_OR_VBMI}|{NEWER}",
-    "level_avx512bf16.cpp": NEWER,
-    None: rf"{EVEX}|v.*|pdep|pext|mulx|rorx|sarx|shlx|shrx|bzhi",  # every other source, and inline functions that sources share
+    "level_avx2.cpp": f"{EVEX}|{AMX}",
+    "level_avx512vnni.cpp": f"{BF16_OR_VBMI}|{NEWER}|{AMX}",
+    "level_avx512bf16.cpp": f"{NEWER}|{AMX}",
+    "level_amx.cpp": NEWER,
+    None: rf"{EVEX}|{AMX}|v.*|pdep|pext|mulx|rorx|sarx|shlx|shrx|bzhi",  # every other source, and inline functions that sources share
 }
-HAS = {"level_avx2.cpp": "vfmadd231ps", "level_avx512vnni.cpp": "62 vpdpbusd", "level_avx512bf16.cpp": "62 vdpbf16ps"}
+HAS = {
+    "level_avx2.cpp": "vfmadd231ps",
+    "level_avx512vnni.cpp": "62 vpdpbusd",
+    "level_avx512bf16.cpp": "62 vdpbf16ps",
+    "level_amx.cpp": "tdpbssd",
+}
 
 
 def objdump(*options):

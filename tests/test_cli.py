@@ -461,8 +461,8 @@ def test_explain():
         (["--nk", "64X"], "--nk='64X'"),
         (["zzz"], "unknown format 'zzz'. Short names: nf4, "),
         (["--compute", "zzz"], "compute='zzz' is not one of auto, float, int8"),
-        (["--device", "cpu:avx9"], "'cpu:avx9'; write cpu, cpu:<portable|avx2|avx512vnni|avx512bf16|none>, cuda:sm<NN>"),
-        (["--device", "cuda:smXX"], "'cuda:smXX'; write cpu, cpu:<portable|avx2|avx512vnni|avx512bf16|none>, cuda:sm<NN>"),
+        (["--device", "cpu:avx9"], "'cpu:avx9'; write cpu, cpu:<portable|avx2|avx512vnni|avx512bf16|amx|none>, cuda:sm<NN>"),
+        (["--device", "cuda:smXX"], "'cuda:smXX'; write cpu, cpu:<portable|avx2|avx512vnni|avx512bf16|amx|none>, cuda:sm<NN>"),
         (["--dtype", "bf16"], "dtype='bf16' of the activations is not one of torch.float32, torch.bfloat16, torch.float16"),
     ],
 )

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qkernels.formats.packing import pack, unpack
+from qkernels.formats.packing import pack, swap_nibbles, unpack
 
 
 @st.composite
@@ -36,6 +36,11 @@ def test_code_k_lies_at_bit_k_times_bits(case):
 
 def test_even_k_in_the_low_nibble():
     assert pack(torch.tensor([[1, 2, 3]], dtype=torch.uint8), 4).tolist() == [[0x21, 0x03]]
+
+
+def test_swapped_nibbles():
+    every = torch.arange(256, dtype=torch.uint8).view(2, 128)
+    assert swap_nibbles(every).tolist() == [[b % 16 * 16 + b // 16 for b in row] for row in every.tolist()]
 
 
 @pytest.mark.parametrize("bits", range(1, 9))

@@ -1,12 +1,17 @@
 // Which level runs: the highest that this machine (CPU and operating system) has, or the one that was asked for.
 #include <atomic>
 #include <cstring>
+#if defined(QKERNELS_X86) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "cpu/kernels.h"
 
 namespace qk {
 
-extern const Level level_portable, level_avx2, level_avx512vnni, level_avx512bf16;  // those of them that this build has
+extern const Level level_portable, level_avx2, level_avx512vnni, level_avx512bf16, level_amx;  // those of them that this build has
 
 namespace {
 
@@ -32,9 +37,24 @@ bool has_avx512vnni() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
 }
 bool has_avx512bf16() { return has_avx512vnni() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi"); }
+
+#ifdef __linux__
+// Tiles take 8 KiB a thread: Linux saves them for a process that has asked, which holds for all its threads, once for ever.
+bool has_amx() {
+  constexpr unsigned TILE = 1u << 24, INT8 = 1u << 25;
+  constexpr long REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (!has_avx512bf16() || !__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & (TILE | INT8)) != (TILE | INT8)) return false;
+  static const bool allowed = syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+  return allowed;
+}
+#endif
 #endif
 
 const Entry LEVELS[] = {
+#if defined(QKERNELS_X86) && defined(__linux__) && !defined(QKERNELS_EMULATE)
+    {&level_amx, has_amx},
+#endif
 #if defined(QKERNELS_X86) || defined(QKERNELS_EMULATE)
     {&level_avx512bf16, has_avx512bf16},
     {&level_avx512vnni, has_avx512vnni},

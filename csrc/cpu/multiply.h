@@ -33,14 +33,20 @@ struct Job {  // rows m0…m1 times the strip that begins with `panel`
   uint8_t* nested_codes() const { return unpacked() + SCRATCH_WEIGHTS; }
 };
 
-// Blocks from chunk.first and chunk.block on, as many as fit most_k columns but one at least; returns the one after them.
-inline Block fill(Chunk& chunk, const Geometry& g, int64_t most_k) {
+template <class Source>
+constexpr int64_t room_of(int64_t length) {  // columns that a block of so many takes in scratch
+  return length;
+}
+
+// Blocks from chunk.first and chunk.block on, as many as fit `most` columns but one at least; returns the one after them.
+template <class Source>
+Block fill(Chunk& chunk, const Geometry& g, int64_t most) {
   Block block = chunk.block;
-  chunk.k = chunk.count = 0;
+  chunk.k = chunk.room = chunk.count = 0;
   do {
-    chunk.count++, chunk.k += block.length;
+    chunk.count++, chunk.k += block.length, chunk.room += room_of<Source>(block.length);
     block = block_after(g, block);
-  } while (chunk.first + chunk.count < g.blocks && chunk.count < MAX_CHUNK && chunk.k + block.length <= most_k);
+  } while (chunk.first + chunk.count < g.blocks && chunk.count < MAX_CHUNK && chunk.room + room_of<Source>(block.length) <= most);
   return block;
 }
 
@@ -65,7 +71,7 @@ void by_chunks(const Job& j, int64_t most_k, const Codes& codes_of) {
   const uint8_t* end = codes_at(j.w, panels_of(j.w.n), 0);  // of all: the next strip is ours, or nearly always
   Chunk chunk = chunk_of<Source>(j, ALL);
   for (; chunk.first < g.blocks; chunk.first += chunk.count) {
-    const Block after = fill(chunk, g, most_k);
+    const Block after = fill<Source>(chunk, g, most_k);
     const uint8_t* codes = codes_of(chunk);
     const int64_t bytes = chunk.k * 2 * j.w.bits * ALL;
     const uint8_t* next = codes_at(j.w, j.panel, chunk.block.k0) + bytes;  // may be of the next strip
@@ -203,7 +209,12 @@ void multiply(const Weight& w, const Activations& x, const Output& out, int64_t 
   for (; j.panel < p1; j.panel++) By::template panels<1, 1>(j);
 }
 
+#ifdef QK_AMX
+#include "cpu/amx.h"
+constexpr Arithmetic S8_ARITHMETIC = {1, rows_to_s8<false>, multiply<ByAmx>, probe_amx};
+#else
 constexpr Arithmetic S8_ARITHMETIC = {1, rows_to_s8<false>, multiply<ByS8>, probe<S8Unpacked>};
+#endif
 #ifdef QK_PAIRS
 constexpr Arithmetic PAIRS_ARITHMETIC = {1, rows_to_s8<true>, multiply<ByPairs>, nullptr};
 #else

@@ -176,7 +176,7 @@ struct Sums {
 };
 
 struct Chunk {  // of K, for PANELS panels of a strip
-  int64_t first, count, k;  // blocks first…first + count, of k columns in all
+  int64_t first, count, k, room;  // blocks first…first + count, of k columns in all, which take `room` in scratch
   Block block;  // the first of them
   Place place;  // of the first of these panels
   const uint8_t* codes;  // its codes, in the form of a source

@@ -55,3 +55,8 @@ def unpack(packed: Tensor, bits: int, k: int) -> Tensor:
             words |= octets[..., j].to(torch.int64) << (8 * j)
         codes = torch.stack([((words >> (bits * i)) & mask).to(torch.uint8) for i in range(8)], -1).flatten(-2)
     return codes[..., :k].contiguous()
+
+
+def swap_nibbles(packed: Tensor) -> Tensor:
+    """Exchange the nibbles of every byte, for files that hold the first of two 4-bit codes in the high one: uint8 -> uint8, as shaped."""
+    return (packed << 4) | (packed >> 4)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,9 +94,12 @@ class QuantStack:
         return self.shape[0]
 
     def __getitem__(self, e: int) -> QuantTensor:
-        if not 0 <= e < len(self):  # also what ends a loop over the stack
+        if not 0 <= e < len(self):
             raise IndexError(e)
         return QuantTensor.from_tensors(self.format, self.shape[1:], {name: t[e] for name, t in self.tensors.items()})
+
+    def __iter__(self) -> Iterator[QuantTensor]:
+        return (self[e] for e in range(len(self)))
 
     @classmethod
     def of(cls, weights: Sequence[QuantTensor]) -> QuantStack:

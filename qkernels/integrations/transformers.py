@@ -11,7 +11,7 @@ import copy
 import importlib
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -93,22 +93,38 @@ def skeleton(directory: Path) -> nn.Module:
 
     Raises CheckpointError (no or a bad config.json, weights that are quantised already), QKernelsError (no transformers).
     """
+    config, path = load_config(directory, "quantizing a model directory"), directory / "config.json"
+    if (directory / native.MANIFEST).exists() or getattr(config, "quantization_config", None):
+        raise CheckpointError(f"the weights in {directory} are quantised already: start from the original ones")
+    with described_by(path, "quantizing a model directory") as transformers:
+        architecture = (getattr(config, "architectures", None) or ["AutoModel"])[0]
+        make = transformers.AutoModel.from_config if architecture == "AutoModel" else model_class(transformers, architecture)
+        with torch.device("meta"):
+            return make(config)
+
+
+def load_config(directory: Path, what: str) -> Any:
+    """Read a directory's config.json. Raises as `described_by`, whose arguments these are."""
     path = directory / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{directory} is no transformers model directory: config.json is missing")
+    with described_by(path, what) as transformers:
+        return transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+
+
+@contextmanager
+def described_by(path: Path, what: str) -> Iterator[Any]:
+    """Give transformers to build what the file `path` describes, and make a CheckpointError of all that goes wrong with it.
+
+    Raises QKernelsError where transformers is not installed: `what` needs it.
+    """
     try:
         transformers = importlib.import_module("transformers")
     except ImportError:
-        raise QKernelsError("quantizing a model directory needs transformers: pip install 'qkernels[transformers]'") from None
+        raise QKernelsError(f"{what} needs transformers: pip install 'qkernels[transformers]'") from None
     try:
-        config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-        architecture = (getattr(config, "architectures", None) or ["AutoModel"])[0]
-        make = transformers.AutoModel.from_config if architecture == "AutoModel" else _model_class(transformers, architecture)
-        if (directory / native.MANIFEST).exists() or getattr(config, "quantization_config", None):
-            raise CheckpointError(f"the weights in {directory} are quantised already: start from the original ones")
-        with torch.device("meta"):
-            return make(config)
-    except CheckpointError:
+        yield transformers
+    except QKernelsError:
         raise
     except Exception as error:  # a config can be wrong in as many ways as there are models
         reason = str(error).strip().partition("\n")[0]
@@ -116,7 +132,7 @@ def skeleton(directory: Path) -> nn.Module:
         raise CheckpointError(message) from error
 
 
-def _model_class(transformers: Any, name: Any) -> Any:
+def model_class(transformers: Any, name: Any) -> Any:
     found = getattr(transformers, str(name), None)
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
         raise CheckpointError(f"config.json names the architecture {name!r}, no model of transformers {transformers.__version__}")
@@ -126,31 +142,52 @@ def _model_class(transformers: Any, name: Any) -> Any:
 # -- from the checkpoint's names to the model's ------------------------------------------------------------------------------------
 
 
-def _jobs(model: Any, tensors: shards.Tensors) -> tuple[Jobs, list[str]]:
-    """Which tensors of the checkpoint make which of the model, by transformers' rules; and those that the model does not know."""
+def namer(model: Any, own: dict[str, Tensor]) -> Callable[[str], tuple[str, Any, str]]:
+    """A function that says what a checkpoint's name is in the model whose state_dict is `own`, by transformers' rules.
+
+    It returns the name, the converter that makes it or None, and the converter's pattern for the checkpoint's name.
+    """
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
-    own, prefix = model.state_dict(), model.base_model_prefix
-    jobs: Jobs = {}
-    unknown = set()
-    for key in sorted(tensors, key=dot_natural_key):  # the order that some of the rules rely on
-        name, pattern = rename_source_key(key, renamings, converters, prefix, own)
+
+    def name_of(key: str) -> tuple[str, Any, str]:
+        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, own)
         if name not in own and key in own:
             name, pattern = key, None
+        return name, by_pattern.get(pattern or ""), pattern or key
+
+    return name_of
+
+
+def unexpected(model: Any, keys: Iterable[str]) -> list[str]:
+    """Of names that the model does not have, those that are not known to be obsolete."""
+    found = SimpleNamespace(missing_keys=set(), unexpected_keys=set(keys))
+    model._adjust_missing_and_unexpected_keys(found)
+    return sorted(found.unexpected_keys)
+
+
+def _jobs(model: Any, tensors: shards.Tensors) -> tuple[Jobs, list[str]]:
+    """Which tensors of the checkpoint make which of the model, by transformers' rules; and those that the model does not know."""
+    from transformers.core_model_loading import dot_natural_key
+
+    own = model.state_dict()
+    name_of = namer(model, own)
+    jobs: Jobs = {}
+    unknown = []
+    for key in sorted(tensors, key=dot_natural_key):  # the order that some of the rules rely on
+        name, converter, pattern = name_of(key)
         if name not in own:
-            unknown.add(key)
-        elif pattern is None and name in jobs:
+            unknown.append(key)
+        elif converter is None and name in jobs:
             raise CheckpointError(f"{jobs[name][1][0][0]!r} and {key!r} of the checkpoint are both {name!r} of the model")
         else:
-            jobs.setdefault(name, (by_pattern.get(pattern or ""), []))[1].append((key, pattern or key))
-    keys = SimpleNamespace(missing_keys=set(), unexpected_keys=unknown)
-    model._adjust_missing_and_unexpected_keys(keys)  # leaves out what is known to be obsolete
-    return jobs, sorted(keys.unexpected_keys)
+            jobs.setdefault(name, (converter, []))[1].append((key, pattern))
+    return jobs, unexpected(model, unknown)
 
 
 def _stream(model: Any, jobs: Jobs, read: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -187,11 +224,11 @@ def _checked(
             copies.add(name)
     missing = [name for name in wanted if name not in found]
     if missing:
-        raise CheckpointError(f"the checkpoint lacks {_few(missing)} of {type(model).__name__}; it has {_few(list(tensors))}")
+        raise CheckpointError(f"the checkpoint lacks {few(missing)} of {type(model).__name__}; it has {few(list(tensors))}")
     return {name: job for name, job in jobs.items() if name not in copies}
 
 
-def _few(names: list[str]) -> str:
+def few(names: list[str]) -> str:
     return ", ".join(names[:4]) + (f", … ({len(names)} in all)" if len(names) > 4 else "")
 
 
@@ -229,15 +266,22 @@ def _copy_companions(source: Path, target: Path) -> None:
 @contextmanager
 def _reader(tensors: shards.Tensors, show: bool, text: str) -> Iterator[Callable[[str], Tensor]]:
     """Give a function that reads a tensor and moves a progress bar over the bytes of the checkpoint."""
+    with byte_bar(set(tensors.files.values()), show, text) as advance:
+
+        def read(key: str) -> Tensor:
+            t = tensors[key]
+            advance(t.nbytes)
+            return t
+
+        yield read
+
+
+@contextmanager
+def byte_bar(files: Iterable[Path], show: bool, text: str) -> Iterator[Callable[[int], None]]:
+    """A progress bar over the bytes of some files: give the function that moves it."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, transient=True, disable=not show) as bar:
-        task = bar.add_task(text, total=sum(file.stat().st_size for file in set(tensors.files.values())))
-
-        def read(key: str) -> Tensor:
-            t = tensors[key]
-            bar.advance(task, t.nbytes)
-            return t
-
-        yield read
+        task = bar.add_task(text, total=sum(file.stat().st_size for file in files))
+        yield lambda count: bar.advance(task, count)

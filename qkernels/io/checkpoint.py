@@ -20,7 +20,7 @@ from qkernels.io.detect import CheckpointInfo, detect
 Value = QuantTensor | QuantStack | Tensor
 _LEAVES = {"codes": "weight", "scales": "scales", "zeros": "zeros", "tensor_scale": "tensor_scale", "perm": "perm"}  # of native
 # those that can be written; "qkernels" is our own
-LAYOUTS = ("gptq", "awq", "compressed_tensors", "bitsandbytes", "gguf", "qkernels")
+LAYOUTS = ("gptq", "awq", "compressed-tensors", "bitsandbytes", "gguf", "qkernels")
 
 
 def read(path: str | os.PathLike[str] | CheckpointInfo) -> Iterator[tuple[str, Value]]:
@@ -106,6 +106,6 @@ def _write_native(items: Iterable[tuple[str, Value]], path: str | os.PathLike[st
 
 def _reader(layout: str) -> Any:
     try:
-        return importlib.import_module(f"qkernels.io.{layout}")
+        return importlib.import_module(f"qkernels.io.{layout.replace('-', '_')}")
     except ModuleNotFoundError as error:
         raise UnsupportedError(f"{layout} checkpoints are not read yet") from error

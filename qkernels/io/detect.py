@@ -12,12 +12,12 @@ from qkernels.errors import CheckpointError, UnsupportedError
 from qkernels.io import native, shards
 
 GGUF_MAGIC = b"GGUF"
-# quant_method of config.json -> the layout, which is a file of this folder
+# quant_method of config.json -> the layout, which is a file of this folder (with _ for -)
 _METHODS = {
     "gptq": "gptq",
     "awq": "awq",
-    "auto-round": "auto_round",
-    "compressed-tensors": "compressed_tensors",
+    "auto-round": "auto-round",
+    "compressed-tensors": "compressed-tensors",
     "bitsandbytes": "bitsandbytes",
     "hqq": "hqq",
     "torchao": "torchao",
@@ -32,7 +32,7 @@ _METHODS = {
 class CheckpointInfo:
     """What lies at a path.
 
-    layout     "gptq", "awq", "auto_round", "compressed_tensors", "bitsandbytes", "hqq", "torchao", "fp8", "mxfp4", "modelopt", "gguf",
+    layout     "gptq", "awq", "auto-round", "compressed-tensors", "bitsandbytes", "hqq", "torchao", "fp8", "mxfp4", "modelopt", "gguf",
                "qkernels", or "dense": not quantised
     files      that hold tensors; the other parts of a split GGUF file among them
     settings   what the files state about the quantisation: `quantization_config` and its kin, the metadata of a GGUF file
@@ -75,7 +75,7 @@ def _of_file(path: Path) -> CheckpointInfo:
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error}") from error
     if magic == GGUF_MAGIC:
-        from qkernels.io import gguf  # type: ignore[attr-defined]  # which imports this file
+        from qkernels.io import gguf  # which imports this file
 
         return gguf.detect(path)
     if path.suffix == ".safetensors":

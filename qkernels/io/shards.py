@@ -21,6 +21,8 @@ _PICKLED = (".bin", ".pt", ".pth", ".h5", ".msgpack")
 class Tensors(Mapping[str, Tensor]):
     """Tensors of some safetensors files by name; `files` and `shapes` say where each lies and how large it is, from the headers alone.
 
+    metadata   what the headers state besides; where several files state a key, the last one's holds
+
     Every access opens the file anew (1 ms where it holds a thousand tensors): its mapped pages then leave together with the tensor,
     while an open file would gather all that was ever read. Raises CheckpointError for an unreadable file or a name in two files.
     """
@@ -28,8 +30,10 @@ class Tensors(Mapping[str, Tensor]):
     def __init__(self, files: Iterable[Path]) -> None:
         self.files: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.metadata: dict[str, str] = {}
         for path in files:
             with _opened(path) as file:
+                self.metadata.update(file.metadata() or {})
                 for name in file.keys():  # noqa: SIM118  # no mapping
                     if name in self.files:
                         raise CheckpointError(f"tensor {name!r} lies in two files: {self.files[name]} and {path}")

@@ -1,0 +1,18 @@
+// The kernels compiled for one instruction set; everything in an anonymous namespace, so that no symbol is shared with other levels.
+#include <immintrin.h>
+#include <array>
+#include <cstddef>
+#include <utility>
+
+#include "cpu/kernels.h"
+
+#define QK_AMX
+namespace qk {
+namespace {
+#include "cpu/numbers.h"
+#include "cpu/simd_avx512.h"
+#include "cpu/multiply.h"
+}  // namespace
+extern const Level level_amx;
+const Level level_amx = QK_LEVEL("amx");
+}  // namespace qk

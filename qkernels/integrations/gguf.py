@@ -1,0 +1,192 @@
+"""GGUF files of language models as transformers' checkpoints: the config from the key-values, names and order of rows as there.
+
+What llama.cpp's converters did to the weights is undone without touching a number of them: rows that were permuted for its rotary
+embedding go back as packed rows (io/gguf_names.py). transformers' own reader of key-values leaves out much that changes the numbers:
+head sizes, experts' sizes, rotary scaling; so they are read here, and a key that is not known is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from qkernels import io
+from qkernels.errors import CheckpointError, UnsupportedError
+from qkernels.formats import QuantStack, QuantTensor
+from qkernels.formats.rows import take
+from qkernels.integrations.transformers import described_by
+from qkernels.io import CheckpointInfo, gguf_file, gguf_names
+from qkernels.io.settings import Settings
+
+Value = QuantTensor | QuantStack | Tensor
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a general.architecture of GGUF is in transformers.
+
+    keys    key-values beyond the common ones -> field of the config
+    fixed   fields that no key-value tells
+    """
+
+    model_type: str
+    keys: dict[str, str] = field(default_factory=dict)
+    fixed: dict[str, Any] = field(default_factory=dict)
+
+
+_MOE_KEYS = {
+    "expert_count": "num_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size",
+}
+_GEMMA2_KEYS = {"attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping"}
+ARCHITECTURES = {
+    "llama": Architecture("llama"),
+    "qwen2": Architecture("qwen2"),
+    "qwen3": Architecture("qwen3"),
+    "qwen2moe": Architecture(
+        "qwen2_moe", _MOE_KEYS | {"expert_shared_feed_forward_length": "shared_expert_intermediate_size"}, {"norm_topk_prob": False}
+    ),
+    "qwen3moe": Architecture("qwen3_moe", _MOE_KEYS, {"norm_topk_prob": True}),
+    "gemma2": Architecture("gemma2", _GEMMA2_KEYS),
+    "gemma3": Architecture("gemma3_text"),
+    "phi3": Architecture("phi3"),
+}
+# which GGUF calls llama as well; that it has experts tells them apart
+_MIXTRAL = Architecture("mixtral", {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"})
+_COMMON = {
+    "context_length": "max_position_embeddings",
+    "block_count": "num_hidden_layers",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+}
+_ATTENTION_SCALE = {("gemma2", 46): 144, ("gemma3", 62): 168}  # query_pre_attn_scalar of the 27B models, which no key-value tells
+_GEMMA3_LOCAL_THETA = 10000.0  # of its layers with a window; nor this
+
+
+def architecture_of(info: CheckpointInfo) -> tuple[str, Architecture]:
+    """GGUF's name of the architecture, and what it is. Raises UnsupportedError for one that is not loaded."""
+    name = info.settings.get("general.architecture")
+    known = ARCHITECTURES.get(name) if isinstance(name, str) else None
+    if known is None or not isinstance(name, str):
+        others = ", ".join(sorted(ARCHITECTURES))
+        raise UnsupportedError(
+            f"{info.path} holds a model of the architecture {name!r}; {others} are loaded. qkernels.io.read yields its tensors"
+        )
+    return name, _MIXTRAL if name == "llama" and info.settings.get("llama.expert_count") else known
+
+
+def load_config(info: CheckpointInfo) -> Any:
+    """Make transformers' config of the key-values. Raises CheckpointError and UnsupportedError, naming the key."""
+    name, architecture = architecture_of(info)
+    shapes = {t.name: t.shape for path in info.files for t in gguf_file.parse(path).tensors}
+    mine = {key.removeprefix(f"{name}."): value for key, value in info.settings.items() if key.startswith(f"{name}.")}
+    fields = _fields(name, architecture, Settings(mine, f"{info.path}: {name}"))
+    if "token_embd.weight" not in shapes:
+        raise CheckpointError(f"{info.path} lacks token_embd.weight")
+    fields |= {"vocab_size": shapes["token_embd.weight"][0], "tie_word_embeddings": "output.weight" not in shapes}
+    if architecture.model_type == "llama":
+        fields["attention_bias"] = "blk.0.attn_q.bias" in shapes
+    for token in ("bos", "eos", "pad"):
+        key = f"tokenizer.ggml.{'padding' if token == 'pad' else token}_token_id"
+        fields[f"{token}_token_id"] = info.settings.get(key)
+    with described_by(info.path, "loading a model") as transformers:
+        config = transformers.AutoConfig.for_model(architecture.model_type, **fields)
+        config.architectures = [transformers.AutoModelForCausalLM._model_mapping[type(config)].__name__]
+    return config
+
+
+def _fields(name: str, architecture: Architecture, s: Settings) -> dict[str, Any]:
+    fields: dict[str, Any] = {field: s.take(key, of=int) for key, field in _COMMON.items()}
+    heads = fields["num_attention_heads"]
+    fields["num_key_value_heads"] = s.take("attention.head_count_kv", of=int, default=heads)
+    fields["rms_norm_eps"] = s.take("attention.layer_norm_rms_epsilon", of=float)
+    head_dim = s.take("attention.key_length", of=int, default=fields["hidden_size"] // max(heads, 1))
+    if (value_dim := s.take("attention.value_length", of=int, default=head_dim)) != head_dim:
+        raise UnsupportedError(f"{s.where}: keys have {head_dim} channels a head and values {value_dim}; they must be as many")
+    if architecture.model_type != "phi3":
+        fields["head_dim"] = head_dim
+    fields |= {field: s.take(key, of=(int, float)) for key, field in architecture.keys.items()} | architecture.fixed
+    window = s.take("attention.sliding_window", of=int, default=None)
+    if window and name in ("gemma2", "gemma3", "phi3"):
+        fields["sliding_window"] = window
+    elif name == "phi3":
+        fields["sliding_window"] = None
+    if name in ("gemma2", "gemma3"):
+        fields["query_pre_attn_scalar"] = _ATTENTION_SCALE.get((name, fields["num_hidden_layers"]), head_dim)
+    fields["rope_parameters"] = _rope(name, s, head_dim)
+    s.ignore("vocab_size", "tensor_data_layout", "expert_count", "expert_used_count", "expert_feed_forward_length")
+    s.done()
+    return fields
+
+
+def _rope(name: str, s: Settings, head_dim: int) -> dict[str, Any]:
+    """What transformers calls rope_parameters."""
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": s.take("rope.freq_base", of=float, default=10000.0)}
+    turned = s.take("rope.dimension_count", of=int, default=head_dim)
+    if turned != head_dim:
+        if name != "phi3":
+            raise UnsupportedError(f"{s.where}: rope.dimension_count is {turned}; as many as a head has channels are possible: {head_dim}")
+        rope["partial_rotary_factor"] = turned / head_dim
+    kind = s.take("rope.scaling.type", of=str, default="none", choices=("none", "linear", "yarn"))
+    factor = s.take("rope.scaling.factor", of=float, default=1.0)
+    original = s.take("rope.scaling.original_context_length", of=int, default=None)
+    s.ignore("rope.scaling.finetuned")
+    if kind != "none" and factor != 1.0:
+        rope |= {"rope_type": kind, "factor": factor}
+        if kind == "yarn":
+            rope["original_max_position_embeddings"] = original
+    if name == "gemma3":
+        return {"full_attention": rope, "sliding_attention": {"rope_type": "default", "rope_theta": _GEMMA3_LOCAL_THETA}}
+    return rope
+
+
+def items(info: CheckpointInfo, model: Any) -> Iterator[tuple[str, Value]]:
+    """The tensors of a file under the names, and in the shapes, of a transformers checkpoint of the same model."""
+    arch, _ = architecture_of(info)
+    for name, value in io.read(info):
+        if name == "rope_freqs.weight":
+            _slow_down(model, value)
+        elif name in gguf_names.DERIVED:
+            raise UnsupportedError(f"{info.path} has {name}: rotary embeddings with a factor for every frequency (longrope) are not loaded")
+        elif name.endswith(".scale"):
+            if not isinstance(value, Tensor) or bool((value != 1).any()):
+                raise UnsupportedError(f"{info.path} has {name}, a scale beside a weight, which a QuantLinear does not apply")
+        elif not name.endswith(".input_scale"):  # which is for activations
+            yield from _named(str(gguf_names.to_hf(arch, name)), name, _as_in_hf(arch, name, value, info.settings))
+
+
+def _as_in_hf(arch: str, name: str, value: Value, settings: Mapping[str, Any]) -> Value:
+    """Undo what llama.cpp's converters do to a weight."""
+    if heads := gguf_names.rotated_heads(arch, name, settings):
+        rows = gguf_names.rows_to_hf(value.shape[0], heads)
+        return take(value, rows) if isinstance(value, QuantTensor) else value[rows]  # type: ignore[index]  # a plain tensor
+    if isinstance(value, Tensor):
+        if offset := gguf_names.norm_offset(arch, name):
+            return value.float() - offset
+        if "ffn_gate_inp_shexp" in name:
+            return value.reshape(1, -1)  # of one output
+    return value
+
+
+def _named(target: str, name: str, value: Value) -> Iterator[tuple[str, Value]]:
+    if "*" not in target:
+        yield target, value
+    elif len(value.shape) != 3:
+        raise CheckpointError(f"{name} is {list(value.shape)}; the experts of a layer are three axes")
+    else:
+        for e, weight in enumerate(value):
+            yield target.replace("*", str(e)), weight
+
+
+def _slow_down(model: Any, factors: Value) -> None:
+    """Divide the frequencies of the rotary embedding by Llama 3's factors, which the file has in place of what made them."""
+    rotary = model.model.rotary_emb
+    if not isinstance(factors, Tensor) or factors.shape != rotary.inv_freq.shape or bool((factors <= 0).any()):
+        raise CheckpointError(f"rope_freqs.weight is {list(factors.shape)}; {list(rotary.inv_freq.shape)} positive numbers are needed")
+    for buffer in (rotary.inv_freq, rotary.original_inv_freq):
+        buffer /= factors
