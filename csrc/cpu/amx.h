@@ -154,8 +154,11 @@ struct ByAmx {
   static void panels(const Job& j) {
     if constexpr (ALL == STRIP) {
       if (j.rows() >= AMX_FROM && fits_amx(j.w)) {
-        by_chunks<S8Amx, PANELS, ALL>(j, AMX_COLUMNS, [&](const Chunk& chunk) {
-          unpack(S8Amx{}, j.w, codes_at(j.w, j.panel, chunk.block.k0), chunk, j.unpacked());
+        const bool kept = j.w.nested != Nested::none;
+        const int64_t group = j.w.geometry.group, most = kept ? NESTED_K / group * room_of<S8Amx>(group) : AMX_COLUMNS;
+        by_chunks<S8Amx, PANELS, ALL>(j, most, [&](const Chunk& chunk) {
+          if (kept) apart(j.w, j.panel, ALL, chunk.block.k0, j.nested_codes(), j.nested());
+          unpack(S8Amx{}, j.w, kept ? j.nested_codes() : codes_at(j.w, j.panel, chunk.block.k0), chunk, j.unpacked());
           return j.unpacked();
         });
         return _tile_release();

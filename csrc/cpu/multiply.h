@@ -227,6 +227,6 @@ constexpr Arithmetic BF16_ARITHMETIC = {2, rows_to_bf16, multiply<ByBf16>, probe
 constexpr Arithmetic BF16_ARITHMETIC = {};
 #endif
 
-#define QK_LEVEL(NAME)                                                                                  \
-  {NAME,    S8_ARITHMETIC, PAIRS_ARITHMETIC, F32_ARITHMETIC, BF16_ARITHMETIC, int(SCRATCH), dequantize, \
-   to_floats, best_scales,   encode,           read_bytes}
+#define QK_LEVEL(NAME)                                                                         \
+  {NAME,       S8_ARITHMETIC, PAIRS_ARITHMETIC, F32_ARITHMETIC, BF16_ARITHMETIC, int(SCRATCH), \
+   dequantize, to_floats,     best_scales,      encode,         read_bytes}

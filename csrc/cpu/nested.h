@@ -18,19 +18,20 @@ inline uint32_t even(uint32_t signs) { return signs | uint32_t(__builtin_parity(
 inline float odd(uint32_t scale) { return float(2 * scale + 1); }
 inline uint64_t moved(uint64_t points, bool down) {  // codes of eighths: 8 * point - 1 or + 1
   const uint64_t codes = (points & 0x1f * ONES) << 3 ^ 0x80 * ONES;
-  return down ? codes - ONES : codes + ONES;
+  return codes + ONES - (2 * ONES & -uint64_t(down));  // no branch, which would be guessed wrong every other time
 }
-inline uint64_t eight_trits(const uint8_t* raw, int octet) {
-  constexpr uint8_t POWERS[] = {1, 3, 9, 27, 81};
-  uint64_t codes = 0;
-  for (int i = 0; i < 8; i++) {
-    int at, power;  // runs of 32, 16 and 4 bytes, all first trits of a run before all second ones
-    if (octet < 20) at = octet % 4 * 8 + i, power = octet / 4;
-    else if (octet < 30) at = 32 + octet % 2 * 8 + i, power = (octet - 20) / 2;
-    else at = 48 + i % 4, power = (octet - 30) * 2 + i / 4;
-    codes |= uint64_t(127 + (uint8_t(raw[at] * POWERS[power]) * 3 >> 8)) << (8 * i);
-  }
-  return codes;
+inline uint64_t trits(uint64_t bytes, uint32_t power) {  // codes; a byte is a fraction of 256, and the overflow of its threefold is a trit
+  constexpr uint64_t EVEN = 0x00ff00ff00ff00ff;
+  const uint64_t low = ((bytes & EVEN) * power & EVEN) * 3 >> 8 & EVEN, high = ((bytes >> 8 & EVEN) * power & EVEN) * 3 & ~EVEN;
+  return (low | high) + 127 * ONES;
+}
+inline uint64_t eight_trits(const uint8_t* raw, int octet) {  // runs of 32, 16 and 4 bytes, all first trits of a run before the second ones
+  constexpr uint32_t POWERS[] = {1, 3, 9, 27, 81};
+  if (octet < 20) return trits(load_as<uint64_t>(raw + octet % 4 * 8), POWERS[octet / 4]);
+  if (octet < 30) return trits(load_as<uint64_t>(raw + 32 + octet % 2 * 8), POWERS[(octet - 20) / 2]);
+  const uint64_t last = load_as<uint32_t>(raw + 48);
+  const int first = (octet - 30) * 2;
+  return uint32_t(trits(last, POWERS[first])) | trits(last, POWERS[first + 1]) << 32;
 }
 
 // put(i, codes 8i…8i+7 of the block), scale(g, that of its group g).
@@ -39,7 +40,9 @@ inline void apart(const uint8_t* raw, const uint8_t* grid, const Put& put, const
   const auto half = [&](int at) { return from_f16(load_as<uint16_t>(raw + at)); };
   const auto nibble = [&](int at, int i) { return uint32_t(raw[at + i / 2] >> 4 * (i & 1) & 15); };
   const auto point = [&](uint32_t i) { return load_as<uint64_t>(grid + 8 * i); };
-  const auto two_points = [&](uint32_t i, uint32_t j) { return load_as<uint32_t>(grid + 4 * i) | uint64_t(load_as<uint32_t>(grid + 4 * j)) << 32; };
+  const auto two_points = [&](uint32_t i, uint32_t j) {
+    return load_as<uint32_t>(grid + 4 * i) | uint64_t(load_as<uint32_t>(grid + 4 * j)) << 32;
+  };
   const auto put_signed = [&](int i, uint64_t values, uint32_t signs) { put(i, negated(values, signs) ^ 0x80 * ONES); };
   if constexpr (TYPE == Nested::iq2_xxs || TYPE == Nested::iq3_xxs) {
     constexpr bool TWO = TYPE == Nested::iq2_xxs;

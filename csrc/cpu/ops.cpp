@@ -86,7 +86,8 @@ void check_dense(const Tensor& t, const char* what) {
 void set_nested(Weight& w, const Tensor& qweight, const std::optional<Tensor>& scales, const std::optional<Tensor>& grid) {
   const int64_t points[] = {0, 2048, 2048, 256, 512, 1024, 256, 512, 0}, of_point = w.nested < Nested::iq3_xxs ? 8 : 4;
   const int64_t count = points[int(w.nested)] * of_point, bytes = w.n * (w.geometry.k / NESTED_K) * nested_bytes(w.nested);
-  STD_TORCH_CHECK(w.geometry.k % NESTED_K == 0 && NESTED_K % w.geometry.group == 0 && w.geometry.group % PANEL == 0 && w.bits == 8 && w.offset == 128 && !scales,
+  STD_TORCH_CHECK(w.geometry.k % NESTED_K == 0 && NESTED_K % w.geometry.group == 0 && w.geometry.group % PANEL == 0 && w.bits == 8 &&
+                      w.offset == 128 && !scales,
                   "nested blocks have 256 columns, groups of 16 to 256, 8 bits, 128 for 0, and hold their scales");
   STD_TORCH_CHECK(qweight.scalar_type() == ScalarType::Byte && qweight.numel() == bytes, "qweight must hold ", bytes,
                   " bytes for this n and k; it has ", qweight.numel());
@@ -106,9 +107,9 @@ void set_outer(Weight& w, const Tensor& tensor_scale) {
     return;
   }
   const int64_t one = panels_of(w.n) * PANEL * (w.minima ? 2 : 1), count = tensor_scale.numel() / one, groups = w.geometry.groups;
-  STD_TORCH_CHECK(tensor_scale.scalar_type() == ScalarType::Half && count >= 1 && tensor_scale.numel() == count * one && groups % count == 0,
-                  "tensor_scale is one float, or ", one, " halves for every so many of the ", groups, " groups; it holds ",
-                  tensor_scale.numel());
+  STD_TORCH_CHECK(
+      tensor_scale.scalar_type() == ScalarType::Half && count >= 1 && tensor_scale.numel() == count * one && groups % count == 0,
+      "tensor_scale is one float, or ", one, " halves for every so many of the ", groups, " groups; it holds ", tensor_scale.numel());
   const auto is_byte = [](Dtype d) { return d == Dtype::u8 || d == Dtype::i8; };
   STD_TORCH_CHECK(is_byte(w.scale_dtype) && w.scale_lanes == PANEL && (w.zeros == nullptr || (w.minima && is_byte(w.zero_dtype))),
                   "scales that have scales, and minima, are bytes, one a row");

@@ -215,9 +215,8 @@ template <int PANELS, class Work>
 template <int PANELS, class Work>
 [[gnu::always_inline]] inline void for_nested(const void* numbers, Dtype dtype, int64_t first, const uint16_t* outer, const Work& work) {
   const auto all = [&](auto kind) __attribute__((always_inline)) {
-    each<PANELS>(QK_WITH(p) {
-      work(p, mul(load_numbers(numbers, kind, (first + p) * PANEL), load_numbers(outer, Dtype::f16, p * PANEL)));
-    });
+    each<PANELS>(
+        QK_WITH(p) { work(p, mul(load_numbers(numbers, kind, (first + p) * PANEL), load_numbers(outer, Dtype::f16, p * PANEL))); });
   };
   if (dtype == Dtype::i8) all(std::integral_constant<Dtype, Dtype::i8>{});
   else all(std::integral_constant<Dtype, Dtype::u8>{});
