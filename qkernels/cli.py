@@ -11,7 +11,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 from typer.core import TyperGroup
 
 import qkernels
@@ -127,7 +127,8 @@ def quantize(
 def inspect(path: Path) -> None:
     """What a checkpoint holds: layout, settings, and of each weight format, bits per weight, size, and the kernel that would run here."""
     summary = inspection.Summary(io.detect(path))
-    table = Table("weight", "format", "N x K", "bits / weight", "MB", "kernel here", title=str(path), title_justify="left")
+    first = Column("weight", overflow="fold")  # a name that is cut off names nothing
+    table = Table(first, "format", "N x K", "bits / weight", "MB", "kernel here", title=str(path), title_justify="left")
     for row in summary.rows(devices.current("cpu")):
         table.add_row(*row)
     table.add_section()

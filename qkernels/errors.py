@@ -21,12 +21,18 @@ class FormatError(QKernelsError, ValueError):
 
 
 class UnsupportedError(QKernelsError):
-    """No kernel can run the problem; `reasons` maps each kernel's name to why not."""
+    """No kernel can run the problem, or no layout hold the weights; `reasons` maps each one's name to why not.
+
+    The message says every reason once, with the first of those that it holds for.
+    """
 
     def __init__(self, message: str, reasons: Mapping[str, str] | None = None) -> None:
         self.reasons = dict(reasons or {})
-        lines = [message, *(f"  {name}: {reason}" for name, reason in sorted(self.reasons.items()))]
-        super().__init__("\n".join(lines))
+        names: dict[str, list[str]] = {}
+        for name, reason in sorted(self.reasons.items()):
+            names.setdefault(reason.removeprefix(name).lstrip(": "), []).append(name)
+        lines = [f"  {', '.join(held[:3])}{f', … ({len(held)} in all)' if held[3:] else ''}: {reason}" for reason, held in names.items()]
+        super().__init__("\n".join([message, *lines]))
 
 
 class BackendUnavailable(QKernelsError):

@@ -58,14 +58,18 @@ def detect(path: str | os.PathLike[str]) -> CheckpointInfo:
         raise CheckpointError(f"{path} does not exist")
     if (path / native.MANIFEST).exists():
         manifest = native.read_manifest(path)
-        return CheckpointInfo(path, "qkernels", tuple(path / name for name in manifest["sha256"]), manifest)
+        return CheckpointInfo(path, "qkernels", tuple(path / name for name in manifest["sha256"]), manifest, _config(path))
     gguf = sorted(file for file in path.iterdir() if file.suffix == ".gguf")
     if gguf and not (path / shards.WEIGHTS).exists() and not (path / shards.INDEX).exists():
         raise CheckpointError(f"{path} is a directory; name the file: {gguf[0]}")
-    config = shards.read_json(path / "config.json") if (path / "config.json").exists() else {}
+    config = _config(path)
     settings = _settings(path, config)
     files = tuple(sorted(set(shards.open_directory(path).files.values())))
     return CheckpointInfo(path, _layout(path, settings), files, settings, config)
+
+
+def _config(path: Path) -> dict[str, Any]:
+    return shards.read_json(path / "config.json") if (path / "config.json").exists() else {}
 
 
 def _of_file(path: Path) -> CheckpointInfo:
