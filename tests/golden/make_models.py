@@ -1,0 +1,317 @@
+"""Make models/<producer>/: one small random Llama, quantised as a whole by each of several libraries. No test runs this.
+
+    pip install numpy==2.4.6 torch==2.13.0 transformers==5.23.0 safetensors==0.8.0
+    pip install --no-deps bitsandbytes==0.50.2 accelerate==1.15.0 psutil packaging torchao==0.18.0
+    pip install --no-deps hqq==0.2.8.post1 termcolor einops tqdm compressed-tensors==0.20.0 loguru
+    pip install --no-deps --target made auto-gptq==0.7.1 auto-round==0.16.1
+    pip download --no-deps --no-binary :all: --no-build-isolation autoawq==0.2.9
+    tar xzf autoawq-0.2.9.tar.gz && mv autoawq-0.2.9/awq made
+    DISABLE_CUDA=1 python tests/golden/make_models.py made [producer ...]
+
+A directory has model.safetensors and config.json as the producer makes them, and expected.npz with
+
+    logits     [8, vocab]   float64    of the tokens IDS, by transformers in float64, from the weights as the producer decodes them
+    tokens     [12]         int64      that follow greedily
+    names      [layers]     str        weights that are quantised, as transformers calls them
+    digests    [layers, 32] uint8      SHA-256 of each as the producer decodes it, in float32; for bitsandbytes-int8 in bfloat16, the
+                                       model's dtype: it multiplies by a rounded 1 / 127, where one division would be exact
+
+bitsandbytes, torchao and compressed-tensors quantise and save the model themselves. transformers' FP8 asks for a GPU: its quantising
+step is called for each weight. GPTQ's codes are found and packed by AutoGPTQ's own classes; what AutoAWQ, AutoRound and hqq pack is a
+layer at a time, and config.json says what these tools write there. make_models_gguf.py makes the GGUF files. Nothing of qkernels is
+imported.
+"""
+
+import copy
+import hashlib
+import importlib
+import json
+import shutil
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from safetensors.torch import save_file
+
+MODELS = Path(__file__).with_name("models")
+IDS = torch.tensor([[3, 14, 15, 9, 26, 5, 35, 8]])
+SIZES = dict(
+    num_hidden_layers=2, hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, vocab_size=48,
+    max_position_embeddings=64, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
+
+
+def random_model(**sizes):
+    """In float32; every number is one of bfloat16 and of float16."""
+    torch.manual_seed(37)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES | sizes)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_((torch.randn(p.shape) * 0.1 + (p.dim() == 1)).bfloat16().half())
+    return model
+
+
+def linears(model):
+    return {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
+
+
+def expect(directory, model, decoded, dtype=torch.float32):
+    """Write expected.npz; `decoded`: names -> the producer's own values in float32, whose digests are those in `dtype`."""
+    model = copy.deepcopy(model)
+    for name, values in decoded.items():
+        assert values.dtype == torch.float32, name
+        weight = model.get_parameter(name)
+        assert 0 < (values - weight).norm() < 0.3 * weight.norm(), name
+        weight.data = values
+    model = model.double()
+    with torch.no_grad():
+        logits = model(IDS).logits[0]
+        made = model.generate(IDS, max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)
+        best = model(made).logits[0, -13:-1].topk(2).values
+    assert (best[:, 0] - best[:, 1]).min() > 0.001, "the tokens are a matter of chance"
+    digests = [hashlib.sha256(v.to(dtype).float().contiguous().numpy().tobytes()).digest() for v in decoded.values()]
+    np.savez_compressed(
+        directory / "expected.npz",
+        logits=logits.numpy(),
+        tokens=made[0, -12:].numpy(),
+        names=np.array(list(decoded)),
+        digests=np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32),
+    )
+
+
+def save(directory, model, dtype, stored, config):
+    """A model whose linears are the tensors `stored`."""
+    dense = {n: t.to(dtype) for n, t in model.state_dict().items() if n.removesuffix(".weight") not in linears(model)}
+    save_file({n: t.contiguous() for n, t in (dense | stored).items()}, str(directory / "model.safetensors"), {"format": "pt"})
+    stated = model.config.to_dict() | {"architectures": ["LlamaForCausalLM"], "dtype": str(dtype).removeprefix("torch.")}
+    (directory / "config.json").write_text(json.dumps(stated | {"quantization_config": config}, indent=1) + "\n")
+
+
+def by_transformers(directory, model, config, decode, dtype=torch.float32):
+    """Quantised on load, and saved."""
+    dense = directory / "dense"
+    copy.deepcopy(model).bfloat16().save_pretrained(dense)
+    made = transformers.AutoModelForCausalLM.from_pretrained(dense, quantization_config=config, dtype=torch.bfloat16, device_map="cpu")
+    shutil.rmtree(dense)
+    made.save_pretrained(directory)
+    expect(directory, model, {f"{n}.weight": decode(made.get_submodule(n)) for n in linears(model)}, dtype)
+
+
+# -- bitsandbytes and torchao ------------------------------------------------------------------------------------------------------
+
+
+def bitsandbytes_nf4(directory, model):
+    from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
+    from bitsandbytes.functional import dequantize_blockwise
+
+    def decode(layer):  # its compiled function is wrong where blocks straddle rows
+        state = layer.weight.quant_state
+        absmax = dequantize_blockwise(state.absmax, state.state2) + state.offset
+        codes = layer.weight.data.reshape(-1)
+        return _dequantize_4bit_compute(codes, absmax, state.code, state.blocksize, state.shape, torch.float32)
+
+    torch.compiler.set_stance("force_eager")
+    how = dict(bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)
+    by_transformers(directory, model, transformers.BitsAndBytesConfig(load_in_4bit=True, **how), decode)
+
+
+def bitsandbytes_int8(directory, model):
+    from bitsandbytes.functional import int8_vectorwise_dequant
+
+    def decode(layer):
+        return int8_vectorwise_dequant(layer.weight.data, layer.weight.SCB)
+
+    by_transformers(directory, model, transformers.BitsAndBytesConfig(load_in_8bit=True), decode, torch.bfloat16)
+
+
+def torchao_int8(directory, model):
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    config = transformers.TorchAoConfig(Int8WeightOnlyConfig())
+    by_transformers(directory, model, config, lambda layer: layer.weight.dequantize(torch.float32))
+
+
+def torchao_int4(directory, model):
+    from torchao.quantization import IntxWeightOnlyConfig, PerGroup
+
+    config = transformers.TorchAoConfig(IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)))
+    by_transformers(directory, model, config, lambda layer: layer.weight.to(torch.float32).dequantize())
+
+
+# -- compressed-tensors, FP8, hqq --------------------------------------------------------------------------------------------------
+
+
+def compressed_tensors(directory, model):
+    from compressed_tensors.compressors import BaseCompressor, ModelCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme, apply_quantization_config
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    args = QuantizationArgs(num_bits=4, type="int", symmetric=True, strategy="group", group_size=32)
+    scheme = QuantizationScheme(targets=["Linear"], weights=args)
+    config = QuantizationConfig(config_groups={"group_0": scheme}, ignore=["lm_head"], quantization_status="frozen")
+    made = copy.deepcopy(model).bfloat16()
+    apply_quantization_config(made, config)
+    for layer in linears(made).values():
+        groups = layer.weight.detach().unflatten(1, (-1, 32))
+        layer.weight_scale.data = calculate_qparams(groups.amin(-1), groups.amax(-1), args)[0].bfloat16()
+    compressor = ModelCompressor.from_pretrained_model(made, quantization_format="pack-quantized")
+    compressor.compress_model(made)
+    made.save_pretrained(directory)
+    compressor.update_config(directory)
+    decoded = {}
+    for name in linears(model):
+        layer = made.get_submodule(name)
+        held = {leaf: t.detach() for leaf, t in layer.state_dict().items()}
+        held["weight_scale"] = held["weight_scale"].float()
+        unpack = BaseCompressor.get_value_from_registry("pack-quantized").decompress
+        decoded[f"{name}.weight"] = unpack(held, layer.quantization_scheme)["weight"]
+    expect(directory, model, decoded)
+
+
+def fp8(directory, model):
+    from transformers.integrations.finegrained_fp8 import Fp8Quantize, _dequantize_fp8_weight
+
+    config = transformers.FineGrainedFP8Config(weight_block_size=(32, 32))
+    quantize = Fp8Quantize(types.SimpleNamespace(quantization_config=config))
+    stored, decoded = {}, {}
+    for name, layer in linears(model).items():
+        made = quantize.convert({f"{name}.weight": layer.weight.detach()})
+        weight, scale = made.values()
+        decoded[f"{name}.weight"] = _dequantize_fp8_weight(weight, scale, (32, 32), torch.float32)
+        stored |= made
+    save(directory, model, torch.bfloat16, stored, config.to_dict() | {"modules_to_not_convert": ["lm_head"]})
+    expect(directory, model, decoded)
+
+
+def hqq(directory, model):
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+    config = transformers.HqqConfig(nbits=4, group_size=64, axis=1)
+    stored, decoded = {}, {}
+    for name, layer in linears(model).items():
+        settings = BaseQuantizeConfig(nbits=4, group_size=64, axis=1)
+        made = HQQLinear(copy.deepcopy(layer), settings, compute_dtype=torch.float32, device="cpu")
+        stored |= {f"{name}.{leaf}": t.detach() for leaf, t in made.state_dict().items() if t is not None}
+        decoded[f"{name}.weight"] = made.dequantize()
+    save(directory, model, torch.float32, stored, config.to_dict())
+    expect(directory, model, decoded)
+
+
+# -- AutoGPTQ, AutoAWQ, AutoRound --------------------------------------------------------------------------------------------------
+
+
+def stubs(*packages, **others):
+    """Packages without their __init__, which imports far more than is needed; `others`: modules that are not there."""
+    for name in packages:
+        sys.modules[name] = types.ModuleType(name)
+        sys.modules[name].__path__ = [str(Path(sys.argv[1], *name.split(".")))]
+    for name, attributes in others.items():
+        sys.modules[name] = types.ModuleType(name)
+        vars(sys.modules[name]).update(attributes)
+
+
+def gptq(bits, group_size):
+    stubs("auto_gptq", "auto_gptq.nn_modules", "auto_gptq.nn_modules.qlinear", "auto_gptq.quantization")
+    packer = importlib.import_module("auto_gptq.nn_modules.qlinear.qlinear_cuda").QuantLinear
+    solver = importlib.import_module("auto_gptq.quantization.gptq").GPTQ
+    torch.cuda.synchronize = lambda *_: None
+    config = dict(
+        bits=bits, group_size=group_size, damp_percent=0.01, desc_act=group_size > 0, static_groups=False, sym=True, true_sequential=True,
+        model_name_or_path=None, model_file_base_name="model", is_marlin_format=False, quant_method="gptq",
+    )  # fmt: skip
+
+    def make(directory, model):
+        stored, decoded = {}, {}
+        for name, layer in linears(model).items():
+            layer, (n, k) = copy.deepcopy(layer), layer.weight.shape
+            x = torch.randn(1, 256, k) * torch.linspace(0.5, 2, k)[torch.randperm(k)]
+            found = solver(layer)
+            found.quantizer.configure(bits, perchannel=True, sym=True, mse=False)
+            found.add_batch(x, layer(x))
+            scales, zeros, g_idx = found.fasterquant(group_size=group_size, actorder=group_size > 0)
+            layer.half()  # which is how its scales become float16
+            packed = packer(bits, group_size, k, n, False, kernel_switch_threshold=128, weight_dtype=torch.float16)
+            packed.pack(layer, scales, zeros, g_idx)
+            stored |= {f"{name}.{leaf}": t.contiguous() for leaf, t in packed.state_dict().items()}
+            packed.scales = packed.scales.float()
+            decoded[f"{name}.weight"] = packed(torch.eye(k)).t().contiguous()
+        save(directory, model, torch.float16, stored, config)
+        expect(directory, model, decoded)
+
+    return make
+
+
+def on_grid(weight, size, least=0):
+    """Layer of the points of a 4-bit grid that are nearest, their scales and zero points [N, K/size]."""
+    groups = weight.detach().unflatten(1, (-1, size))
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    scales = ((high - low) / (15 - least)).half().float()
+    zeros = (-low / scales).round().clamp(least, 15)
+    codes = ((groups / scales[..., None]).round() + zeros[..., None]).clamp(0, 15)
+    layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    layer.weight.data = ((codes - zeros[..., None]) * scales[..., None]).flatten(1)
+    return layer, scales, zeros
+
+
+def awq(directory, model):
+    utils, gemm = dict(try_import=lambda name: (None, "")), dict(awq_gemm_triton=None, awq_dequantize_triton=None)
+    missing = {"awq.utils.module": utils, "awq.utils.utils": dict(get_best_device=lambda: "cpu"), "awq.modules.triton.gemm": gemm}
+    stubs("awq", "awq.utils", "awq.modules", "awq.modules.linear", "awq.modules.triton", "awq.models", **missing)
+    packer = importlib.import_module("awq.modules.linear.gemm").WQLinear_GEMM
+    unpack = importlib.import_module("awq.utils.packing_utils").dequantize_gemm
+    stored, decoded = {}, {}
+    for name, layer in linears(model).items():
+        layer, scales, zeros = on_grid(layer.weight, 32)
+        packed = packer.from_linear(layer, 4, 32, scales=scales.t().contiguous(), zeros=zeros.t().contiguous())
+        stored |= {f"{name}.{leaf}": t.contiguous() for leaf, t in packed.state_dict().items()}
+        decoded[f"{name}.weight"] = unpack(packed.qweight, packed.qzeros, packed.scales.float(), 4, 32).t().contiguous()
+    config = importlib.import_module("awq.models._config").AwqConfig(q_group_size=32).to_transformers_dict()
+    save(directory, model, torch.float16, stored, config)
+    expect(directory, model, decoded)
+
+
+def auto_round(directory, model):
+    stubs(
+        "auto_round", "auto_round_extension", "auto_round_extension.torch", **{"auto_round.utils": dict(get_packing_device=lambda _: "cpu")}
+    )
+    sys.modules["auto_round.utils"].__path__ = [str(Path(sys.argv[1], "auto_round", "utils"))]
+    packer = importlib.import_module("auto_round_extension.torch.qlinear_torch_zp").QuantLinear
+    stored, decoded = {}, {}
+    for name, layer in linears(model).items():
+        layer, scales, zeros = on_grid(layer.weight, 32, least=1)
+        packed = packer(4, 32, layer.in_features, layer.out_features, False)
+        packed.device = "cpu"
+        packed.pack(layer, scales, zeros, device="cpu")
+        stored |= {f"{name}.{leaf}": t.contiguous() for leaf, t in packed.state_dict().items()}
+        packed.scales = packed.scales.float()
+        decoded[f"{name}.weight"] = packed(torch.eye(layer.in_features)).t().contiguous()
+    config = dict(
+        bits=4, group_size=32, sym=False, data_type="int", iters=200, nsamples=128, seqlen=2048, autoround_version="0.16.1",
+        block_name_to_quantize="model.layers", quant_method="auto-round", packing_format="auto_round:auto_gptq",
+    )  # fmt: skip
+    save(directory, model, torch.float16, stored, config)
+    expect(directory, model, decoded)
+
+
+PRODUCERS = {
+    "bitsandbytes-nf4": bitsandbytes_nf4,
+    "bitsandbytes-int8": bitsandbytes_int8,
+    "torchao-int8": torchao_int8,
+    "torchao-int4": torchao_int4,
+    "compressed-tensors": compressed_tensors,
+    "fp8": fp8,
+    "hqq": hqq,
+    "gptq-4bit": lambda *of: gptq(4, 32)(*of),
+    "gptq-8bit": lambda *of: gptq(8, -1)(*of),
+    "awq": awq,
+    "auto-round": auto_round,
+}
+
+if __name__ == "__main__":
+    for producer in sys.argv[2:] or PRODUCERS:
+        shutil.rmtree(MODELS / producer, ignore_errors=True)
+        (MODELS / producer).mkdir(parents=True)
+        PRODUCERS[producer](MODELS / producer, random_model())
