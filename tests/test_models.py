@@ -15,6 +15,7 @@ from qkernels import CheckpointError, QuantLinear, io, reference
 from qkernels.embedding import QuantEmbedding
 from qkernels.formats import QuantTensor
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 MODELS = Path(__file__).parent / "golden" / "models"
 IDS = torch.tensor([[3, 14, 15, 9, 26, 5, 35, 8]])
 # producer -> layout, and how many weights each format has; blocks of 64 straddle the rows of down_proj

@@ -8,7 +8,8 @@
     tar xzf autoawq-0.2.9.tar.gz && mv autoawq-0.2.9/awq made
     DISABLE_CUDA=1 python tests/golden/make_models.py made [producer ...]
 
-A directory has model.safetensors and config.json as the producer makes them, and expected.npz with
+makes the same bytes every time, but for the order of torchao's metadata. A directory has model.safetensors and config.json as the producer
+makes them, and expected.npz with
 
     logits     [8, vocab]   float64    of the tokens IDS, by transformers in float64, from the weights as the producer decodes them
     tokens     [12]         int64      that follow greedily
