@@ -6,18 +6,20 @@
 
 gguf-k has Q4_K and Q6_K as a Q4_K_M file, and what llama.cpp takes in their place where rows are no multiple of 256: Q5_0 and Q8_0.
 gguf-split is two files of Q4_0, Q4_1, Q5_0, Q5_1, IQ4_NL and Q8_0. Blocks are made and decoded by ggml's C code (make_ggml.py); files,
-names and keys are gguf-py's; rows of attn_q and attn_k are in the order that llama.cpp wants. expected.npz is that of make_models.py.
-Nothing of qkernels is imported.
+names and keys are gguf-py's; rows of attn_q and attn_k are in the order that llama.cpp wants. expected.npz is that of make_models.py;
+llama.cpp loads the files and is asked for the same logits. Nothing of qkernels is imported.
 """
 
+import ctypes
 import shutil
+from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_void_p
 
 import gguf
 import make_ggml
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType as T
-from make_models import MODELS, expect, random_model
+from make_models import IDS, MODELS, expect, random_model
 
 # part of a GGUF name -> type, the first that fits
 K_TYPES = {
@@ -46,6 +48,43 @@ def permuted(w, heads):
 
 def restored(w, heads):
     return w.reshape(heads, -1, 2, w.shape[1]).swapaxes(1, 2).reshape(w.shape)
+
+
+class Parameters(ctypes.Structure):
+    """More than llama.cpp's own, which are passed by value and made by it."""
+
+    _fields_ = (("opaque", c_int64 * 128),)
+
+
+class Batch(ctypes.Structure):
+    _fields_ = (("opaque", c_int64 * 7),)
+
+
+def function(name, result, *arguments):
+    found = make_ggml.GGML[name]
+    found.restype, found.argtypes = result, arguments
+    return found
+
+
+def by_llama_cpp(path, vocab):
+    """Logits of the last of IDS."""
+    function("llama_backend_init", None)()
+    parameters = function("llama_model_default_params", Parameters)()
+    model = function("llama_model_load_from_file", c_void_p, c_char_p, Parameters)(str(path).encode(), parameters)
+    parameters = function("llama_context_default_params", Parameters)()
+    context = function("llama_init_from_model", c_void_p, c_void_p, Parameters)(model, parameters)
+    tokens = (c_int32 * IDS.numel())(*IDS[0].tolist())  # which the batch points to
+    batch = function("llama_batch_get_one", Batch, POINTER(c_int32), c_int32)(tokens, len(tokens))
+    assert function("llama_decode", c_int32, c_void_p, Batch)(context, batch) == 0
+    logits = function("llama_get_logits_ith", POINTER(c_float), c_void_p, c_int32)(context, -1)
+    return np.ctypeslib.as_array(logits, (vocab,)).copy()
+
+
+def check_by_llama_cpp(directory):
+    """Within what its int8 activations and float16 cache cost."""
+    exact = np.load(directory / "expected.npz")["logits"][-1]
+    theirs = by_llama_cpp(min(directory.glob("*.gguf")), len(exact))
+    assert np.abs(theirs - exact).max() < 0.04 * np.abs(exact).max()
 
 
 def add_keys(writer, config, file_type):
@@ -94,6 +133,7 @@ def make(producer, model, types, default, file_type, **options):
     for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
         step()
     expect(directory, model, decoded)
+    check_by_llama_cpp(directory)
 
 
 if __name__ == "__main__":
