@@ -3,10 +3,7 @@
     pip install numpy==2.4.6 torch==2.13.0 transformers==5.23.0 safetensors==0.8.0
     pip install --no-deps bitsandbytes==0.50.2 accelerate==1.15.0 psutil packaging torchao==0.18.0
     pip install --no-deps hqq==0.2.8.post1 termcolor einops tqdm compressed-tensors==0.20.0 loguru
-    pip install --no-deps --target made auto-gptq==0.7.1 auto-round==0.16.1
-    pip download --no-deps --no-binary :all: --no-build-isolation autoawq==0.2.9
-    tar xzf autoawq-0.2.9.tar.gz && mv autoawq-0.2.9/awq made
-    DISABLE_CUDA=1 python tests/golden/make_models.py made [producer ...]
+    DISABLE_CUDA=1 python tests/golden/make_models.py [producer ...]
 
 makes the same bytes every time, but for the order of torchao's metadata. A directory has model.safetensors and config.json as the producer
 makes them, and expected.npz with
@@ -17,15 +14,13 @@ makes them, and expected.npz with
     digests    [layers, 32] uint8      SHA-256 of each as the producer decodes it, in float32; for bitsandbytes-int8 in bfloat16, the
                                        model's dtype: it multiplies by a rounded 1 / 127, where one division would be exact
 
-bitsandbytes, torchao and compressed-tensors quantise and save the model themselves. transformers' FP8 asks for a GPU: its quantising
-step is called for each weight. GPTQ's codes are found and packed by AutoGPTQ's own classes; what AutoAWQ, AutoRound and hqq pack is a
-layer at a time, and config.json says what these tools write there. make_models_gguf.py makes the GGUF files. Nothing of qkernels is
-imported.
+bitsandbytes, torchao and compressed-tensors quantise and save the model themselves. transformers' FP8 asks for a GPU, and it does not save
+hqq's layers: the former's quantising step and the latter's layers are called for each weight, and config.json is what they write there.
+make_models_gptq.py and make_models_gguf.py make the others. Nothing of qkernels is imported.
 """
 
 import copy
 import hashlib
-import importlib
 import json
 import shutil
 import sys
@@ -91,14 +86,14 @@ def save(directory, model, dtype, stored, config):
     (directory / "config.json").write_text(json.dumps(stated | {"quantization_config": config}, indent=1) + "\n")
 
 
-def by_transformers(directory, model, config, decode, dtype=torch.float32):
+def by_transformers(directory, model, config, decode, dtype=torch.float32, names=()):
     """Quantised on load, and saved."""
     dense = directory / "dense"
     copy.deepcopy(model).bfloat16().save_pretrained(dense)
     made = transformers.AutoModelForCausalLM.from_pretrained(dense, quantization_config=config, dtype=torch.bfloat16, device_map="cpu")
     shutil.rmtree(dense)
     made.save_pretrained(directory)
-    expect(directory, model, {f"{n}.weight": decode(made.get_submodule(n)) for n in linears(model)}, dtype)
+    expect(directory, model, {f"{n}.weight": decode(made.get_submodule(n)) for n in names or linears(model)}, dtype)
 
 
 # -- bitsandbytes and torchao ------------------------------------------------------------------------------------------------------
@@ -136,10 +131,13 @@ def torchao_int8(directory, model):
 
 
 def torchao_int4(directory, model):
+    """With the head, but not the embedding, whatever the option is called."""
     from torchao.quantization import IntxWeightOnlyConfig, PerGroup
 
-    config = transformers.TorchAoConfig(IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)))
-    by_transformers(directory, model, config, lambda layer: layer.weight.to(torch.float32).dequantize())
+    how = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))
+    config = transformers.TorchAoConfig(how, include_input_output_embeddings=True)
+    names = [*linears(model), "lm_head"]
+    by_transformers(directory, model, config, lambda layer: layer.weight.to(torch.float32).dequantize(), names=names)
 
 
 # -- compressed-tensors, FP8, hqq --------------------------------------------------------------------------------------------------
@@ -201,100 +199,12 @@ def hqq(directory, model):
     expect(directory, model, decoded)
 
 
-# -- AutoGPTQ, AutoAWQ, AutoRound --------------------------------------------------------------------------------------------------
-
-
-def stubs(*packages, **others):
-    """Packages without their __init__, which imports far more than is needed; `others`: modules that are not there."""
-    for name in packages:
-        sys.modules[name] = types.ModuleType(name)
-        sys.modules[name].__path__ = [str(Path(sys.argv[1], *name.split(".")))]
-    for name, attributes in others.items():
-        sys.modules[name] = types.ModuleType(name)
-        vars(sys.modules[name]).update(attributes)
-
-
-def gptq(bits, group_size):
-    stubs("auto_gptq", "auto_gptq.nn_modules", "auto_gptq.nn_modules.qlinear", "auto_gptq.quantization")
-    packer = importlib.import_module("auto_gptq.nn_modules.qlinear.qlinear_cuda").QuantLinear
-    solver = importlib.import_module("auto_gptq.quantization.gptq").GPTQ
-    torch.cuda.synchronize = lambda *_: None
-    config = dict(
-        bits=bits, group_size=group_size, damp_percent=0.01, desc_act=group_size > 0, static_groups=False, sym=True, true_sequential=True,
-        model_name_or_path=None, model_file_base_name="model", is_marlin_format=False, quant_method="gptq",
-    )  # fmt: skip
-
-    def make(directory, model):
-        stored, decoded = {}, {}
-        for name, layer in linears(model).items():
-            layer, (n, k) = copy.deepcopy(layer), layer.weight.shape
-            x = torch.randn(1, 256, k) * torch.linspace(0.5, 2, k)[torch.randperm(k)]
-            found = solver(layer)
-            found.quantizer.configure(bits, perchannel=True, sym=True, mse=False)
-            found.add_batch(x, layer(x))
-            scales, zeros, g_idx = found.fasterquant(group_size=group_size, actorder=group_size > 0)
-            layer.half()  # which is how its scales become float16
-            packed = packer(bits, group_size, k, n, False, kernel_switch_threshold=128, weight_dtype=torch.float16)
-            packed.pack(layer, scales, zeros, g_idx)
-            stored |= {f"{name}.{leaf}": t.contiguous() for leaf, t in packed.state_dict().items()}
-            packed.scales = packed.scales.float()
-            decoded[f"{name}.weight"] = packed(torch.eye(k)).t().contiguous()
-        save(directory, model, torch.float16, stored, config)
-        expect(directory, model, decoded)
-
-    return make
-
-
-def on_grid(weight, size, least=0):
-    """Layer of the points of a 4-bit grid that are nearest, their scales and zero points [N, K/size]."""
-    groups = weight.detach().unflatten(1, (-1, size))
-    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
-    scales = ((high - low) / (15 - least)).half().float()
-    zeros = (-low / scales).round().clamp(least, 15)
-    codes = ((groups / scales[..., None]).round() + zeros[..., None]).clamp(0, 15)
-    layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-    layer.weight.data = ((codes - zeros[..., None]) * scales[..., None]).flatten(1)
-    return layer, scales, zeros
-
-
-def awq(directory, model):
-    utils, gemm = dict(try_import=lambda name: (None, "")), dict(awq_gemm_triton=None, awq_dequantize_triton=None)
-    missing = {"awq.utils.module": utils, "awq.utils.utils": dict(get_best_device=lambda: "cpu"), "awq.modules.triton.gemm": gemm}
-    stubs("awq", "awq.utils", "awq.modules", "awq.modules.linear", "awq.modules.triton", "awq.models", **missing)
-    packer = importlib.import_module("awq.modules.linear.gemm").WQLinear_GEMM
-    unpack = importlib.import_module("awq.utils.packing_utils").dequantize_gemm
-    stored, decoded = {}, {}
-    for name, layer in linears(model).items():
-        layer, scales, zeros = on_grid(layer.weight, 32)
-        packed = packer.from_linear(layer, 4, 32, scales=scales.t().contiguous(), zeros=zeros.t().contiguous())
-        stored |= {f"{name}.{leaf}": t.contiguous() for leaf, t in packed.state_dict().items()}
-        decoded[f"{name}.weight"] = unpack(packed.qweight, packed.qzeros, packed.scales.float(), 4, 32).t().contiguous()
-    config = importlib.import_module("awq.models._config").AwqConfig(q_group_size=32).to_transformers_dict()
-    save(directory, model, torch.float16, stored, config)
-    expect(directory, model, decoded)
-
-
-def auto_round(directory, model):
-    stubs(
-        "auto_round", "auto_round_extension", "auto_round_extension.torch", **{"auto_round.utils": dict(get_packing_device=lambda _: "cpu")}
-    )
-    sys.modules["auto_round.utils"].__path__ = [str(Path(sys.argv[1], "auto_round", "utils"))]
-    packer = importlib.import_module("auto_round_extension.torch.qlinear_torch_zp").QuantLinear
-    stored, decoded = {}, {}
-    for name, layer in linears(model).items():
-        layer, scales, zeros = on_grid(layer.weight, 32, least=1)
-        packed = packer(4, 32, layer.in_features, layer.out_features, False)
-        packed.device = "cpu"
-        packed.pack(layer, scales, zeros, device="cpu")
-        stored |= {f"{name}.{leaf}": t.contiguous() for leaf, t in packed.state_dict().items()}
-        packed.scales = packed.scales.float()
-        decoded[f"{name}.weight"] = packed(torch.eye(layer.in_features)).t().contiguous()
-    config = dict(
-        bits=4, group_size=32, sym=False, data_type="int", iters=200, nsamples=128, seqlen=2048, autoround_version="0.16.1",
-        block_name_to_quantize="model.layers", quant_method="auto-round", packing_format="auto_round:auto_gptq",
-    )  # fmt: skip
-    save(directory, model, torch.float16, stored, config)
-    expect(directory, model, decoded)
+def run(producers, wanted=()):
+    """Make the directories of those that are wanted, or of all."""
+    for producer in wanted or producers:
+        shutil.rmtree(MODELS / producer, ignore_errors=True)
+        (MODELS / producer).mkdir(parents=True)
+        producers[producer](MODELS / producer, random_model())
 
 
 PRODUCERS = {
@@ -305,14 +215,7 @@ PRODUCERS = {
     "compressed-tensors": compressed_tensors,
     "fp8": fp8,
     "hqq": hqq,
-    "gptq-4bit": lambda *of: gptq(4, 32)(*of),
-    "gptq-8bit": lambda *of: gptq(8, -1)(*of),
-    "awq": awq,
-    "auto-round": auto_round,
 }
 
 if __name__ == "__main__":
-    for producer in sys.argv[2:] or PRODUCERS:
-        shutil.rmtree(MODELS / producer, ignore_errors=True)
-        (MODELS / producer).mkdir(parents=True)
-        PRODUCERS[producer](MODELS / producer, random_model())
+    run(PRODUCERS, sys.argv[1:])
