@@ -14,9 +14,9 @@ makes them, and expected.npz with
     digests    [layers, 32] uint8      SHA-256 of each as the producer decodes it, in float32; for bitsandbytes-int8 in bfloat16, the
                                        model's dtype: it multiplies by a rounded 1 / 127, where one division would be exact
 
-bitsandbytes, torchao and compressed-tensors quantise and save the model themselves. transformers' FP8 asks for a GPU, and it does not save
-hqq's layers: the former's quantising step and the latter's layers are called for each weight, and config.json is what they write there.
-make_models_gptq.py and make_models_gguf.py make the others. Nothing of qkernels is imported.
+bitsandbytes, torchao, compressed-tensors and hqq quantise and save the model themselves. transformers' FP8 asks for a GPU: its quantising
+step is called for each weight, and config.json is what it writes. make_models_gptq.py and make_models_gguf.py make the others. Nothing
+of qkernels is imported.
 """
 
 import copy
@@ -186,17 +186,16 @@ def fp8(directory, model):
 
 
 def hqq(directory, model):
-    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+    from hqq.core.quantize import BaseQuantizeConfig
+    from hqq.models.hf.base import AutoHQQHFModel
 
-    config = transformers.HqqConfig(nbits=4, group_size=64, axis=1)
-    stored, decoded = {}, {}
-    for name, layer in linears(model).items():
-        settings = BaseQuantizeConfig(nbits=4, group_size=64, axis=1)
-        made = HQQLinear(copy.deepcopy(layer), settings, compute_dtype=torch.float32, device="cpu")
-        stored |= {f"{name}.{leaf}": t.detach() for leaf, t in made.state_dict().items() if t is not None}
-        decoded[f"{name}.weight"] = made.dequantize()
-    save(directory, model, torch.float32, stored, config.to_dict())
-    expect(directory, model, decoded)
+    made = copy.deepcopy(model)
+    made.config.architectures, made.config.dtype = ["LlamaForCausalLM"], "float32"
+    settings = BaseQuantizeConfig(nbits=4, group_size=64, axis=1)
+    AutoHQQHFModel.quantize_model(made, settings, compute_dtype=torch.float32, device="cpu")
+    directory.rmdir()  # it makes its own, and says nothing of the quantisation in config.json
+    AutoHQQHFModel.save_to_safetensors(made, str(directory))
+    expect(directory, model, {f"{n}.weight": made.get_submodule(n).dequantize() for n in linears(model)})
 
 
 def run(producers, wanted=()):
