@@ -122,3 +122,16 @@ def test_split_files_lack_a_part(tmp_path):
     shutil.copy(first, tmp_path)
     with pytest.raises(CheckpointError, match=second.name):
         qkernels.from_pretrained(tmp_path / first.name, progress=False)
+
+
+def test_files_of_another_name(tmp_path):
+    """The only one is taken; of two, or of one shard, nobody knows."""
+    file = next((MODELS / "gptq-4bit").glob("*.safetensors"))
+    assert file.name == "gptq_model-4bit-32g.safetensors"
+    for names in ([f"a{file.name}", file.name], ["model-00001-of-00002.safetensors"]):
+        directory = tmp_path / names[0]
+        directory.mkdir()
+        for name in names:
+            shutil.copy(file, directory / name)
+        with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor"):
+            io.detect(directory)

@@ -78,10 +78,10 @@ def expect(directory, model, decoded, dtype=torch.float32):
     )
 
 
-def save(directory, model, dtype, stored, config):
+def save(directory, model, dtype, stored, config, file="model"):
     """A model whose linears are the tensors `stored`."""
     dense = {n: t.to(dtype) for n, t in model.state_dict().items() if n.removesuffix(".weight") not in linears(model)}
-    save_file({n: t.contiguous() for n, t in (dense | stored).items()}, str(directory / "model.safetensors"), {"format": "pt"})
+    save_file({n: t.contiguous() for n, t in (dense | stored).items()}, str(directory / f"{file}.safetensors"), {"format": "pt"})
     stated = model.config.to_dict() | {"architectures": ["LlamaForCausalLM"], "dtype": str(dtype).removeprefix("torch.")}
     (directory / "config.json").write_text(json.dumps(stated | {"quantization_config": config}, indent=1) + "\n")
 

@@ -6,9 +6,9 @@
     tar xzf autoawq-0.2.9.tar.gz && mv autoawq-0.2.9/awq made
     python tests/golden/make_models_gptq.py made [producer ...]
 
-AutoGPTQ's own classes find and pack its codes, in act-order for 4 bits. AutoAWQ and AutoRound pack the nearest points of a grid. None of
-them imports with this transformers, so their layers are taken without the packages around them, and config.json says what they write
-there. Nothing of qkernels is imported.
+AutoGPTQ's own classes find and pack its codes: in act-order for 4 bits, where the file is called as it calls it. AutoAWQ and AutoRound pack
+the nearest points of a grid. None of them imports with this transformers, so their layers are taken without the packages around them, and
+config.json says what they write there. Nothing of qkernels is imported.
 """
 
 import copy
@@ -31,14 +31,14 @@ def stubs(*packages, **others):
         vars(sys.modules[name]).update(attributes)
 
 
-def gptq(bits, group_size):
+def gptq(bits, group_size, file):
     stubs("auto_gptq", "auto_gptq.nn_modules", "auto_gptq.nn_modules.qlinear", "auto_gptq.quantization")
     packer = importlib.import_module("auto_gptq.nn_modules.qlinear.qlinear_cuda").QuantLinear
     solver = importlib.import_module("auto_gptq.quantization.gptq").GPTQ
     torch.cuda.synchronize = lambda *_: None
     config = dict(
         bits=bits, group_size=group_size, damp_percent=0.01, desc_act=group_size > 0, static_groups=False, sym=True, true_sequential=True,
-        model_name_or_path=None, model_file_base_name="model", is_marlin_format=False, quant_method="gptq",
+        model_name_or_path=None, model_file_base_name=file, is_marlin_format=False, quant_method="gptq",
     )  # fmt: skip
 
     def make(directory, model):
@@ -56,7 +56,7 @@ def gptq(bits, group_size):
             stored |= {f"{name}.{leaf}": t.contiguous() for leaf, t in packed.state_dict().items()}
             packed.scales = packed.scales.float()
             decoded[f"{name}.weight"] = packed(torch.eye(k)).t().contiguous()
-        save(directory, model, torch.float16, stored, config)
+        save(directory, model, torch.float16, stored, config, file)
         expect(directory, model, decoded)
 
     return make
@@ -115,8 +115,8 @@ def auto_round(directory, model):
 
 
 PRODUCERS = {
-    "gptq-4bit": lambda *of: gptq(4, 32)(*of),
-    "gptq-8bit": lambda *of: gptq(8, -1)(*of),
+    "gptq-4bit": lambda *of: gptq(4, 32, "gptq_model-4bit-32g")(*of),
+    "gptq-8bit": lambda *of: gptq(8, -1, "model")(*of),
     "awq": awq,
     "auto-round": auto_round,
 }
