@@ -24,6 +24,12 @@ def _surroundings():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def one_thread(_surroundings):
+    """For models so small that a second thread is only waited for."""
+    torch.set_num_threads(1)
+
+
 def _forget_level():
     library.level.cache_clear()
     devices.current.cache_clear()

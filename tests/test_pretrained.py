@@ -23,6 +23,7 @@ from qkernels.integrations.experts import JoinedLinear, QuantExperts, linear
 from qkernels.integrations.loader import Loader
 from qkernels.io import shards
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "vocab_size": 50}
 LLAMA = SMALL | {"num_key_value_heads": 2}
 IDS = torch.arange(2, 10)[None]
@@ -42,6 +43,7 @@ CONFIGS = {
     "llama": lambda: transformers.LlamaConfig(**LLAMA),
     "llama tied": lambda: transformers.LlamaConfig(**LLAMA, tie_word_embeddings=True),
     "qwen2, with biases": lambda: transformers.Qwen2Config(**LLAMA),
+    "qwen2, tied": lambda: transformers.Qwen2Config(**LLAMA, tie_word_embeddings=True),
     "gemma3, tied, scaled embeddings": lambda: transformers.Gemma3TextConfig(**LLAMA, head_dim=16, pad_token_id=49),
     "gpt2, Conv1D": lambda: transformers.GPT2Config(n_layer=2, n_embd=64, n_head=4, vocab_size=50, n_positions=32),
     "mixtral": lambda: transformers.MixtralConfig(**LLAMA, num_local_experts=3),
@@ -121,7 +123,7 @@ def greedy(model):
 
 
 @pytest.mark.parametrize("pattern", [LINEARS, EVERYTHING], ids=["linears", "embeddings, heads and routers too"])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "qwen2, tied"])
 def test_same_as_transformers(tmp_path, name, pattern):
     save_dense(name, tmp_path / "m")
     items, dense = quantized(tmp_path / "m", pattern)
@@ -134,8 +136,9 @@ def test_same_as_transformers(tmp_path, name, pattern):
             assert any(q.equal(other) for other in held)  # the checkpoint's own numbers
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shard_bytes", [20_000, 4_000_000_000], ids=["sharded", "one file"])
+@pytest.mark.parametrize(
+    ("dtype", "shard_bytes"), [(torch.float32, 20_000), (torch.bfloat16, 20_000), (torch.float16, 4_000_000_000)], ids=str
+)
 def test_dtypes_and_shards(tmp_path, dtype, shard_bytes):
     save_dense("qwen2, with biases", tmp_path / "m", dtype)
     items, dense = quantized(tmp_path / "m", EVERYTHING)
@@ -161,7 +164,7 @@ WRITTEN = {
 }
 
 
-@pytest.mark.parametrize("name", ["llama tied", "qwen2, with biases", "mixtral"])
+@pytest.mark.parametrize("name", ["qwen2, tied", "mixtral"])
 @pytest.mark.parametrize("layout", WRITTEN)
 def test_layouts(tmp_path, layout, name):
     save_dense(name, tmp_path / "m", torch.float16)
@@ -326,7 +329,7 @@ def one_row(t):
 @pytest.mark.parametrize(("name", "layout"), [*(("llama", layout) for layout in (*WRITTEN, "qkernels")), ("mixtral", "gptq")])
 def test_memory(tmp_path, monkeypatch, layout, name):
     """What lives at any time is not much more than the files hold: no dense copy, no second one."""
-    sizes = SMALL | {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 10, "num_key_value_heads": 4}
+    sizes = SMALL | {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 6, "num_key_value_heads": 4}
     config = transformers.LlamaConfig(**sizes) if name == "llama" else transformers.MixtralConfig(**sizes, num_local_experts=2)
     save_dense(name, tmp_path / "m", torch.float16, config)
     items, _ = quantized(tmp_path / "m", format=WRITTEN.get(layout, "int4"))

@@ -18,6 +18,7 @@ from qkernels.integrations.loader import Loader
 
 gguf = pytest.importorskip("gguf", reason="needs gguf-py, which writes the files")
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 NUMBERS = {  # the key's last part -> field of the config
     "context_length": "max_position_embeddings",
     "block_count": "num_hidden_layers",

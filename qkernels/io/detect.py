@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,8 +64,8 @@ def detect(path: str | os.PathLike[str]) -> CheckpointInfo:
         raise CheckpointError(f"{path} is a directory; name the file: {gguf[0]}")
     config = _config(path)
     settings = _settings(path, config)
-    files = tuple(sorted(set(shards.open_directory(path).files.values())))
-    return CheckpointInfo(path, _layout(path, settings), files, settings, config)
+    names = shards.open_directory(path).files
+    return CheckpointInfo(path, _layout(path, settings, names), tuple(sorted(set(names.values()))), settings, config)
 
 
 def _config(path: Path) -> dict[str, Any]:
@@ -106,9 +106,10 @@ def _settings(path: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
     return {}
 
 
-def _layout(path: Path, settings: Mapping[str, Any]) -> str:
+def _layout(path: Path, settings: Mapping[str, Any], names: Iterable[str]) -> str:
     if not settings:
-        return "dense"
+        # hqq itself states nothing: each of its layers says what it is
+        return "hqq" if any(name.endswith(".W_q") for name in names) else "dense"
     method = settings.get("quant_method")
     if method is None and (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
         method = "bitsandbytes"

@@ -105,6 +105,7 @@ def case(id, weight):
     return dict(raw=encode(id, weight.astype(np.float32)), blocks=blocks, values=decode(id, blocks), digest=digest(values))
 
 
-weight = weights()
-arrays = {f"{id}.{field}": a for id in IDS for field, a in case(id, weight).items()}
-np.savez_compressed(Path(__file__).with_name("ggml.npz"), weight=weight, **arrays)
+if __name__ == "__main__":
+    weight = weights()
+    arrays = {f"{id}.{field}": a for id in IDS for field, a in case(id, weight).items()}
+    np.savez_compressed(Path(__file__).with_name("ggml.npz"), weight=weight, **arrays)
