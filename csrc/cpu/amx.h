@@ -1,20 +1,23 @@
-// Products by AMX: an instruction takes 16 rows of x, 16 rows of the weight and 64 k. The int32 sums are those of DotS8, so the bits are.
+// Products by AMX: an instruction takes 16 rows of x, 16 rows of the weight and up to 64 k. The int32 sums are those of DotS8, so the bits are.
 //
 // A panel in scratch lies as the instruction reads it: 64 bytes for every 4 k, byte 4n+i of them row n at k0+i. They are the values, code
-// less offset, signed (unsigned where there is no offset), so that no sum starts from a correction; every block is padded with 0 to a
-// multiple of 64, which is why the activations beyond its end, whatever they are, add nothing.
+// less offset, signed (unsigned where there is no offset), so that no sum starts from a correction; every block is padded with 0 to whole
+// tiles, which is why the activations beyond its end, whatever they are, add nothing.
 
 constexpr int64_t AMX_ROWS = 16, AMX_K = 64;
-// Rows of x, and columns of a block, from which it is faster than DotS8: below, unpacking and scaling are most of the work.
-constexpr int64_t AMX_FROM = 32, AMX_LEAST_BLOCK = 32;
+// Rows of x times columns of a group (64 at most) from which it is faster than DotS8, where unpacking and scaling are less of the work: 32
+// rows of groups of 64 and more, 128 of groups of 16. Found on a Xeon.
+constexpr int64_t AMX_FROM = 2048, AMX_LEAST_GROUP = 16;
 constexpr int64_t AMX_COLUMNS = 512;  // of a strip in scratch: 32 KiB, most of L1
+constexpr int AMX_BATCH = 2;  // blocks whose sums are scaled together: they share a trip of the accumulators through registers
 
 struct S8Amx : S8<false> {
   static constexpr int TILE_BYTES = 128;
 };
+inline int64_t tile_columns(int64_t length) { return length <= 16 ? 16 : length <= 32 ? 32 : AMX_K; }
 template <>
-constexpr int64_t room_of<S8Amx>(int64_t length) {
-  return (length + AMX_K - 1) / AMX_K * AMX_K;
+inline int64_t room_of<S8Amx>(int64_t length) {
+  return (length + tile_columns(length) - 1) / tile_columns(length) * tile_columns(length);
 }
 
 // A chunk of a strip: [STRIP, room / 4, 64].
@@ -36,8 +39,10 @@ inline void unpack(S8Amx, const Weight& w, const uint8_t* codes, const Chunk& ch
       for (int p = 0; p < STRIP; p++) __builtin_memset(out + p * panel_bytes, 0, 64);
   }
 }
-inline bool fits_amx(const Weight& w) {
-  return w.nested == Nested::none && w.geometry.group_padded >= AMX_LEAST_BLOCK && (w.bits < 8 || w.offset == 0 || w.offset == 128);
+inline bool by_amx(const Weight& w, int64_t rows) {
+  const int64_t group = w.geometry.group_padded < AMX_K ? w.geometry.group_padded : AMX_K;
+  const bool fits = w.nested == Nested::none && (w.bits < 8 || w.offset == 0 || w.offset == 128);
+  return fits && group >= AMX_LEAST_GROUP && rows * group >= AMX_FROM;
 }
 
 struct TileConfig {  // what ldtilecfg reads
@@ -47,11 +52,12 @@ struct TileConfig {  // what ldtilecfg reads
 };
 
 // Tiles 0…3 are sums of two halves of the rows by two panels, 4 and 5 the halves of x, 6 and 7 the panels.
-inline void configure(int64_t first, int64_t second) {
+inline void configure(int64_t rows, int64_t columns) {
   alignas(64) TileConfig config;
-  const int64_t rows[8] = {first, first, second, second, first, second, AMX_ROWS, AMX_ROWS};
+  const int64_t first = rows < AMX_ROWS ? rows : AMX_ROWS, second = rows - first;
+  const int64_t rows_of[8] = {first, first, second, second, first, second, columns / 4, columns / 4};
   for (int i = 0; i < 8; i++)
-    if (rows[i] != 0) config.rows[i] = uint8_t(rows[i]), config.row_bytes[i] = 64;
+    if (rows_of[i] != 0) config.rows[i] = uint8_t(rows_of[i]), config.row_bytes[i] = uint16_t(i == 4 || i == 5 ? columns : 64);
   __asm__ volatile("" : : "r"(&config) : "memory");  // GCC's _tile_loadconfig says that it reads 8 bytes
   _tile_loadconfig(&config);
 }
@@ -60,17 +66,18 @@ struct TileSums {
   alignas(64) int32_t of[2][2][AMX_ROWS][PANEL];  // half of the rows, panel
 };
 
-// x [16 * HALVES, room] times two panels
+// x [16 * HALVES, length] times two panels
 template <bool SIGNED, int HALVES>
 inline void multiply_tiles(const int8_t* x, int64_t length, const uint8_t* weights, int64_t panel_bytes, TileSums& sums) {
   __asm__ volatile("" : : : "memory");  // GCC's _tile_loadd does not say that it reads memory
+  const int64_t columns = tile_columns(length);
   _tile_zero(0);
   _tile_zero(1);
   if (HALVES == 2) {
     _tile_zero(2);
     _tile_zero(3);
   }
-  for (int64_t k = 0; k < length; k += AMX_K, weights += AMX_K * PANEL) {
+  for (int64_t k = 0; k < length; k += columns, weights += columns * PANEL) {
     const uint8_t* other = weights + panel_bytes;
     _tile_loadd(4, x + k, length);
     _tile_loadd(6, weights, 64);
@@ -101,34 +108,56 @@ inline void multiply_tiles(const int8_t* x, int64_t length, const uint8_t* weigh
   }
 }
 
-inline void add_scaled(const TileSums& sums, const float* factors, const float* scales, int64_t rows, float* acc) {
-  const F first = load_f(factors), second = load_f(factors + PANEL);
-  for (int64_t r = 0; r < rows; r++, acc += STRIP * PANEL) {
-    const F scale = set1_f(scales[r]);
-    const int32_t* sum = sums.of[r / AMX_ROWS][0][r % AMX_ROWS];
-    store_f(acc, fma(mul(first, scale), to_float(_mm512_load_si512(sum)), load_f(acc)));
-    store_f(acc + PANEL, fma(mul(second, scale), to_float(_mm512_load_si512(sum + AMX_ROWS * PANEL)), load_f(acc + PANEL)));
+// Rows r0…r1 of the sums of some blocks with two panels, scaled: factors [BLOCKS, STRIP, 16] from the first of the panels on, scales
+// [BLOCKS, m].
+template <int BLOCKS>
+inline void add_scaled(const TileSums* sums, const float* factors, const float* scales, int64_t m, int64_t r0, int64_t r1, float* acc) {
+  F first[BLOCKS], second[BLOCKS];
+  each<BLOCKS>(QK_WITH(b) { first[b] = load_f(factors + b * STRIP * PANEL), second[b] = load_f(factors + (b * STRIP + 1) * PANEL); });
+  for (int64_t r = r0; r < r1; r++) {
+    float* out = acc + r * STRIP * PANEL;
+    F one = load_f(out), other = load_f(out + PANEL);
+    each<BLOCKS>(QK_WITH(b) {
+      const F scale = set1_f(scales[b * m + r]);
+      const int32_t* sum = sums[b].of[r / AMX_ROWS][0][r % AMX_ROWS];
+      one = fma(mul(first[b], scale), to_float(_mm512_load_si512(sum)), one);
+      other = fma(mul(second[b], scale), to_float(_mm512_load_si512(sum + AMX_ROWS * PANEL)), other);
+    });
+    store_f(out, one), store_f(out + PANEL, other);
   }
 }
 
-// Every block by two pairs of panels. The tiles of one pair are at work while the sums of the one before are scaled.
+// Units of a batch of blocks by two panels. The tiles of one unit are at work while the sums of the one before are scaled: by turns, block
+// by block, as the CPU looks no further ahead than a few hundred instructions.
 template <bool SIGNED, int HALVES>
-void amx_rows(const Weight& w, const Activations& x, const Chunk& chunk, int64_t m, int64_t rows, float* acc) {
-  TileSums sums[2];
-  const int64_t panel_bytes = chunk.room * PANEL;
-  const auto scale = [&](int64_t unit) __attribute__((always_inline)) {
-    const int64_t b = unit / 2, p = unit % 2 * 2, of_block = (chunk.first + b) * x.m + m;
-    add_scaled(sums[unit % 2], chunk.scales + (b * STRIP + p) * PANEL, x.scales + of_block, rows, acc + p * PANEL);
+void amx_rows(const Weight& w, const Activations& x, const Chunk& chunk, int64_t m, int64_t rows, int64_t& configured, float* acc) {
+  TileSums sums[2][AMX_BATCH];
+  const int64_t panel_bytes = chunk.room * PANEL, units = (chunk.count + AMX_BATCH - 1) / AMX_BATCH * 2;
+  const auto blocks_of = [&](int64_t unit) {
+    const int64_t left = chunk.count - unit / 2 * AMX_BATCH;
+    return unit < 0 || unit >= units ? 0 : left < AMX_BATCH ? left : AMX_BATCH;
   };
-  const uint8_t* codes = chunk.codes;
-  Block block = chunk.block;
-  for (int64_t unit = 0; unit < 2 * chunk.count; unit++) {
-    const auto* values = static_cast<const int8_t*>(x.values) + x.m * block.k0 + m * block.length;
-    multiply_tiles<SIGNED, HALVES>(values, block.length, codes + unit % 2 * 2 * panel_bytes, panel_bytes, sums[unit % 2]);
-    if (unit > 0) scale(unit - 1);
-    if (unit % 2 == 1) codes += room_of<S8Amx>(block.length) * PANEL, block = block_after(w.geometry, block);
+  Block block = chunk.block, first = block;
+  const uint8_t *codes = chunk.codes, *first_codes = codes;
+  for (int64_t unit = 0; unit <= units; unit++) {
+    if (unit % 2 == 0) first = block, first_codes = codes;
+    else block = first, codes = first_codes;
+    const int64_t blocks = blocks_of(unit), before = blocks_of(unit - 1), b = (unit - 1) / 2 * AMX_BATCH, p = (unit - 1) % 2 * 2;
+    for (int64_t i = 0; i < AMX_BATCH; i++) {
+      if (i < blocks) {
+        const int64_t columns = tile_columns(block.length);
+        if (configured != rows * AMX_K + columns) configure(rows, columns), configured = rows * AMX_K + columns;
+        const auto* values = static_cast<const int8_t*>(x.values) + x.m * block.k0 + m * block.length;
+        multiply_tiles<SIGNED, HALVES>(values, block.length, codes + unit % 2 * 2 * panel_bytes, panel_bytes, sums[unit % 2][i]);
+        codes += room_of<S8Amx>(block.length) * PANEL, block = block_after(w.geometry, block);
+      }
+      if (before > 0) {
+        const auto scale = before == 1 ? add_scaled<1> : add_scaled<AMX_BATCH>;
+        scale(sums[(unit + 1) % 2], chunk.scales + (b * STRIP + p) * PANEL, x.scales + (chunk.first + b) * x.m + m, x.m,
+              rows * i / AMX_BATCH, rows * (i + 1) / AMX_BATCH, acc + p * PANEL);
+      }
+    }
   }
-  scale(2 * chunk.count - 1);
 }
 
 template <>
@@ -141,11 +170,9 @@ void rows_of_tiles<S8Amx, STRIP>(const Weight& w, const Activations& x, Chunk& c
   int64_t configured = 0;
   for (int64_t m = m0, rows; m < m1; m += rows, acc += rows * STRIP * PANEL) {
     rows = m1 - m < 2 * AMX_ROWS ? m1 - m : 2 * AMX_ROWS;
-    const int64_t first = rows < AMX_ROWS ? rows : AMX_ROWS;
-    if (rows != configured) configure(first, rows - first), configured = rows;
     chunk.ahead.fetch(nullptr);
     const auto of_height = rows > AMX_ROWS ? tall : low;
-    of_height(w, x, chunk, m, rows, acc);
+    of_height(w, x, chunk, m, rows, configured, acc);
   }
 }
 
@@ -153,12 +180,9 @@ struct ByAmx {
   template <int PANELS, int ALL>
   static void panels(const Job& j) {
     if constexpr (ALL == STRIP) {
-      if (j.rows() >= AMX_FROM && fits_amx(j.w)) {
-        const bool kept = j.w.nested != Nested::none;
-        const int64_t group = j.w.geometry.group, most = kept ? NESTED_K / group * room_of<S8Amx>(group) : AMX_COLUMNS;
-        by_chunks<S8Amx, PANELS, ALL>(j, most, [&](const Chunk& chunk) {
-          if (kept) apart(j.w, j.panel, ALL, chunk.block.k0, j.nested_codes(), j.nested());
-          unpack(S8Amx{}, j.w, kept ? j.nested_codes() : codes_at(j.w, j.panel, chunk.block.k0), chunk, j.unpacked());
+      if (by_amx(j.w, j.rows())) {
+        by_chunks<S8Amx, PANELS, ALL>(j, AMX_COLUMNS, [&](const Chunk& chunk) {
+          unpack(S8Amx{}, j.w, codes_at(j.w, j.panel, chunk.block.k0), chunk, j.unpacked());
           return j.unpacked();
         });
         return _tile_release();
@@ -170,7 +194,7 @@ struct ByAmx {
 
 int64_t probe_amx(int64_t rounds) {
   alignas(64) static const uint8_t codes[1024] = {};
-  configure(AMX_ROWS, AMX_ROWS);
+  configure(2 * AMX_ROWS, AMX_K);
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);

@@ -34,7 +34,7 @@ struct Job {  // rows m0…m1 times the strip that begins with `panel`
 };
 
 template <class Source>
-constexpr int64_t room_of(int64_t length) {  // columns that a block of so many takes in scratch
+inline int64_t room_of(int64_t length) {  // columns that a block of so many takes in scratch
   return length;
 }
 
