@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,13 +29,19 @@ class QuantEmbedding(nn.Module):
     def __init__(self, embedding: nn.Embedding, q: QuantTensor, dtype: torch.dtype) -> None:
         super().__init__()
         self.num_embeddings, self.embedding_dim = q.shape
-        self.format, self.dtype = q.format, dtype
+        self.format = q.format
+        # Empty, and first: transformers takes the first parameter of floats for the model's dtype, and scales have one of their own.
+        self.like = nn.Parameter(torch.empty(0, dtype=dtype, device=q.codes.device), requires_grad=False)
         self.inner = copy.copy(embedding)
         self.inner._parameters = {"weight": None}
         self.inner.padding_idx = None  # it says which row gets no gradient
         self._hold(q.tensors())
 
     weight: nn.Parameter
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.like.dtype
 
     def quant_tensor(self) -> QuantTensor:
         held = {f: t.detach() for name, f in zip(_TENSORS, FIELDS, strict=True) if (t := getattr(self, name)) is not None}
@@ -61,6 +68,13 @@ class QuantEmbedding(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantEmbedding:
         """`.to()` and its kin: as in QuantLinear, codes and scales keep their dtype."""
         self.inner._apply(fn, recurse)
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight.device)).dtype
+        self.like = nn.Parameter(fn(self.like.detach()), requires_grad=False)
         self._hold({field: _keep_dtype(fn, t) for field, t in self.quant_tensor().tensors().items()})
         return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        del destination[f"{prefix}like"]
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:
+        super()._load_from_state_dict({**state_dict, f"{prefix}like": self.like}, prefix, *others)
