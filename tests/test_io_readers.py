@@ -53,6 +53,13 @@ def test_settings_of_another(layout):
         list(reader.read({}, {**SETTINGS[layout], "quant_method": "other"}))
 
 
+def test_mlx_is_named(tmp_path):
+    saved(tmp_path, {"a.weight": torch.ones(2, 4)}, None)
+    (tmp_path / "config.json").write_text('{"quantization": {"bits": 4, "group_size": 64}}')
+    with pytest.raises(UnsupportedError, match=r"quantised by MLX .*'bits': 4"):
+        io.detect(tmp_path)
+
+
 def test_a_module_takes_what_is_asked():
     module = Module({"m.a": torch.ones(2, 1), "m.b": torch.ones(0, 3), "x": torch.ones(1)}, "m", ("a", "b", "c"))
     assert module.leaves == ["a", "b"] and module.find("c", torch.float32) is None

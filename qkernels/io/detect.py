@@ -100,6 +100,8 @@ def _settings(path: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
     if (path / "hf_quant_config.json").exists():
         found = shards.read_json(path / "hf_quant_config.json")
         return {"quant_method": "modelopt", **found}
+    if isinstance(config.get("quantization"), Mapping):
+        raise UnsupportedError(f"{path} is quantised by MLX ({config['quantization']!r:.80}), which is not read")
     for name, method in (("quantize_config.json", "gptq"), ("quant_config.json", "awq")):
         if (path / name).exists():
             return {"quant_method": method, **shards.read_json(path / name)}
