@@ -1,0 +1,302 @@
+// What the Hopper kernels share: one warpgroup copies stages of both operands to shared memory, the others multiply; a block for every
+// processor works through the tiles that stream_k.h gives it.
+//
+// A kernel is a class P that says how a tile is made:
+//     TOKENS, R, GROUPS    its size: TOKENS rows of x and, for each of GROUPS warpgroups that multiply, 64 R rows of the weight
+//     Sum                  of products: float or int
+//     Arguments            a Common, and what else its functions want
+//     stage_bytes(a)       of one stage, a step of 128 columns (host)
+//     copy_weights(…)      begins copying a stage's weights, and tells the barrier the bytes of the whole stage
+//     copy_tokens(…)       begins copying its tokens
+//     add_step(…)          adds the products of a stage to the sums; calls `released` when nothing reads the stage before any more
+//     Rows, Token          what rows of the weight and a token have for the result: Rows(a, row).value(h, sum, Token(a, token))
+#pragma once
+
+#include "cuda/hopper.cuh"
+#include "cuda/stream_k.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <optional>
+
+namespace qk {
+
+constexpr int STEP = 128;          // columns
+constexpr int SCRATCH = 512;       // bytes of a warp, where 16 tokens of its result are turned
+constexpr int MOST_STAGES = 12;
+constexpr int COPYING = 40;        // registers of a thread of the warpgroup that copies
+constexpr int SHARED = 227 << 10;  // bytes of shared memory that a block may have
+
+struct Common {
+  void* out;    // [M, N]
+  void* parts;  // of every block the sums of a tile
+  int* flags;   // of every block: its part is there; 0 before and after
+  int m, n, steps, tiles_n, tiles_m, raster;
+  bool whole;  // no tile is cut
+  int stages, stage_bytes;
+};
+
+struct Maps {
+  CUtensorMap x, weight;
+};
+
+template <class P>
+struct Block {
+  static constexpr int WORKERS = 128 * P::GROUPS, WARPS = WORKERS / 32, THREADS = WORKERS + 128, ROWS = 64 * P::R * P::GROUPS;
+  // Of a thread that multiplies: what a block of so many threads gets at its start, 8 at a time, less what those that copy keep.
+  static constexpr int REGISTERS = ((1 << 16) / THREADS / 8 * 8 * THREADS - COPYING * 128) / WORKERS / 8 * 8;
+  static constexpr int SUMS = P::TOKENS / 2;             // of a thread, for 64 rows
+  static constexpr int PART = P::R * SUMS / 4 * WORKERS; // fours of sums of a tile
+  static constexpr int AFTER_STAGES = SCRATCH * WARPS + 16 * MOST_STAGES;
+};
+
+// Where a ring of stages is.
+struct Ring {
+  int stages, stage = 0;
+  uint32_t parity = 0;
+  __device__ void advance() {
+    if (++stage == stages) stage = 0, parity ^= 1;
+  }
+};
+
+// -- where parts of a tile meet --------------------------------------------------------------------------------------------------------
+
+// Sums lie as the threads hold them: 16 bytes of every thread, then the next 16.
+__device__ inline float4 four(const float* s) { return make_float4(s[0], s[1], s[2], s[3]); }
+__device__ inline int4 four(const int* s) { return make_int4(s[0], s[1], s[2], s[3]); }
+
+template <int SIZE, class Sum>
+__device__ void leave_sums(const Sum (&sums)[SIZE], void* parts, int64_t at, int thread, int threads) {
+  using Four = decltype(four(sums));
+#pragma unroll
+  for (int i = 0; i < SIZE; i += 4) __stcg(static_cast<Four*>(parts) + at + i / 4 * threads + thread, four(sums + i));
+}
+
+template <int SIZE, class Sum>
+__device__ void add_sums(Sum (&sums)[SIZE], const void* parts, int64_t at, int thread, int threads) {
+  using Four = decltype(four(sums));
+#pragma unroll
+  for (int i = 0; i < SIZE; i += 4) {
+    const Four left = __ldcg(static_cast<const Four*>(parts) + at + i / 4 * threads + thread);
+    sums[i] += left.x, sums[i + 1] += left.y, sums[i + 2] += left.z, sums[i + 3] += left.w;
+  }
+}
+
+__device__ inline void raise_flag(int* flag) { asm volatile("st.release.gpu.global.s32 [%0], 1;" ::"l"(flag) : "memory"); }
+
+__device__ inline void wait_for_flag(const int* flag) {
+  int raised;
+  do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(raised) : "l"(flag) : "memory");
+  while (raised == 0);
+}
+
+// -- the two roles -----------------------------------------------------------------------------------------------------------------------
+
+// One thread: fills the stages of the ring, the first ones with weights before the kernel before this one has ended.
+template <class P>
+__device__ void copy_all(const Maps& maps, const typename P::Arguments& a, StreamK schedule, uint32_t base, uint32_t full, uint32_t empty) {
+  const uint64_t policy = cache_policy(a.tiles_m == 1);
+  Work work;
+  int early = 0;
+  StreamK ahead = schedule;
+  while (early < a.stages && ahead.next(work)) {
+#pragma unroll 1
+    for (int step = work.begin; step < work.end && early < a.stages; ++step, ++early) {
+      P::copy_weights(maps, a, work.n * Block<P>::ROWS, step, base + early * a.stage_bytes, full + 8 * early, policy);
+    }
+  }
+  wait_for_previous();
+  Ring ring{a.stages};
+  for (int done = 0; schedule.next(work);) {
+#pragma unroll 1
+    for (int step = work.begin; step < work.end; ++step, ++done, ring.advance()) {
+      const uint32_t stage = base + ring.stage * a.stage_bytes, barrier = full + 8 * ring.stage;
+      if (done >= early) {
+        barrier_wait(empty + 8 * ring.stage, ring.parity ^ 1);
+        P::copy_weights(maps, a, work.n * Block<P>::ROWS, step, stage, barrier, policy);
+      }
+      P::copy_tokens(maps, work.m * P::TOKENS, step, stage, barrier);
+    }
+  }
+}
+
+// Turns the results of 16 rows of the weight and all tokens of a tile over in shared memory, and stores them with 32 bytes a token.
+template <class P>
+__device__ void store(const typename P::Sum (&sums)[P::TOKENS / 2], const typename P::Arguments& a, int row, int token, uint32_t scratch) {
+  const int lane = threadIdx.x % 32;
+  const typename P::Rows rows(a, row + lane / 4);
+  const uint32_t to = scratch + (lane % 8 + lane / 16 * 8) * 32 + lane / 8 % 2 * 16;
+#pragma unroll
+  for (int i = 0; i < P::TOKENS / 2; i += 8) {
+    uint32_t pairs[4];
+#pragma unroll
+    for (int block = 0; block < 2; ++block) {  // of 8 tokens, of which this lane has two
+      const int first = token + 2 * i + 8 * block + lane % 4 * 2;
+      const typename P::Token left(a, first), right(a, first + 1);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const auto* s = sums + i + 4 * block + 2 * h;
+        pairs[2 * block + h] = P::pair(rows.value(h, s[0], left), rows.value(h, s[1], right));
+      }
+    }
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(pairs[0]), "r"(pairs[1]),
+                 "r"(pairs[2]), "r"(pairs[3])
+                 : "memory");
+    __syncwarp();
+    uint4 values;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(values.x), "=r"(values.y), "=r"(values.z), "=r"(values.w)
+                 : "r"(scratch + lane * 16)
+                 : "memory");
+    __syncwarp();
+    const int m = token + 2 * i + lane / 2, n = row + lane % 2 * 8;
+    if (m < a.m && n < a.n) *reinterpret_cast<uint4*>(static_cast<uint16_t*>(a.out) + int64_t(m) * a.n + n) = values;
+  }
+}
+
+// A warpgroup that multiplies.
+template <class P>
+__device__ void multiply_all(const typename P::Arguments& a, StreamK schedule, uint32_t base, uint32_t full, uint32_t empty, uint32_t scratch) {
+  using B = Block<P>;
+  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+  const int row = warp / 4 * 64 * P::R + warp % 4 * 16;  // of the tile: the first of 16
+  typename P::Sum sums[P::R][B::SUMS];
+  Ring ring{a.stages};
+  int held = -1;  // the stage before this one, which products may still read
+  const auto release = [&] {
+    if (held >= 0 && lane == 0) barrier_arrive(empty + 8 * held);
+  };
+  wait_for_previous();
+  for (Work work; schedule.next(work);) {
+#pragma unroll
+    for (int i = 0; i < P::R * B::SUMS; ++i) sums[i / B::SUMS][i % B::SUMS] = 0;
+#pragma unroll 1
+    for (int step = work.begin; step < work.end; ++step, ring.advance()) {
+      barrier_wait(full + 8 * ring.stage, ring.parity);
+      P::add_step(sums, a, base + ring.stage * a.stage_bytes, row, release);
+      held = ring.stage;
+    }
+    product_wait<0>();
+    release();
+    held = -1;
+#pragma unroll
+    for (int i = 0; i < P::R * B::SUMS; ++i) keep(sums[i / B::SUMS][i % B::SUMS]);
+
+    if (work.end < a.steps) {
+#pragma unroll
+      for (int r = 0; r < P::R; ++r) {
+        leave_sums(sums[r], a.parts, int64_t(schedule.block()) * B::PART + r * (B::PART / P::R), thread, B::WORKERS);
+      }
+      __threadfence();
+      sync_warps(1, B::WORKERS);
+      if (thread == 0) raise_flag(a.flags + schedule.block());
+      continue;
+    }
+    if (work.begin > 0) {
+      const int first = schedule.first_helper(work), last = schedule.block();
+      for (int helper = first + thread; helper < last; helper += B::WORKERS) {
+        wait_for_flag(a.flags + helper);
+        a.flags[helper] = 0;
+      }
+      sync_warps(1, B::WORKERS);
+#pragma unroll 1
+      for (int helper = first; helper < last; ++helper) {
+#pragma unroll
+        for (int r = 0; r < P::R; ++r) add_sums(sums[r], a.parts, int64_t(helper) * B::PART + r * (B::PART / P::R), thread, B::WORKERS);
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < P::R; ++r) store<P>(sums[r], a, work.n * B::ROWS + row + 64 * r, work.m * P::TOKENS, scratch + warp * SCRATCH);
+  }
+}
+
+template <class P>
+__global__ void __launch_bounds__(Block<P>::THREADS, 1) gemm(const __grid_constant__ Maps maps, const __grid_constant__ typename P::Arguments a) {
+#if __CUDA_ARCH_FEAT_SM90_ALL
+  using B = Block<P>;
+  extern __shared__ __align__(1024) uint8_t shared[];
+  const uint32_t base = shared_address(shared), scratch = base + a.stages * a.stage_bytes;
+  const uint32_t full = scratch + SCRATCH * B::WARPS, empty = full + 8 * a.stages;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < a.stages; ++i) {
+      barrier_init(full + 8 * i, 1);
+      barrier_init(empty + 8 * i, B::WARPS);
+    }
+    barriers_made();
+  }
+  __syncthreads();
+  let_next_begin();
+  const StreamK schedule(a.tiles_n, a.tiles_m, a.steps, a.raster, a.whole, blockIdx.x, gridDim.x);
+  if (threadIdx.x >= B::WORKERS) {
+    give_registers<COPYING>();
+    if (threadIdx.x == B::WORKERS) copy_all<P>(maps, a, schedule, base, full, empty);
+  } else {
+    take_registers<B::REGISTERS>();
+    multiply_all<P>(a, schedule, base, full, empty, scratch);
+  }
+#endif
+}
+
+// -- the host's side ---------------------------------------------------------------------------------------------------------------------
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline void check(cudaError_t error) { STD_TORCH_CHECK(error == cudaSuccess, "CUDA says: ", cudaGetErrorString(error)); }
+
+// A matrix of 8- or 16-bit numbers, rows of a multiple of 16 bytes, as boxes of 128 bytes and `rows` rows.
+inline CUtensorMap boxes(const Tensor& t, int rows) {
+  void* found = nullptr;
+  cudaDriverEntryPointQueryResult result;
+  check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result));
+  STD_TORCH_CHECK(result == cudaDriverEntryPointSuccess, "the driver has no cuTensorMapEncodeTiled");
+  const bool wide = t.scalar_type() == ScalarType::BFloat16 || t.scalar_type() == ScalarType::Half;
+  const auto type = wide ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_UINT8;  // copied, not computed with
+  const cuuint64_t sizes[] = {cuuint64_t(t.size(1)), cuuint64_t(t.size(0))}, strides[] = {cuuint64_t(t.stride(0)) * (wide ? 2 : 1)};
+  const cuuint32_t box[] = {wide ? 64u : 128u, cuuint32_t(rows)}, every[] = {1, 1};
+  CUtensorMap map;
+  const CUresult error = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found)(
+      &map, type, 2, const_cast<void*>(t.const_data_ptr()), sizes, strides, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  STD_TORCH_CHECK(error == CUDA_SUCCESS, "cuTensorMapEncodeTiled gives ", int(error));
+  return map;
+}
+
+// How a launch goes. raster: tiles of tokens that are worked on side by side; early: it begins while the kernel before it ends.
+struct How {
+  int64_t blocks, raster;
+  bool whole, early;
+  cudaStream_t stream;
+};
+
+// parts: room for a tile's sums of every block, not wanted where no tile is cut; flags: an int32 0 of every block.
+template <class P>
+void launch(typename P::Arguments a, const Maps& maps, const Tensor& out, const std::optional<Tensor>& parts, const Tensor& flags, const How& how) {
+  using B = Block<P>;
+  a.out = out.mutable_data_ptr(), a.parts = parts ? parts->mutable_data_ptr() : nullptr, a.flags = static_cast<int*>(flags.mutable_data_ptr());
+  a.m = int(out.size(0)), a.n = int(out.size(1)), a.raster = int(how.raster);
+  a.stage_bytes = (P::stage_bytes(a) + 1023) / 1024 * 1024;
+  a.stages = std::min(MOST_STAGES, (SHARED - B::AFTER_STAGES) / a.stage_bytes);
+  a.tiles_n = (a.n + B::ROWS - 1) / B::ROWS, a.tiles_m = (a.m + P::TOKENS - 1) / P::TOKENS;
+  const int64_t tiles = int64_t(a.tiles_n) * a.tiles_m, blocks = std::min<int64_t>(how.blocks, how.whole ? tiles : tiles * a.steps);
+  a.whole = how.whole || tiles % blocks == 0;
+  const int64_t room = parts ? parts->numel() : 0;
+  STD_TORCH_CHECK(a.whole || room >= blocks * B::PART * 4, "parts hold ", room, " sums; ", blocks * B::PART * 4, " are wanted");
+  STD_TORCH_CHECK(flags.numel() >= blocks, "there are ", flags.numel(), " flags for ", blocks, " blocks");
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(unsigned(blocks)), config.blockDim = dim3(B::THREADS);
+  config.dynamicSmemBytes = a.stages * a.stage_bytes + B::AFTER_STAGES;
+  config.stream = how.stream;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = how.early;
+  config.attrs = &attribute, config.numAttrs = 1;
+  check(cudaFuncSetAttribute(gemm<P>, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED));
+  check(cudaLaunchKernelEx(&config, gemm<P>, maps, a));
+}
+
+}  // namespace qk

@@ -1,0 +1,280 @@
+// y = x · Ŵᵀ with activations in int8 and codes of 8 or 4 bits, on Hopper: products of codes are summed exactly.
+//
+// Activations were quantised before: codes, a scale for each row, and its sum of codes (qkernels/kernels/triton/jit/int8.py). Codes of 8 bits
+// lie row after row (s8_gemm.py there), and the tensor core takes both operands from shared memory. Those of 4 bits lie in tiles of 128
+// columns (s8_w4_gemm.py) and become int8 in registers: in the upper half of a byte, 16 times their value, or less their zero point.
+// With one scale a row sums are int32 to the end; else those of a step are, and float32 over the steps.
+//
+// Source: weights from registers as in Machete and humming; subtracting under a guard bit, LiquidGEMM; stream-K, Osama et al. 2023. Written from scratch.
+
+#include "cuda/persistent.cuh"
+
+namespace qk {
+namespace {
+
+struct S8Arguments : Common {
+  const float* rows;  // of x: scales [M], then sums of codes [M]
+  const void *scales, *bias;
+  const uint8_t *weight, *zeros;  // of 4 bits [steps, N, 64]; zeros [runs, N] or null
+  int scale_kind, steps_per_run;  // kind of number: 0 float32, 1 float16, 2 bfloat16
+  float factor;                   // of all scales: weights may be 16 times their value
+  bool wide;                      // results and bias are bfloat16, not float16
+};
+
+__device__ inline float number(const void* p, int64_t i, int kind) {
+  if (kind == 0) return static_cast<const float*>(p)[i];
+  return kind == 1 ? __half2float(static_cast<const __half*>(p)[i]) : __bfloat162float(static_cast<const __nv_bfloat16*>(p)[i]);
+}
+
+// What the results of all int8 products need. SCALED: sums have their scales; ZEROS: sums lack their zero points.
+template <class Sum, bool SCALED, bool ZEROS>
+struct Finish {
+  struct Token {
+    float scale;
+    int sum = 0;
+    __device__ Token(const S8Arguments& a, int m) : scale(m < a.m ? a.rows[m] : 0.0f) {
+      if (ZEROS && a.zeros && m < a.m) sum = int(a.rows[a.m + m]);
+    }
+  };
+  struct Rows {
+    float scale[2], bias[2];
+    int zero[2];
+    __device__ Rows(const S8Arguments& a, int row) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int n = row + 8 * h;
+        const bool inside = n < a.n;
+        scale[h] = SCALED || !inside ? 1.0f : a.factor * number(a.scales, n, a.scale_kind);
+        bias[h] = inside && a.bias ? number(a.bias, n, a.wide ? 2 : 1) : 0.0f;
+        zero[h] = ZEROS && inside && a.zeros ? a.zeros[n] - 128 : 0;
+      }
+    }
+    __device__ float value(int h, Sum sum, Token token) const {
+      if constexpr (ZEROS) sum -= zero[h] * token.sum;
+      return fmaf(float(sum) * scale[h], token.scale, bias[h]);
+    }
+  };
+};
+
+template <bool WIDE>
+__device__ uint32_t pair_of(float a, float b) {
+  if constexpr (WIDE) {
+    const __nv_bfloat162 both = __floats2bfloat162_rn(a, b);
+    return reinterpret_cast<const uint32_t&>(both);
+  } else {
+    const __half2 both = __floats2half2_rn(a, b);
+    return reinterpret_cast<const uint32_t&>(both);
+  }
+}
+
+// Tiles of TOKENS tokens and 128 rows of the weight.
+template <bool WIDE, int TOKENS_>
+struct W8 : Finish<int, false, true> {
+  static constexpr int TOKENS = TOKENS_, R = 1, GROUPS = 2, ROWS = 64 * R * GROUPS, X = TOKENS * STEP, W = ROWS * STEP;
+  using Sum = int;
+  using Arguments = S8Arguments;
+
+  static int stage_bytes(const Arguments&) { return X + W; }
+
+  __device__ static void copy_weights(const Maps& maps, const Arguments&, int row, int step, uint32_t stage, uint32_t full, uint64_t) {
+    barrier_arrive_expecting(full, X + W);
+    copy_box(stage + X, maps.weight, step * STEP, row, full);
+  }
+  __device__ static void copy_tokens(const Maps& maps, int token, int step, uint32_t stage, uint32_t full) {
+    copy_box(stage, maps.x, step * STEP, token, full);
+  }
+  template <class F>
+  __device__ static void add_step(int (&sums)[R][TOKENS / 2], const Arguments&, uint32_t stage, int row, F released) {
+    product_fence();
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      multiply<true>(sums[0], swizzled_rows(stage + X + row / 64 * 64 * STEP + 32 * i), swizzled_rows(stage + 32 * i));
+    }
+    product_commit();
+    product_wait<1>();
+    released();
+  }
+  __device__ static uint32_t pair(float a, float b) { return pair_of<WIDE>(a, b); }
+};
+
+// BY_STEP: scales belong to the sums of a step, and those over the steps are float32.
+template <bool WIDE, int TOKENS_, bool BY_STEP>
+struct W4 : Finish<std::conditional_t<BY_STEP, float, int>, BY_STEP, false> {
+  static constexpr int TOKENS = TOKENS_, R = 1, GROUPS = 2, ROWS = 64 * R * GROUPS, X = TOKENS * STEP, ROW_BYTES = STEP / 2, W = ROWS * ROW_BYTES;
+  using Sum = std::conditional_t<BY_STEP, float, int>;
+  using Arguments = S8Arguments;
+
+  __host__ __device__ static int scale_bytes(const Arguments& a) { return BY_STEP ? a.scale_kind == 0 ? 4 : 2 : 0; }
+  static int stage_bytes(const Arguments& a) { return X + W + ROWS * (scale_bytes(a) + 1); }
+
+  __device__ static void copy_weights(const Maps&, const Arguments& a, int row, int step, uint32_t stage, uint32_t full, uint64_t policy) {
+    const int rows = min(ROWS, a.n - row), bytes = rows * scale_bytes(a);
+    const int64_t at = int64_t(step / a.steps_per_run) * a.n + row;
+    barrier_arrive_expecting(full, X + rows * ROW_BYTES + bytes + (a.zeros ? rows : 0));
+    copy_bytes(stage + X, a.weight + (int64_t(step) * a.n + row) * ROW_BYTES, rows * ROW_BYTES, full, policy);
+    if (BY_STEP) copy_bytes(stage + X + W, static_cast<const uint8_t*>(a.scales) + at * scale_bytes(a), bytes, full, policy);
+    if (a.zeros) copy_bytes(stage + X + W + ROWS * scale_bytes(a), a.zeros + at, rows, full, policy);
+  }
+  __device__ static void copy_tokens(const Maps& maps, int token, int step, uint32_t stage, uint32_t full) {
+    copy_box(stage, maps.x, step * STEP, token, full);
+  }
+
+  // Rows g and g + 8 of 16, in a step, for one lane.
+  struct Words {
+    uint32_t words[2][4], zero[2];
+    __device__ Words(const Arguments& a, uint32_t stage, int row) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(words[h][0]), "=r"(words[h][1]), "=r"(words[h][2]), "=r"(words[h][3])
+                     : "r"(stage + X + (row + 8 * h) * ROW_BYTES + threadIdx.x % 4 * 16));
+        zero[h] = 0;
+        if (a.zeros) asm volatile("ld.shared.u8 %0, [%1];" : "=r"(zero[h]) : "r"(stage + X + W + ROWS * scale_bytes(a) + row + 8 * h));
+        zero[h] *= 0x01010101;
+      }
+    }
+    // Words 2 half and 2 half + 1 as the left operands of two products of 32 columns.
+    __device__ void unpack(const Arguments& a, int half, uint32_t (&left)[2][4]) const {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int h = i % 2;
+        const uint32_t word = words[h][2 * half + i / 2];
+        if (a.zeros) {  // a bit in front keeps a subtraction from borrowing of the next byte; turning it afterwards takes 128 off
+          left[i / 2][h] = (word & 0x0f0f0f0f | 0x80808080) - zero[h] ^ 0x80808080;
+          left[i / 2][2 + h] = (word >> 4 & 0x0f0f0f0f | 0x80808080) - zero[h] ^ 0x80808080;
+        } else {
+          left[i / 2][h] = word << 4 & 0xf0f0f0f0;
+          left[i / 2][2 + h] = word & 0xf0f0f0f0;
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < 8; ++i) keep(left[i / 4][i % 4]);
+    }
+  };
+  __device__ static float scale(const Arguments& a, uint32_t stage, int row) {
+    const uint32_t at = stage + X + W + row * scale_bytes(a);
+    if (a.scale_kind == 0) {
+      float f;
+      asm volatile("ld.shared.f32 %0, [%1];" : "=f"(f) : "r"(at));
+      return f;
+    }
+    uint16_t raw;
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(raw) : "r"(at));
+    return a.scale_kind == 1 ? __half2float(__ushort_as_half(raw)) : __bfloat162float(__ushort_as_bfloat16(raw));
+  }
+
+  // The tensor core works at one half of a step while the other one is unpacked.
+  template <class F>
+  __device__ static void add_step(Sum (&sums)[1][TOKENS / 2], const Arguments& a, uint32_t stage, int row, F released) {
+    const int mine = row + threadIdx.x % 32 / 4;
+    const Words words(a, stage, mine);
+    if constexpr (BY_STEP) {
+      int part[TOKENS / 2];
+      uint32_t left[2][2][4];
+      words.unpack(a, 0, left[0]), words.unpack(a, 1, left[1]);
+      product_fence();
+      multiply<false>(part, left[0][0], swizzled_rows(stage));
+#pragma unroll
+      for (int i = 1; i < 4; ++i) multiply<true>(part, left[i / 2][i % 2], swizzled_rows(stage + 32 * i));
+      product_commit();
+      released();
+      const float scales[2] = {a.factor * scale(a, stage, mine), a.factor * scale(a, stage, mine + 8)};
+      product_wait<0>();
+#pragma unroll
+      for (int i = 0; i < TOKENS / 2; ++i) {
+        keep(part[i]);
+        sums[0][i] = fmaf(float(part[i]), scales[i / 2 % 2], sums[0][i]);
+      }
+    } else {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        uint32_t left[2][4];
+        words.unpack(a, half, left);
+        product_fence();
+#pragma unroll
+        for (int i = 0; i < 2; ++i) multiply<true>(sums[0], left[i], swizzled_rows(stage + 64 * half + 32 * i));
+        product_commit();
+        product_wait<1>();
+        if (half == 0) released();
+      }
+    }
+  }
+  __device__ static uint32_t pair(float a, float b) { return pair_of<WIDE>(a, b); }
+};
+
+template <bool WIDE>
+void launch_w8(int64_t tokens, const S8Arguments& a, const Tensor& x, const Tensor& weight, const Tensor& out,
+               const std::optional<Tensor>& parts, const Tensor& flags, const How& how) {
+  STD_TORCH_CHECK(tokens == 128 || tokens == 256, "s8_w8_wgmma: tiles have 128 or 256 tokens, not ", tokens);
+  if (tokens == 128) return launch<W8<WIDE, 128>>(a, {boxes(x, 128), boxes(weight, 128)}, out, parts, flags, how);
+  launch<W8<WIDE, 256>>(a, {boxes(x, 256), boxes(weight, 128)}, out, parts, flags, how);
+}
+
+template <bool WIDE>
+void launch_w4(int64_t tokens, const S8Arguments& a, const Tensor& x, bool by_step, const Tensor& out, const std::optional<Tensor>& parts,
+               const Tensor& flags, const How& how) {
+  STD_TORCH_CHECK(tokens == 128 || (tokens == 256 && !by_step), "s8_w4_wgmma: tiles have 128 tokens",
+                  by_step ? ", with scales of groups," : " or 256,", " not ", tokens);
+  const Maps maps{boxes(x, int(tokens)), {}};
+  if (by_step) return launch<W4<WIDE, 128, true>>(a, maps, out, parts, flags, how);
+  if (tokens == 128) return launch<W4<WIDE, 128, false>>(a, maps, out, parts, flags, how);
+  launch<W4<WIDE, 256, false>>(a, maps, out, parts, flags, how);
+}
+
+S8Arguments arguments(const Tensor& x, const Tensor& rows, const Tensor& scales, const std::optional<Tensor>& zeros,
+                      const std::optional<Tensor>& bias, const Tensor& out) {
+  const auto kind = scales.scalar_type();
+  S8Arguments a{};
+  a.rows = static_cast<const float*>(rows.const_data_ptr());
+  a.scales = scales.const_data_ptr();
+  a.scale_kind = kind == ScalarType::Float ? 0 : kind == ScalarType::Half ? 1 : 2;
+  a.bias = bias ? bias->const_data_ptr() : nullptr;
+  a.zeros = zeros ? static_cast<const uint8_t*>(zeros->const_data_ptr()) : nullptr;
+  a.steps = int(x.size(1) / STEP);
+  a.factor = 1;
+  a.wide = out.scalar_type() == ScalarType::BFloat16;
+  STD_TORCH_CHECK(x.is_contiguous() && x.size(1) % STEP == 0 && x.size(0) == out.size(0) && out.size(1) % 16 == 0,
+                  "codes of x [", x.size(0), ", ", x.size(1), "] in 128 columns, out [", out.size(0), ", ", out.size(1), "] in 16");
+  return a;
+}
+
+// out [M, N] from codes of x [M, K'] and their rows' numbers [2, M]; weight int8 [N, K'].
+void s8_w8_wgmma(Tensor x, Tensor rows, Tensor weight, Tensor scales, std::optional<Tensor> zeros, std::optional<Tensor> bias, Tensor out,
+                 std::optional<Tensor> parts, Tensor flags, int64_t tokens, int64_t blocks, int64_t raster, bool whole, bool early,
+                 int64_t stream) {
+  const S8Arguments a = arguments(x, rows, scales, zeros, bias, out);
+  STD_TORCH_CHECK(weight.is_contiguous() && weight.size(0) == out.size(1) && weight.size(1) == x.size(1), "weight [", weight.size(0), ", ",
+                  weight.size(1), "] does not fit");
+  const How how{blocks, raster, whole, early, reinterpret_cast<cudaStream_t>(stream)};
+  (a.wide ? launch_w8<true> : launch_w8<false>)(tokens, a, x, weight, out, parts, flags, how);
+}
+
+// Likewise; weight uint8 [steps, N, 64], scales and zeros [runs, N].
+void s8_w4_wgmma(Tensor x, Tensor rows, Tensor weight, Tensor scales, std::optional<Tensor> zeros, std::optional<Tensor> bias, Tensor out,
+                 std::optional<Tensor> parts, Tensor flags, int64_t steps_per_run, int64_t tokens, int64_t blocks, int64_t raster, bool whole,
+                 bool early, int64_t stream) {
+  S8Arguments a = arguments(x, rows, scales, zeros, bias, out);
+  STD_TORCH_CHECK(weight.is_contiguous() && weight.size(0) == a.steps && weight.size(1) == out.size(1) && weight.size(2) == STEP / 2, "weight [",
+                  weight.size(0), ", ", weight.size(1), ", ", weight.size(2), "] does not fit");
+  a.weight = static_cast<const uint8_t*>(weight.const_data_ptr());
+  a.steps_per_run = int(steps_per_run);
+  if (!zeros) a.factor = 0.0625f;
+  const How how{blocks, raster, whole, early, reinterpret_cast<cudaStream_t>(stream)};
+  (a.wide ? launch_w4<true> : launch_w4<false>)(tokens, a, x, scales.size(0) > 1, out, parts, flags, how);
+}
+
+}  // namespace
+}  // namespace qk
+
+STABLE_TORCH_LIBRARY_FRAGMENT(qkernels, m) {
+  m.def(
+      "s8_w8_wgmma(Tensor x, Tensor rows, Tensor weight, Tensor scales, Tensor? zeros, Tensor? bias, Tensor(a!) out, Tensor(b!)? parts,"
+      " Tensor(c!) flags, int tokens, int blocks, int raster, bool whole, bool early, int stream) -> ()");
+  m.def(
+      "s8_w4_wgmma(Tensor x, Tensor rows, Tensor weight, Tensor scales, Tensor? zeros, Tensor? bias, Tensor(a!) out, Tensor(b!)? parts,"
+      " Tensor(c!) flags, int steps_per_run, int tokens, int blocks, int raster, bool whole, bool early, int stream) -> ()");
+}
+STABLE_TORCH_LIBRARY_IMPL(qkernels, CUDA, m) {
+  m.impl("s8_w8_wgmma", TORCH_BOX(&qk::s8_w8_wgmma));
+  m.impl("s8_w4_wgmma", TORCH_BOX(&qk::s8_w4_wgmma));
+}
