@@ -83,7 +83,7 @@ def assert_close(layer: nn.Module, arithmetic: Arithmetic, x: Tensor, y: Tensor)
     from .check import rows_to_check
 
     rows, q = rows_to_check(len(x)), layer.quant_tensor()
-    run = None if registry.get(layer.kernel).backend == "triton" else ACT_GROUP  # that one scale of the activations covers
+    run = None if registry.serves(layer.kernel, "cuda") else ACT_GROUP  # that one scale of the activations covers
     try:
         assert_matmul_close(y[rows], x[rows], layer.dequantize(torch.float64), int8=q if arithmetic == "int8" else None, act_group=run)
     except AssertionError as error:

@@ -80,7 +80,7 @@ def list_formats() -> None:
     table = Table("format", "short names", "bits / weight", *(k.name for k in kernels.all_kernels()))
     for f in formats.all_formats():
         short = ", ".join(alias for alias, name in formats.aliases().items() if name == f.name)
-        here = {k.name: gpu if k.backend == "triton" else cpu for k in kernels.all_kernels()}
+        here = {k.name: gpu if k.backend in ("triton", "cuda") else cpu for k in kernels.all_kernels()}
         able = ("yes" if k.why_not(registry.Problem(f, 4096, 4096, device=here[k.name])) is None else "-" for k in kernels.all_kernels())
         table.add_row(f.name, short, f"{f.bits_per_weight():.3f}", *able)
     console.print(table)

@@ -86,7 +86,7 @@ def test_layers(name):
     model = nn.Sequential(linear(), nn.ReLU(), linear(256, 512))
     dense = copy.deepcopy(model)
     report = qkernels.replace_linear(model, name, progress=False)
-    assert model[0].kernel == "triton_f16_wN_gemm" and "triton_f16_wN_gemm" in str(report)
+    assert model[0].kernel in ("triton_f16_wN_gemm", "cuda_f16_w4_gemm") and model[0].kernel in str(report)
     x = torch.randn(40, 1024, device="cuda", dtype=torch.bfloat16)
     assert (model(x) - dense(x)).float().norm() < 0.3 * dense(x).float().norm()
     moved = copy.deepcopy(model).to("cpu")
@@ -145,9 +145,10 @@ def test_cuda_graphs(name, compute, m):
         assert torch.equal(got[0], want[0]) and torch.equal(got[2], want[1]) and torch.equal(got[1], layer(want[0]))
 
 
-def test_a_graph_on_a_stream_that_never_ran():
+@pytest.mark.parametrize("m", [2, 100])
+def test_a_graph_on_a_stream_that_never_ran(m):
     layer = QuantLinear.from_linear(linear(2048, 2048), "int4")
-    x = torch.randn(2, 2048, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(m, 2048, device="cuda", dtype=torch.bfloat16)
     with torch.inference_mode():
         want, graph = layer(x), torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -170,10 +171,11 @@ def test_fp32():
     assert_matmul_close(layer(x), x, layer.dequantize(torch.float64), layer.bias)
 
 
+@pytest.mark.parametrize("m", [8, 100])
 @pytest.mark.parametrize("compute", ["float", "int8"])
-def test_streams_do_not_share_counters(compute):
+def test_streams_do_not_share_counters(compute, m):
     layer = QuantLinear.from_linear(linear(1024, 4096), "int4", compute=compute)
-    xs = [torch.randn(8, 4096, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
+    xs = [torch.randn(m, 4096, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
     with torch.inference_mode():
         want = [layer(x) for x in xs]
         streams = [torch.cuda.Stream() for _ in xs]
@@ -193,8 +195,9 @@ def test_streams_do_not_share_counters(compute):
 )
 def test_compiles(name, compute, mode):
     layer = QuantLinear.from_linear(linear(), name, compute=compute)
+    torch._dynamo.reset()  # it counts what it compiles for a method, whatever the layer
     compiled = torch.compile(layer, fullgraph=True, dynamic=mode is None, mode=mode)
-    for m in (1, 7, 20):
+    for m in (1, 7, 100):
         x = torch.randn(m, 1024, device="cuda", dtype=torch.bfloat16)
         with torch.inference_mode():
             assert torch.equal(compiled(x), layer(x))

@@ -163,17 +163,23 @@ class Compiled:
 def test_a_second_call_passes_all_that_the_kernels_take(monkeypatch, kernel, name):
     from qkernels.kernels.triton.jit.int8 import quantize_rows
 
+    class Known(dict):
+        def get(self, key):
+            return self["only"]
+
     packed, x = kernel.prepare(random_quant(formats.get(name), 64, 512)), torch.randn(3, 512).half()
     values = {} if name == "int8" else kernel.constants(packed.format, 64, 512, assembly=True)
     t = int8.Tile(64, 16, 4, split_k=2)
     product = int8.Product(Compiled(), (*values.values(), *kernel.tile_constants(t).values()), t, exact=name != "int4")
-    launch = int8.Launch(Compiled(), (1024, False), product, (1, 2, 1))
-    monkeypatch.setattr(int8, "_LAUNCHES", type("Known", (), {"get": lambda self, key: launch})())
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
+    quantize = Compiled()
+    monkeypatch.setattr(int8, "_LAUNCHES", Known(only=int8.Launch(product, (1, 2, 1))))
+    monkeypatch.setattr(int8, "_QUANTIZERS", Known(only=quantize))
+    monkeypatch.setattr(int8, "usual", lambda *tensors: True)
+    monkeypatch.setattr(int8, "_stream", lambda x: 7)
     assert kernel.run(x, packed, None).shape == (3, 64)
     gemm = importlib.import_module(f"qkernels.kernels.triton.jit.{kernel.__name__.rpartition('.')[2]}").gemm
     names = dict(zip(gemm.arg_names, product.gemm.arguments))
-    assert len(product.gemm.arguments) == len(gemm.arg_names) and len(launch.quantize.arguments) == len(quantize_rows.arg_names)
+    assert len(product.gemm.arguments) == len(gemm.arg_names) and len(quantize.arguments) == len(quantize_rows.arg_names)
     assert {n: names[n] for n in values | kernel.tile_constants(t)} == values | kernel.tile_constants(t)
     assert names["p_w"] is packed.weight and names["p_part"].dtype == (torch.int32 if product.exact else torch.float32)
     assert (names["M"], names["N"], names["padded"]) == (3, 64, 512) and product.gemm.grid == (1, 2, 1) and product.gemm.stream == 7
@@ -283,11 +289,16 @@ def run_ptx(text, registers, values=0, dtype=torch.float16):
 
 def test_explain_needs_no_gpu():
     plan = explain("int4", (4096, 4096), 16, device="cuda:sm90")
-    assert plan.kernel.name == "triton_f16_wN_gemm" and "cuda:sm90" in str(plan)
+    assert plan.kernel.name == "cuda_f16_w4_gemm" and "cuda:sm90" in str(plan)
     assert explain("int4", m=4096, device="cuda:sm90", batch_invariant=True).kernel.name == "triton_f16_wN_gemm_invariant"
     for m in (None, 1, 64, 4096):
-        assert explain("int4", m=m, device="cuda:sm90").kernel.name == "triton_f16_wN_gemm"
-        assert explain("int4", m=m, device="cuda:sm90", compute="int8").kernel.name == "triton_s8_w4_gemm"
+        for sm, backend, float_kernel in ((80, "triton", "f16_wN"), (90, "cuda", "f16_w4"), (100, "triton", "f16_wN")):
+            assert explain("int4", m=m, device=f"cuda:sm{sm}").kernel.name == f"{backend}_{float_kernel}_gemm"
+            assert explain("int4", m=m, device=f"cuda:sm{sm}", compute="int8").kernel.name == f"{backend}_s8_w4_gemm"
+            assert explain("int8", m=m, device=f"cuda:sm{sm}", compute="int8").kernel.name == f"{backend}_s8_w8_gemm"
+    assert explain("nf4", device="cuda:sm90").kernel.name == "triton_f16_wN_gemm"
+    assert "N = 100" in explain("int4", (100, 4096), device="cuda:sm90").rejected["cuda_f16_w4_gemm"]
+    assert explain("int4", device=Device("cuda", sm=90, compiled=False)).kernel.name == "triton_f16_wN_gemm"
     assert "needs sm80" in explain("int4", device="cuda:sm75").rejected["triton_f16_wN_gemm"]
     assert "Triton is not installed" in explain("int4", device=Device("cuda", sm=90, triton=False)).rejected["triton_f16_wN_gemm"]
     assert "groups of 12" in explain("int4_g12", device="cuda:sm90").rejected["triton_f16_wN_gemm"]

@@ -104,10 +104,12 @@ __device__ inline void keep(int& r) { asm volatile("" : "+r"(r)::"memory"); }
 
 // PTX wants every register named. SIZE sums of a thread belong to products with 2 SIZE tokens; the operands after them have the next numbers.
 #define QK_D4(C, i) C(d[i]), C(d[i + 1]), C(d[i + 2]), C(d[i + 3])
-#define QK_D16(C, i) QK_D4(C, i), QK_D4(C, i + 4), QK_D4(C, i + 8), QK_D4(C, i + 12)
-#define QK_D32(C) QK_D16(C, 0), QK_D16(C, 16)
-#define QK_D64(C) QK_D32(C), QK_D16(C, 32), QK_D16(C, 48)
-#define QK_D128(C) QK_D64(C), QK_D16(C, 64), QK_D16(C, 80), QK_D16(C, 96), QK_D16(C, 112)
+#define QK_D16_FROM(C, i) QK_D4(C, i), QK_D4(C, i + 4), QK_D4(C, i + 8), QK_D4(C, i + 12)
+#define QK_D16(C) QK_D16_FROM(C, 0)
+#define QK_D32(C) QK_D16(C), QK_D16_FROM(C, 16)
+#define QK_D64(C) QK_D32(C), QK_D16_FROM(C, 32), QK_D16_FROM(C, 48)
+#define QK_D128(C) QK_D64(C), QK_D16_FROM(C, 64), QK_D16_FROM(C, 80), QK_D16_FROM(C, 96), QK_D16_FROM(C, 112)
+#define QK_N16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
 #define QK_N32 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define QK_N64 \
   "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30," \
@@ -146,6 +148,7 @@ struct f16 {};
     QK_ASM("m64n" #N "k32.s32.s8.s8", QK_N##SIZE, QK_D##SIZE(QK_INT), "%" #SIZE ", " SHARED_B ", adding;", SHARED_LAST, "l"(a));    \
   }
 #define QK_SIZES(F, ...)                                                \
+  F(__VA_ARGS__, 16, 32, "{%16, %17, %18, %19}", "%20", "%21")           \
   F(__VA_ARGS__, 32, 64, "{%32, %33, %34, %35}", "%36", "%37")           \
   F(__VA_ARGS__, 64, 128, "{%64, %65, %66, %67}", "%68", "%69")          \
   F(__VA_ARGS__, 128, 256, "{%128, %129, %130, %131}", "%132", "%133")

@@ -1,8 +1,10 @@
-// What the Hopper kernels share: one warpgroup copies stages of both operands to shared memory, the others multiply; a block for every
-// processor works through the tiles that stream_k.h gives it.
+// What the Hopper kernels share: some warps copy stages of both operands to shared memory, the others multiply; one block on every processor,
+// or two, work through the tiles that stream_k.h gives them.
 //
 // A kernel is a class P that says how a tile is made:
 //     TOKENS, R, GROUPS    its size: TOKENS rows of x and, for each of GROUPS warpgroups that multiply, 64 R rows of the weight
+//     RESIDENT             blocks on a processor: one, whose warps take registers from those that copy, or two, the second of which may be
+//                          of the next kernel: what is small begins while the one before it ends
 //     Sum                  of products: float or int
 //     Arguments            a Common, and what else its functions want
 //     stage_bytes(a)       of one stage, a step of 128 columns (host)
@@ -29,10 +31,32 @@ constexpr int STEP = 128;          // columns
 constexpr int SCRATCH = 512;       // bytes of a warp, where 16 tokens of its result are turned
 constexpr int MOST_STAGES = 12;
 constexpr int COPYING = 40;        // registers of a thread of the warpgroup that copies
-constexpr int SHARED = 227 << 10;  // bytes of shared memory that a block may have
+constexpr int SHARED = 227 << 10;  // bytes of shared memory that a processor's blocks may have, less 1 KiB for each but the first
+
+// A number of any of the types that scales and biases have.
+enum class Kind { f32, f16, bf16 };
+
+__device__ inline float number(const void* p, int64_t i, Kind kind) {
+  if (kind == Kind::f32) return static_cast<const float*>(p)[i];
+  return kind == Kind::f16 ? __half2float(static_cast<const __half*>(p)[i]) : __bfloat162float(static_cast<const __nv_bfloat16*>(p)[i]);
+}
+
+// Two results as they are stored.
+template <bool WIDE>
+__device__ uint32_t pair_of(float a, float b) {
+  if constexpr (WIDE) {
+    const __nv_bfloat162 both = __floats2bfloat162_rn(a, b);
+    return reinterpret_cast<const uint32_t&>(both);
+  } else {
+    const __half2 both = __floats2half2_rn(a, b);
+    return reinterpret_cast<const uint32_t&>(both);
+  }
+}
 
 struct Common {
-  void* out;    // [M, N]
+  void* out;         // [M, N]
+  const void* bias;  // [N] or null
+  Kind bias_kind;
   void* parts;  // of every block the sums of a tile
   int* flags;   // of every block: its part is there; 0 before and after
   int m, n, steps, tiles_n, tiles_m, raster;
@@ -46,12 +70,14 @@ struct Maps {
 
 template <class P>
 struct Block {
-  static constexpr int WORKERS = 128 * P::GROUPS, WARPS = WORKERS / 32, THREADS = WORKERS + 128, ROWS = 64 * P::R * P::GROUPS;
+  static constexpr int WORKERS = 128 * P::GROUPS, WARPS = WORKERS / 32, ROWS = 64 * P::R * P::GROUPS;
+  static constexpr int THREADS = WORKERS + (P::RESIDENT == 1 ? 128 : 32);  // registers change hands by warpgroups
   // Of a thread that multiplies: what a block of so many threads gets at its start, 8 at a time, less what those that copy keep.
   static constexpr int REGISTERS = ((1 << 16) / THREADS / 8 * 8 * THREADS - COPYING * 128) / WORKERS / 8 * 8;
   static constexpr int SUMS = P::TOKENS / 2;             // of a thread, for 64 rows
   static constexpr int PART = P::R * SUMS / 4 * WORKERS; // fours of sums of a tile
   static constexpr int AFTER_STAGES = SCRATCH * WARPS + 16 * MOST_STAGES;
+  static constexpr int MOST_BYTES = (SHARED + 1024) / P::RESIDENT - 1024;
 };
 
 // Where a ring of stages is.
@@ -215,7 +241,7 @@ __device__ void multiply_all(const typename P::Arguments& a, StreamK schedule, u
 }
 
 template <class P>
-__global__ void __launch_bounds__(Block<P>::THREADS, 1) gemm(const __grid_constant__ Maps maps, const __grid_constant__ typename P::Arguments a) {
+__global__ void __launch_bounds__(Block<P>::THREADS, P::RESIDENT) gemm(const __grid_constant__ Maps maps, const __grid_constant__ typename P::Arguments a) {
 #if __CUDA_ARCH_FEAT_SM90_ALL
   using B = Block<P>;
   extern __shared__ __align__(1024) uint8_t shared[];
@@ -232,10 +258,10 @@ __global__ void __launch_bounds__(Block<P>::THREADS, 1) gemm(const __grid_consta
   let_next_begin();
   const StreamK schedule(a.tiles_n, a.tiles_m, a.steps, a.raster, a.whole, blockIdx.x, gridDim.x);
   if (threadIdx.x >= B::WORKERS) {
-    give_registers<COPYING>();
+    if constexpr (P::RESIDENT == 1) give_registers<COPYING>();
     if (threadIdx.x == B::WORKERS) copy_all<P>(maps, a, schedule, base, full, empty);
   } else {
-    take_registers<B::REGISTERS>();
+    if constexpr (P::RESIDENT == 1) take_registers<B::REGISTERS>();
     multiply_all<P>(a, schedule, base, full, empty, scratch);
   }
 #endif
@@ -245,6 +271,19 @@ __global__ void __launch_bounds__(Block<P>::THREADS, 1) gemm(const __grid_consta
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+inline Kind kind_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return Kind::f32;
+    case ScalarType::Half: return Kind::f16;
+    case ScalarType::BFloat16: return Kind::bf16;
+    default: STD_TORCH_CHECK(false, "numbers are float32, float16 or bfloat16");
+  }
+}
+
+inline void set_bias(Common& a, const std::optional<Tensor>& bias) {
+  if (bias) a.bias = bias->const_data_ptr(), a.bias_kind = kind_of(*bias);
+}
 
 inline void check(cudaError_t error) { STD_TORCH_CHECK(error == cudaSuccess, "CUDA says: ", cudaGetErrorString(error)); }
 
@@ -280,7 +319,7 @@ void launch(typename P::Arguments a, const Maps& maps, const Tensor& out, const 
   a.out = out.mutable_data_ptr(), a.parts = parts ? parts->mutable_data_ptr() : nullptr, a.flags = static_cast<int*>(flags.mutable_data_ptr());
   a.m = int(out.size(0)), a.n = int(out.size(1)), a.raster = int(how.raster);
   a.stage_bytes = (P::stage_bytes(a) + 1023) / 1024 * 1024;
-  a.stages = std::min(MOST_STAGES, (SHARED - B::AFTER_STAGES) / a.stage_bytes);
+  a.stages = std::min(MOST_STAGES, (B::MOST_BYTES - B::AFTER_STAGES) / a.stage_bytes);
   a.tiles_n = (a.n + B::ROWS - 1) / B::ROWS, a.tiles_m = (a.m + P::TOKENS - 1) / P::TOKENS;
   const int64_t tiles = int64_t(a.tiles_n) * a.tiles_m, blocks = std::min<int64_t>(how.blocks, how.whole ? tiles : tiles * a.steps);
   a.whole = how.whole || tiles % blocks == 0;
@@ -295,7 +334,7 @@ void launch(typename P::Arguments a, const Maps& maps, const Tensor& out, const 
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = how.early;
   config.attrs = &attribute, config.numAttrs = 1;
-  check(cudaFuncSetAttribute(gemm<P>, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED));
+  check(cudaFuncSetAttribute(gemm<P>, cudaFuncAttributeMaxDynamicSharedMemorySize, B::MOST_BYTES));
   check(cudaLaunchKernelEx(&config, gemm<P>, maps, a));
 }
 

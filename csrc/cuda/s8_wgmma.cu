@@ -14,17 +14,12 @@ namespace {
 
 struct S8Arguments : Common {
   const float* rows;  // of x: scales [M], then sums of codes [M]
-  const void *scales, *bias;
+  const void* scales;
   const uint8_t *weight, *zeros;  // of 4 bits [steps, N, 64]; zeros [runs, N] or null
-  int scale_kind, steps_per_run;  // kind of number: 0 float32, 1 float16, 2 bfloat16
+  Kind scale_kind;
+  int steps_per_run;              // steps that share a scale
   float factor;                   // of all scales: weights may be 16 times their value
-  bool wide;                      // results and bias are bfloat16, not float16
 };
-
-__device__ inline float number(const void* p, int64_t i, int kind) {
-  if (kind == 0) return static_cast<const float*>(p)[i];
-  return kind == 1 ? __half2float(static_cast<const __half*>(p)[i]) : __bfloat162float(static_cast<const __nv_bfloat16*>(p)[i]);
-}
 
 // What the results of all int8 products need. SCALED: sums have their scales; ZEROS: sums lack their zero points.
 template <class Sum, bool SCALED, bool ZEROS>
@@ -45,7 +40,7 @@ struct Finish {
         const int n = row + 8 * h;
         const bool inside = n < a.n;
         scale[h] = SCALED || !inside ? 1.0f : a.factor * number(a.scales, n, a.scale_kind);
-        bias[h] = inside && a.bias ? number(a.bias, n, a.wide ? 2 : 1) : 0.0f;
+        bias[h] = inside && a.bias ? number(a.bias, n, a.bias_kind) : 0.0f;
         zero[h] = ZEROS && inside && a.zeros ? a.zeros[n] - 128 : 0;
       }
     }
@@ -56,21 +51,10 @@ struct Finish {
   };
 };
 
-template <bool WIDE>
-__device__ uint32_t pair_of(float a, float b) {
-  if constexpr (WIDE) {
-    const __nv_bfloat162 both = __floats2bfloat162_rn(a, b);
-    return reinterpret_cast<const uint32_t&>(both);
-  } else {
-    const __half2 both = __floats2half2_rn(a, b);
-    return reinterpret_cast<const uint32_t&>(both);
-  }
-}
-
 // Tiles of TOKENS tokens and 128 rows of the weight.
 template <bool WIDE, int TOKENS_>
 struct W8 : Finish<int, false, true> {
-  static constexpr int TOKENS = TOKENS_, R = 1, GROUPS = 2, ROWS = 64 * R * GROUPS, X = TOKENS * STEP, W = ROWS * STEP;
+  static constexpr int TOKENS = TOKENS_, R = 1, GROUPS = 2, RESIDENT = 1, ROWS = 64 * R * GROUPS, X = TOKENS * STEP, W = ROWS * STEP;
   using Sum = int;
   using Arguments = S8Arguments;
 
@@ -100,11 +84,11 @@ struct W8 : Finish<int, false, true> {
 // BY_STEP: scales belong to the sums of a step, and those over the steps are float32.
 template <bool WIDE, int TOKENS_, bool BY_STEP>
 struct W4 : Finish<std::conditional_t<BY_STEP, float, int>, BY_STEP, false> {
-  static constexpr int TOKENS = TOKENS_, R = 1, GROUPS = 2, ROWS = 64 * R * GROUPS, X = TOKENS * STEP, ROW_BYTES = STEP / 2, W = ROWS * ROW_BYTES;
+  static constexpr int TOKENS = TOKENS_, R = 1, GROUPS = 2, RESIDENT = 1, ROWS = 64 * R * GROUPS, X = TOKENS * STEP, ROW_BYTES = STEP / 2, W = ROWS * ROW_BYTES;
   using Sum = std::conditional_t<BY_STEP, float, int>;
   using Arguments = S8Arguments;
 
-  __host__ __device__ static int scale_bytes(const Arguments& a) { return BY_STEP ? a.scale_kind == 0 ? 4 : 2 : 0; }
+  __host__ __device__ static int scale_bytes(const Arguments& a) { return BY_STEP ? a.scale_kind == Kind::f32 ? 4 : 2 : 0; }
   static int stage_bytes(const Arguments& a) { return X + W + ROWS * (scale_bytes(a) + 1); }
 
   __device__ static void copy_weights(const Maps&, const Arguments& a, int row, int step, uint32_t stage, uint32_t full, uint64_t policy) {
@@ -153,14 +137,14 @@ struct W4 : Finish<std::conditional_t<BY_STEP, float, int>, BY_STEP, false> {
   };
   __device__ static float scale(const Arguments& a, uint32_t stage, int row) {
     const uint32_t at = stage + X + W + row * scale_bytes(a);
-    if (a.scale_kind == 0) {
+    if (a.scale_kind == Kind::f32) {
       float f;
       asm volatile("ld.shared.f32 %0, [%1];" : "=f"(f) : "r"(at));
       return f;
     }
     uint16_t raw;
     asm volatile("ld.shared.u16 %0, [%1];" : "=h"(raw) : "r"(at));
-    return a.scale_kind == 1 ? __half2float(__ushort_as_half(raw)) : __bfloat162float(__ushort_as_bfloat16(raw));
+    return a.scale_kind == Kind::f16 ? __half2float(__ushort_as_half(raw)) : __bfloat162float(__ushort_as_bfloat16(raw));
   }
 
   // The tensor core works at one half of a step while the other one is unpacked.
@@ -223,16 +207,14 @@ void launch_w4(int64_t tokens, const S8Arguments& a, const Tensor& x, bool by_st
 
 S8Arguments arguments(const Tensor& x, const Tensor& rows, const Tensor& scales, const std::optional<Tensor>& zeros,
                       const std::optional<Tensor>& bias, const Tensor& out) {
-  const auto kind = scales.scalar_type();
   S8Arguments a{};
   a.rows = static_cast<const float*>(rows.const_data_ptr());
   a.scales = scales.const_data_ptr();
-  a.scale_kind = kind == ScalarType::Float ? 0 : kind == ScalarType::Half ? 1 : 2;
-  a.bias = bias ? bias->const_data_ptr() : nullptr;
+  a.scale_kind = kind_of(scales);
+  set_bias(a, bias);
   a.zeros = zeros ? static_cast<const uint8_t*>(zeros->const_data_ptr()) : nullptr;
   a.steps = int(x.size(1) / STEP);
   a.factor = 1;
-  a.wide = out.scalar_type() == ScalarType::BFloat16;
   STD_TORCH_CHECK(x.is_contiguous() && x.size(1) % STEP == 0 && x.size(0) == out.size(0) && out.size(1) % 16 == 0,
                   "codes of x [", x.size(0), ", ", x.size(1), "] in 128 columns, out [", out.size(0), ", ", out.size(1), "] in 16");
   return a;
@@ -246,7 +228,7 @@ void s8_w8_wgmma(Tensor x, Tensor rows, Tensor weight, Tensor scales, std::optio
   STD_TORCH_CHECK(weight.is_contiguous() && weight.size(0) == out.size(1) && weight.size(1) == x.size(1), "weight [", weight.size(0), ", ",
                   weight.size(1), "] does not fit");
   const How how{blocks, raster, whole, early, reinterpret_cast<cudaStream_t>(stream)};
-  (a.wide ? launch_w8<true> : launch_w8<false>)(tokens, a, x, weight, out, parts, flags, how);
+  (out.scalar_type() == ScalarType::BFloat16 ? launch_w8<true> : launch_w8<false>)(tokens, a, x, weight, out, parts, flags, how);
 }
 
 // Likewise; weight uint8 [steps, N, 64], scales and zeros [runs, N].
@@ -260,7 +242,7 @@ void s8_w4_wgmma(Tensor x, Tensor rows, Tensor weight, Tensor scales, std::optio
   a.steps_per_run = int(steps_per_run);
   if (!zeros) a.factor = 0.0625f;
   const How how{blocks, raster, whole, early, reinterpret_cast<cudaStream_t>(stream)};
-  (a.wide ? launch_w4<true> : launch_w4<false>)(tokens, a, x, scales.size(0) > 1, out, parts, flags, how);
+  (out.scalar_type() == ScalarType::BFloat16 ? launch_w4<true> : launch_w4<false>)(tokens, a, x, scales.size(0) > 1, out, parts, flags, how);
 }
 
 }  // namespace

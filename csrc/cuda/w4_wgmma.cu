@@ -34,11 +34,6 @@ struct Numbers<bf16> {
     const __nv_bfloat162 w = __hfma2(code, scale, __hmul2(code, rest));
     return reinterpret_cast<const uint32_t&>(w);
   }
-  __device__ static uint32_t pair(float a, float b) {
-    const __nv_bfloat162 both = __floats2bfloat162_rn(a, b);
-    return reinterpret_cast<const uint32_t&>(both);
-  }
-  __device__ static float number(const void* p, int i) { return __bfloat162float(static_cast<const __nv_bfloat16*>(p)[i]); }
 };
 
 template <>
@@ -55,26 +50,21 @@ struct Numbers<f16> {
     const __half2 w = __hmul2(__hsub2(reinterpret_cast<const __half2&>(pair), reinterpret_cast<const __half2&>(zero)), scale);
     return reinterpret_cast<const uint32_t&>(w);
   }
-  __device__ static uint32_t pair(float a, float b) {
-    const __half2 both = __floats2half2_rn(a, b);
-    return reinterpret_cast<const uint32_t&>(both);
-  }
-  __device__ static float number(const void* p, int i) { return __half2float(static_cast<const __half*>(p)[i]); }
 };
 
 struct W4Arguments : Common {
   const uint8_t *weight, *scales, *zeros;  // [steps, N, 64], [runs, N, per_step] of 16 bits, likewise of 8 bits or null
-  const void* bias;                        // [N] or null
   int per_step, steps_per_run;             // scales of a row in a step; steps that share one
   int zero;                                // of all codes, where zeros is null
   bool wide_scales;                        // bfloat16, not float16
 };
 
 // Tiles of TOKENS tokens and 128 rows of the weight.
-template <class T, int TOKENS_>
+template <class T, int TOKENS_, int RESIDENT_>
 struct W4 {
-  static constexpr int TOKENS = TOKENS_, R = 1, GROUPS = 2;
-  static constexpr int WORDS = 2;  // of a row, unpacked at a time. With all four, registers would be written that products still read
+  static constexpr int TOKENS = TOKENS_, R = 1, GROUPS = 2, RESIDENT = RESIDENT_;
+  // Of a row, unpacked at a time. With all four, registers would be written that products still read.
+  static constexpr int WORDS = RESIDENT == 1 ? 2 : 1;
   using Sum = float;
   using Arguments = W4Arguments;
   static constexpr int ROWS = 64 * R * GROUPS, X = TOKENS * STEP * 2, W = ROWS * ROW_BYTES;
@@ -174,19 +164,23 @@ struct W4 {
     float bias[2];
     __device__ Rows(const Arguments& a, int row) {
 #pragma unroll
-      for (int h = 0; h < 2; ++h) bias[h] = a.bias && row + 8 * h < a.n ? Numbers<T>::number(a.bias, row + 8 * h) : 0.0f;
+      for (int h = 0; h < 2; ++h) bias[h] = a.bias && row + 8 * h < a.n ? number(a.bias, row + 8 * h, a.bias_kind) : 0.0f;
     }
     __device__ float value(int h, float sum, Token) const { return sum + bias[h]; }
   };
-  __device__ static uint32_t pair(float a, float b) { return Numbers<T>::pair(a, b); }
+  __device__ static uint32_t pair(float a, float b) { return pair_of<std::is_same_v<T, bf16>>(a, b); }
 };
 
 template <class T>
 void launch_for(int64_t tokens, const W4Arguments& a, const Tensor& x, const Tensor& out, const std::optional<Tensor>& parts,
                 const Tensor& flags, const How& how) {
-  STD_TORCH_CHECK(tokens == 128 || tokens == 256, "w4_wgmma: tiles have 128 or 256 tokens, not ", tokens);
-  if (tokens == 128) return launch<W4<T, 128>>(a, {boxes(x, 128), {}}, out, parts, flags, how);
-  launch<W4<T, 256>>(a, {boxes(x, 256), {}}, out, parts, flags, how);
+  switch (tokens) {
+    case 32: return launch<W4<T, 32, 2>>(a, {boxes(x, 32), {}}, out, parts, flags, how);
+    case 64: return launch<W4<T, 64, 2>>(a, {boxes(x, 64), {}}, out, parts, flags, how);
+    case 128: return launch<W4<T, 128, 1>>(a, {boxes(x, 128), {}}, out, parts, flags, how);
+    case 256: return launch<W4<T, 256, 1>>(a, {boxes(x, 256), {}}, out, parts, flags, how);
+    default: STD_TORCH_CHECK(false, "w4_wgmma: tiles have 32, 64, 128 or 256 tokens, not ", tokens);
+  }
 }
 
 // out [M, N] = x [M, K] · Ŵᵀ + bias. Shapes: weight [steps, 16 N] int32, scales [runs, N, per_step], zeros likewise.
@@ -202,7 +196,7 @@ void w4_wgmma(Tensor x, Tensor weight, Tensor scales, std::optional<Tensor> zero
   a.weight = static_cast<const uint8_t*>(weight.const_data_ptr());
   a.scales = static_cast<const uint8_t*>(scales.const_data_ptr());
   a.zeros = zeros ? static_cast<const uint8_t*>(zeros->const_data_ptr()) : nullptr;
-  a.bias = bias ? bias->const_data_ptr() : nullptr;
+  set_bias(a, bias);
   a.steps = int(steps), a.per_step = int(scales.size(2)), a.steps_per_run = int(steps_per_run), a.zero = int(zero);
   a.wide_scales = scales.scalar_type() == ScalarType::BFloat16;
   const auto run = x.scalar_type() == ScalarType::BFloat16 ? launch_for<bf16> : launch_for<f16>;

@@ -6,7 +6,7 @@ import pkgutil
 from qkernels.kernels import reference
 from qkernels.kernels.registry import Kernel, Packed, Plan, Problem, all_kernels, explain, get, plan, register
 
-for _backend in ("cpu", "triton"):
+for _backend in ("cpu", "triton", "cuda"):
     _package = importlib.import_module(f"{__name__}.{_backend}")
     for _module in pkgutil.iter_modules(_package.__path__):
         importlib.import_module(f"{_package.__name__}.{_module.name}")

@@ -21,12 +21,14 @@ class Device:
     isa     CPU: the instruction-set level of the compiled kernels ("avx2", …), or "none" without the compiled library
     sm      CUDA: compute capability times ten (90 = Hopper)
     triton  CUDA: whether our Triton kernels can run: it is installed, and the GPU is NVIDIA's
+    compiled  CUDA: whether the compiled kernels can run: their library is there
     """
 
     type: str
     isa: str = "none"
     sm: int = 0
     triton: bool = True
+    compiled: bool = True
 
     def __str__(self) -> str:
         return {"cpu": f"cpu:{self.isa}", "cuda": f"cuda:sm{self.sm}"}.get(self.type, self.type)
@@ -57,8 +59,11 @@ def current(device: torch.device | str) -> Device:
 
         return Device("cpu", isa=library.level())
     if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        return Device("cuda", sm=10 * major + minor, triton=importlib.util.find_spec("triton") is not None and torch.version.hip is None)
+        from qkernels.kernels.cuda import library as compiled
+
+        (major, minor), nvidia = torch.cuda.get_device_capability(device), torch.version.hip is None
+        triton = nvidia and importlib.util.find_spec("triton") is not None
+        return Device("cuda", sm=10 * major + minor, triton=triton, compiled=nvidia and compiled.why_missing() is None)
     if device.type == "meta":
         return Device("meta")
     raise BackendUnavailable(f"no kernels for device type {device.type!r}; cpu, cuda and meta are known")

@@ -10,7 +10,7 @@ from qkernels.kernels.device import Device
 def markdown() -> str:
     """One row a format: name, short names, bits per weight, and which kernels run it: on an x86 CPU, and on a GPU of the Hopper kind."""
     kernels = registry.all_kernels()
-    devices = {k.name: Device("cuda", sm=90) if k.backend == "triton" else Device("cpu", isa="avx2") for k in kernels}
+    devices = {k.name: Device("cuda", sm=90) if k.backend in ("triton", "cuda") else Device("cpu", isa="avx2") for k in kernels}
     rows = [f"| format | short names | bits / weight | {' | '.join(k.name for k in kernels)} |", "|---" * (3 + len(kernels)) + "|"]
     for f in formats.all_formats():
         problems = {k.name: registry.Problem(f, 4096, 4096, device=devices[k.name]) for k in kernels}

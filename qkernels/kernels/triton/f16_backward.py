@@ -1,4 +1,4 @@
-"""The gradient of x, in one kernel: grad_x = grad_y · Ŵ over the packed layout of layout.py. Not yet run on a GPU.
+"""The gradient of x, in one kernel: grad_x = grad_y · Ŵ over the packed layout of layout.py.
 
 Sums run over N, so a tile's weights are unpacked, scaled, rounded to the type of grad_y, and stored to shared memory: they are the right
 operand of the tensor core, which does not take that from registers. Many rows go through torch's matmul, a slice of the weight's columns
@@ -22,7 +22,7 @@ from qkernels.kernels.triton.f16_format import Stored, arithmetic, constants, re
 from qkernels.kernels.triton.launch import SPLITS, Gpu, check, gpu_of, lanes_last, over_rows, workspace
 from qkernels.kernels.triton.layout import Packed
 
-TOKENS_FUSED = 512  # from here on, by slices of the weight: a guess until it is measured
+TOKENS_FUSED = 65  # from here on, by slices of the weight
 
 
 class Tile(NamedTuple):

@@ -32,7 +32,7 @@ from qkernels.kernels.triton.launch import SPLITS, Gpu, check, gpu_of, lanes_las
 from qkernels.kernels.triton.layout import Packed, restore
 from qkernels.kernels.triton.unpack_asm import base
 
-TOKENS_FUSED = 2048  # from here on, dequantising the weight costs less than torch's matmul gains
+TOKENS_FUSED = 1024  # from here on, dequantising the weight costs less than torch's matmul gains
 ROWS_INVARIANT = 1024  # a launch, where K is split for any M: the parts of more rows would take too much memory
 
 
@@ -149,11 +149,13 @@ def _run(
     what, stored = formats.get(format), Stored(weight, scales, zeros, tensor_scale)
     check(x, weight, weight.shape[0] * layout.tile_columns(what))
 
-    def multiply(rows: Tensor, out: Tensor) -> None:
-        by_slices = x.dtype == torch.float32 or rows.shape[0] >= TOKENS_FUSED
-        (_invariant if batch_invariant else by_rows if by_slices else fused)(rows, stored, bias, what, out)
+    return over_rows(x, n, lambda rows, out: (_invariant if batch_invariant else multiply)(rows, stored, bias, what, out))
 
-    return over_rows(x, n, multiply)
+
+def multiply(x: Tensor, stored: Stored, bias: Tensor | None, format: QuantFormat, out: Tensor) -> None:
+    """out [M, N] = x [M, K] · Ŵᵀ + bias, the faster way."""
+    by_slices = x.dtype == torch.float32 or x.shape[0] >= TOKENS_FUSED
+    (by_rows if by_slices else fused)(x, stored, bias, format, out)
 
 
 def _invariant(x: Tensor, stored: Stored, bias: Tensor | None, format: QuantFormat, out: Tensor) -> None:

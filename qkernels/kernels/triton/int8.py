@@ -57,61 +57,72 @@ class Product(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """What a call needs besides its tensors, once it has been worked out: the two kernels and their compile-time constants."""
+    """What a product needs besides its tensors, once it has been worked out."""
 
-    quantize: Any
-    quantize_values: tuple[Any, ...]
     product: Product  # compiled
     grid: tuple[int, int, int]
 
 
 _LAUNCHES: dict[tuple[Any, ...], Launch] = {}
+_QUANTIZERS: dict[tuple[Any, ...], Any] = {}  # compiled
+
+
+def usual(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether what was compiled for such tensors before does for these, too."""
+    return x.is_cuda and regular(x, *others)
+
+
+def quantize(x: Tensor, padded: int, early: bool) -> tuple[Tensor, Tensor]:
+    """x [M, K] -> its codes, int8 [M, padded], and of every row the scale and the sum of codes, float32 [2, M].
+
+    From arguments to a compiled kernel Triton takes longer than the kernel does; what it finds is kept, by all that it depends on.
+    """
+    (m, k), columns = x.shape, quantize_block(x.shape[1])
+    codes = torch.empty((m, padded), dtype=torch.int8, device=x.device)
+    rows = torch.empty((2, m), dtype=torch.float32, device=x.device)
+    arguments = (x, codes, rows, m, k, padded, x.stride(0), columns, early)
+    key = (k, padded, x.dtype, x.device, early)
+    compiled = _QUANTIZERS.get(key) if usual(x) else None
+    if compiled is not None:
+        compiled[m, 1, 1](*arguments, stream=_stream(x))
+        return codes, rows
+    from qkernels.kernels.triton.jit.int8 import quantize_rows
+
+    options = {"launch_pdl": True} if early else {}
+    compiled = quantize_rows[m, 1, 1](*arguments, num_warps=min(8, columns // 1024 * 2), **options)
+    if usual(x):
+        remember(_QUANTIZERS, key, compiled)
+    return codes, rows
 
 
 def multiply(
     plan: Callable[[int], Product], what: Hashable, x: Tensor, stored: Stored, bias: Tensor | None, out: Tensor, padded: int
 ) -> None:
-    """out [M, N] = x [M, K] · Ŵᵀ + bias, x as codes [M, padded]; `plan(m)` is asked once for all that is equal, `what` included.
-
-    From arguments to a compiled kernel Triton takes longer than most products do; what it finds is kept, by all that it depends on.
-    """
+    """out [M, N] = x [M, K] · Ŵᵀ + bias, x as codes [M, padded]; `plan(m)` is asked once for all that is equal, `what` included."""
     (m, k), n = x.shape, out.shape[1]
     types = (x.dtype, stored.scales.dtype, stored.zeros is None, None if bias is None else bias.dtype)
-    key = (what, n, k, m, types, x.device)
-    launch = _LAUNCHES.get(key) if regular(x, *stored, bias) else None
-    if launch is None:
-        return _first_launch(plan(m), key, x, stored, bias, out, padded)
-    stream, product = torch._C._cuda_getCurrentRawStream(x.device.index), launch.product
-    codes, rows, parts, counters = _buffers(product, m, n, padded, launch.grid[0], x.device, stream)
-    launch.quantize[m, 1, 1](x, codes, rows, m, k, padded, k, *launch.quantize_values, stream=stream)
-    arguments = (codes, rows, *stored, bias, out, parts, counters, m, n, padded)
-    product.gemm[launch.grid](*arguments, *product.values, stream=stream)
-    return None
-
-
-def _first_launch(product: Product, key: tuple[Any, ...], x: Tensor, stored: Stored, bias: Tensor | None, out: Tensor, padded: int) -> None:
-    """Compile and launch; keep what was worked out, if the arguments are as they usually are."""
-    from qkernels.kernels.triton.jit.int8 import quantize_rows
-
-    (m, k), n, t = x.shape, out.shape[1], product.tile
-    grid = (blocks(t, n, m), t.split_k, 1)
-    stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
-    codes, rows, parts, counters = _buffers(product, m, n, padded, grid[0], x.device, stream)
+    key, known = (what, n, k, m, types, x.device), usual(x, *stored, bias)
+    launch = _LAUNCHES.get(key) if known else None
+    product, grid = launch or _launch(plan(m), n, m)
+    stream = _stream(x)
+    parts, counters = workspace(product.tile.split_k, m, n, grid[0], x.device, stream)
+    if parts is not None and product.exact:
+        parts = parts.view(torch.int32)
+    arguments = (*quantize(x, padded, product.tile.early), *stored, bias, out, parts, counters, m, n, padded, *product.values)
+    if launch is not None:
+        product.gemm[grid](*arguments, stream=stream)
+        return
+    t = product.tile
     options = {"launch_pdl": True} if t.early else {}
-    columns = quantize_block(k)
-    values = (columns, t.early)
-    first = quantize_rows[m, 1, 1](x, codes, rows, m, k, padded, x.stride(0), *values, num_warps=min(8, columns // 1024 * 2), **options)
-    arguments = (codes, rows, *stored, bias, out, parts, counters, m, n, padded)
-    second = product.gemm[grid](*arguments, *product.values, num_warps=t.num_warps, num_stages=t.num_stages, **options)
-    if x.is_cuda and regular(x, *stored, bias):
-        remember(_LAUNCHES, key, Launch(first, values, product._replace(gemm=second), grid))
+    compiled = product.gemm[grid](*arguments, num_warps=t.num_warps, num_stages=t.num_stages, **options)
+    if known:
+        remember(_LAUNCHES, key, Launch(product._replace(gemm=compiled), grid))
 
 
-def _buffers(
-    product: Product, m: int, n: int, padded: int, tiles: int, device: torch.device, stream: int
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Codes of x, its scales and sums, and where the parts of a split K meet."""
-    codes = torch.empty((m, padded), dtype=torch.int8, device=device)
-    rows = torch.empty((2, m), dtype=torch.float32, device=device)
-    parts, counters = workspace(product.tile.split_k, m, n, tiles, device, stream)
-    return codes, rows, parts.view(torch.int32) if parts is not None and product.exact else parts, counters
+def _stream(x: Tensor) -> int:
+    """The current one of x's device; the interpreter has none."""
+    return torch._C._cuda_getCurrentRawStream(x.device.index) if x.is_cuda else 0
+
+
+def _launch(product: Product, n: int, m: int) -> Launch:
+    return Launch(product, (blocks(product.tile, n, m), product.tile.split_k, 1))

@@ -122,10 +122,14 @@ def workspace(split_k: int, m: int, n: int, tiles: int, device: torch.device, st
     """
     if split_k == 1:
         return None, None
+    counters = torch.zeros(tiles, dtype=torch.int32, device=device) if tiles > TILES else counters_of(device, stream)
+    return torch.empty((split_k, m, n), dtype=torch.float32, device=device), counters
+
+
+def counters_of(device: torch.device, stream: int) -> Tensor:
+    """The counters of a stream, [TILES] int32."""
     counters = _TAKEN.get((device, stream))
-    if tiles > TILES:
-        counters = torch.zeros(tiles, dtype=torch.int32, device=device)
-    elif counters is None:
+    if counters is None:
         reserve(device)
         counters = _TAKEN[device, stream] = _FREE[device].pop()
-    return torch.empty((split_k, m, n), dtype=torch.float32, device=device), counters
+    return counters
