@@ -1,0 +1,1 @@
+"""Kernels in CUDA C++ for NVIDIA's Hopper: Python bindings of the compiled library (csrc/cuda)."""
