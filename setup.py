@@ -150,7 +150,9 @@ def cuda() -> Recipe:
         raise RuntimeError(f"{nvcc} is too old: release {release[0]}.{release[1]}; {OLDEST_NVCC[0]}.{OLDEST_NVCC[1]} or newer is wanted")
     torch = torch_build()
     link = [nvcc, "-shared", "-cudart=static", HOPPER]
-    return Recipe(all_sources("_CUDA"), [nvcc, *CUDA_FLAGS, *torch.include], {}, link, torch.link, {"torch": torch.version, "cuda_compiler": version})
+    return Recipe(
+        all_sources("_CUDA"), [nvcc, *CUDA_FLAGS, *torch.include], {}, link, torch.link, {"torch": torch.version, "cuda_compiler": version}
+    )
 
 
 PARTS = [
@@ -214,7 +216,9 @@ def run(command: list[str]) -> str:
         raise RuntimeError(f"the compiler {command[0]} cannot be run: {error.strerror}") from error
     print(done.stderr, file=sys.stderr, end="")
     if done.returncode:
-        complaint = next((line for line in done.stderr.splitlines() if "error" in line or "fatal" in line), f"exit status {done.returncode}")
+        complaint = next(
+            (line for line in done.stderr.splitlines() if "error" in line or "fatal" in line), f"exit status {done.returncode}"
+        )
         raise RuntimeError(f"the compiler {command[0]} failed: {complaint}")
     return done.stdout
 
