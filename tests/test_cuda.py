@@ -16,7 +16,7 @@ from qkernels.kernels.cuda import library
 CSRC = Path(__file__).parents[1] / "csrc"
 OPS = ("s8_w4_wgmma", "s8_w8_wgmma", "w4_wgmma")
 
-# -- machine code --------------------------------------------------------------------------------------------------------------------
+# -- machine code ------------------------------------------------------------------------------------------------------------------
 
 VARIANTS = [
     *(("w4_wgmma", dtype, False, tokens) for dtype in ("bf16", "fp16") for tokens in (128, 256)),
@@ -64,7 +64,7 @@ def test_machine_code(compiled, name, dtype, by_step, tokens):
     assert len(roles) == 2 and "TRY_ALLOC" in roles[0] + roles[1] and "DEALLOC" in roles[0] + roles[1]
 
 
-# -- how blocks share the tiles: csrc/cuda/stream_k.h is plain C++ --------------------------------------------------------------------------
+# -- how blocks share the tiles: csrc/cuda/stream_k.h is plain C++ -----------------------------------------------------------------
 
 PROGRAM = """
 #include "cuda/stream_k.h"
