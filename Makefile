@@ -7,7 +7,7 @@ QUIET := $(if $(MAKE_TERMOUT),,--quiet)
 INSTALL := $(BIN)/python -m pip install $(QUIET) --disable-pip-version-check --constraint constraints.txt
 export HF_HUB_OFFLINE = 1
 
-.PHONY: help demo test lint bench venv build peers ggml emulate sanitize sweep fuzz tritons clean
+.PHONY: help demo test lint bench venv build peers ggml cuda emulate sanitize sweep fuzz tritons clean
 
 help:  ## list the commands
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -46,6 +46,8 @@ $(VENV)/qkernels.stamp: $(VENV)/torch.stamp pyproject.toml setup.py $(wildcard c
 	@echo "== qkernels: compiling its kernels; installing it with what tests, demo and benchmark need"
 	$(INSTALL) --no-build-isolation --editable '.[test,demo,bench]'
 	@reason=$$($(BIN)/python -c 'import json; print(json.load(open("qkernels/_build_info.json"))["reason"] or "")'); \
+	cuda=$$($(BIN)/python -c 'import json; print(json.load(open("qkernels/_build_info.json"))["cuda_reason"] or "")'); \
+	if [ -z "$$cuda" ]; then echo "== the CUDA kernels are compiled"; else echo "== no CUDA kernels: $$cuda"; fi; \
 	if [ -z "$$reason" ]; then echo "== the CPU kernels are compiled" && touch $@; else echo "== WARNING: no CPU kernels: $$reason"; fi
 
 # zentorch would bring a torch of its own choice, hence --no-deps.
@@ -72,13 +74,17 @@ ggml:
 	cmake --build $(GGML)/made --parallel 2 --target ggml-cpu
 	mkdir -p $(VENV)/lib/ggml && cp -L $(GGML)/made/src/libggml-base.so $(GGML)/made/src/libggml-cpu.so $(VENV)/lib/ggml
 
+cuda: build  ## the CUDA kernels compiled, no GPU needed, and what became of each
+	QKERNELS_CUDA=1 $(BIN)/python setup.py --quiet build_ext --inplace
+	$(BIN)/python -m benchmarks.gpu.static_cuda
+
 # The level is looked for beforehand: the tests would skip one that is missing.
 EMULATED := build/emulated
 emulate: build  ## the kernels' tests with AVX-512 emulated, for machines without it
 	@echo "== a copy of the tree in $(EMULATED), compiled with csrc/emulated in place of AVX-512"
 	mkdir -p $(EMULATED) && rm -rf $(EMULATED)/csrc $(EMULATED)/qkernels $(EMULATED)/tests
 	cp -rp csrc qkernels tests setup.py pyproject.toml README.md LICENSE $(EMULATED)
-	cd $(EMULATED) && QKERNELS_CPU=1 QKERNELS_EMULATE=1 $(BIN)/python setup.py --quiet build_ext --inplace
+	cd $(EMULATED) && QKERNELS_CPU=1 QKERNELS_CUDA=0 QKERNELS_EMULATE=1 $(BIN)/python setup.py --quiet build_ext --inplace
 	cd $(EMULATED) && $(BIN)/python -c 'from qkernels.kernels.cpu import library; print("level:", library.level())' | grep avx512
 	cd $(EMULATED) && $(BIN)/python -m pytest -q tests/test_kernels.py tests/test_quantizers.py tests/test_golden.py
 
@@ -111,7 +117,7 @@ sanitize: build  ## the kernels' tests under address and undefined-behaviour san
 	@echo "== a copy of the tree in $(SANITIZED), compiled with the sanitizers"
 	mkdir -p $(SANITIZED) && rm -rf $(SANITIZED)/csrc $(SANITIZED)/qkernels $(SANITIZED)/tests
 	cp -rp csrc qkernels tests setup.py pyproject.toml README.md LICENSE $(SANITIZED)
-	cd $(SANITIZED) && QKERNELS_CPU=1 \
+	cd $(SANITIZED) && QKERNELS_CPU=1 QKERNELS_CUDA=0 \
 	QKERNELS_CXXFLAGS="-DQKERNELS_SMALL_TILES -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -fno-var-tracking -O1 -g -w" \
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	cd $(SANITIZED) && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \

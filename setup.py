@@ -1,24 +1,32 @@
-"""Build qkernels/_C.abi3.so, the CPU kernels, against the LibTorch stable ABI: one binary for every torch >= 2.10.
+"""Build the compiled kernels against the LibTorch stable ABI, one binary for every torch >= 2.10: qkernels/_C.abi3.so for CPUs and,
+where there is CUDA's compiler, qkernels/_CUDA.abi3.so for NVIDIA's Hopper.
 
-A build that fails does not fail the install: the package then computes with its slow reference kernel, and `qkernels info`
-repeats the reason, which is kept in qkernels/_build_info.json. These environment variables are read here, and only here:
+A build that fails does not fail the install: the package then computes with its other kernels, the slow reference if there is nothing
+else, and `qkernels info` repeats the reason, which is kept in qkernels/_build_info.json. These environment variables are read here, and
+only here:
 
-    QKERNELS_CPU=0        do not build
+    QKERNELS_CPU=0        do not build the CPU kernels
     QKERNELS_CPU=1        a failure is fatal
+    QKERNELS_CUDA=0, =1   likewise for the CUDA kernels
     QKERNELS_EMULATE=1    the AVX-512 levels in plain C++ (csrc/emulated): slow, for tests on machines without those instructions
     CXX                   the compiler; c++ without it (GCC or Clang: the flags are theirs)
-    CFLAGS, CXXFLAGS, QKERNELS_CXXFLAGS    appended, in this order, when compiling and when linking (sanitizers, -g)
+    CFLAGS, CXXFLAGS, QKERNELS_CXXFLAGS    appended, in this order, when compiling and when linking (sanitizers, -g); not for CUDA
+    CUDA_HOME             where bin/nvcc is; without it PATH and /usr/local/cuda are searched. nvcc reads others itself: NVCC_CCBIN, say
 """
 
 import hashlib
 import json
 import os
 import platform
+import re
 import shlex
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
@@ -44,22 +52,39 @@ EMULATED = [level for level in LEVELS if "avx512" in level] if EMULATE else []
 for level in EMULATED:  # -O3 takes five times as long to compile; what -m would define stays defined
     defines = [f"-D__{flag.removeprefix('-m').upper()}__" for flag in LEVELS[level] if flag.startswith("-mavx512")]
     LEVELS[level] = ["-Icsrc/emulated", "-O1", "-Wno-psabi", *defines]
+COMMON = ["-std=c++20", "-O3", "-DNDEBUG", "-Icsrc", "-DTORCH_TARGET_VERSION=0x020a000000000000"]  # 2.10: a newer API is a compile error
 FLAGS = [
-    *("-std=c++20", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"),
+    *COMMON,
+    *("-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"),
     "-fno-math-errno",  # lets sqrt and the like become instructions; -ffast-math would break inf and nan
     "-ffp-contract=off",  # a product and a sum become one rounding where the source says fma, and nowhere else: every level rounds alike
-    "-DTORCH_TARGET_VERSION=0x020a000000000000",  # 2.10: an API newer than that is a compile error
     *(["-DQKERNELS_X86"] if X86 else []),
     *(["-DQKERNELS_EMULATE"] if EMULATE else []),
-    "-Icsrc",
 ]
+HOPPER = "-gencode=arch=compute_90a,code=sm_90a"
+CUDA_FLAGS = [*COMMON, HOPPER, "--expt-relaxed-constexpr", "-DUSE_CUDA", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+OLDEST_NVCC = (12, 5)  # has cudaGetDriverEntryPointByVersion
 
 
-def sources() -> list[str]:
-    """Return the sources that this machine can compile, relative to the repository."""
-    levels = [level for level in LEVELS if X86 or level in ("level_portable", *EMULATED)]
-    found = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
-    return [str(p.relative_to(ROOT)) for p in found if p.stem in levels or not p.stem.startswith("level_")]
+class Recipe(NamedTuple):
+    """How a library is made of its sources, and what `_build_info.json` tells of it."""
+
+    sources: list[str]
+    compile: list[str]
+    flags_of: dict[str, list[str]]  # a source's name -> flags of its own
+    link: list[str]
+    libraries: list[str]
+    info: dict[str, Any]
+
+
+class Part(NamedTuple):
+    """A library of the package."""
+
+    name: str
+    kernels: str
+    variable: str  # of the environment: "0" or "1"
+    keys: tuple[str, str]  # in `_build_info.json`: whether it is there; why not
+    recipe: Callable[[], Recipe]
 
 
 class BuildPython(build_py):
@@ -70,59 +95,117 @@ class BuildPython(build_py):
 
 
 class BuildKernels(build_ext):
-    """Build the library with our own few lines: setuptools has no flags per file, no threads, and no notion of headers."""
+    """Build the libraries with our own few lines: setuptools has no flags per file, no threads, no nvcc, and no notion of headers."""
 
     def run(self) -> None:
         package = (ROOT if self.inplace else Path(self.build_lib).resolve()) / "qkernels"
         package.mkdir(parents=True, exist_ok=True)
-        try:
-            info = build(package / "_C.abi3.so")
-        except (RuntimeError, OSError) as error:
-            if os.environ.get("QKERNELS_CPU") == "1":
-                raise
-            info = {"cpu_extension": False, "reason": str(error)}
-            (package / "_C.abi3.so").unlink(missing_ok=True)  # one of an earlier build would not fit today's Python side
-            self.extensions = []  # nothing to pack
-            print(f"\nWARNING: qkernels installs WITHOUT its CPU kernels: {error}\n", file=sys.stderr)
+        info: dict[str, Any] = {}
+        with ThreadPoolExecutor() as parts, ThreadPoolExecutor(os.cpu_count()) as compilers:
+            for found in parts.map(lambda part: attempt(part, package / f"{part.name}.abi3.so", compilers), PARTS):
+                info |= found
+        self.extensions = [made for made in self.extensions if (package / f"{made.name.removeprefix('qkernels.')}.abi3.so").exists()]
         (package / "_build_info.json").write_text(json.dumps(info, indent=2) + "\n")
 
 
-def build(library: Path) -> dict[str, object]:
-    """Compile what has changed, link the library, and describe it; raise RuntimeError with the reason when that cannot be."""
-    if os.environ.get("QKERNELS_CPU") == "0":
-        raise RuntimeError("QKERNELS_CPU=0 was set when the package was installed")
+def attempt(part: Part, library: Path, compilers: ThreadPoolExecutor) -> dict[str, Any]:
+    """Build a library and describe it; where that cannot be, or is not wanted, say why."""
+    there, reason = part.keys
+    wanted = os.environ.get(part.variable)
+    try:
+        if wanted == "0":
+            raise RuntimeError(f"{part.variable}=0 was set when the package was installed")
+        recipe = part.recipe()
+        build(library, recipe, compilers)
+    except (RuntimeError, OSError) as error:
+        if wanted == "1":
+            raise
+        library.unlink(missing_ok=True)  # one of an earlier build would not fit today's Python side
+        print(f"\nWARNING: qkernels installs WITHOUT its {part.kernels} kernels: {error}\n", file=sys.stderr)
+        return {there: False, reason: str(error)}
+    return {there: True, reason: None, **recipe.info}
+
+
+def cpu() -> Recipe:
+    """Return how this machine compiles the CPU kernels; raise RuntimeError with the reason when it cannot."""
+    torch = torch_build()
+    compiler = shlex.split(os.environ.get("CXX") or "c++")
+    asked = [flag for name in ("CFLAGS", "CXXFLAGS", "QKERNELS_CXXFLAGS") for flag in shlex.split(os.environ.get(name, ""))]
+    version = run([*compiler, "--version"]).splitlines()[0]
+    levels = [level for level in LEVELS if X86 or level in ("level_portable", *EMULATED)]
+    sources = [source for source in all_sources("_C") if not (stem := Path(source).stem).startswith("level_") or stem in levels]
+    info = {"compiler": version, "torch": torch.version, "levels": [level.removeprefix("level_") for level in levels], "flags": asked}
+    return Recipe(sources, [*compiler, *FLAGS, *torch.include, *asked], LEVELS, [*compiler, "-shared"], [*asked, *torch.link], info)
+
+
+def cuda() -> Recipe:
+    """Return how nvcc compiles the CUDA kernels, for which no GPU is needed; raise RuntimeError with the reason when it cannot."""
+    home = os.environ.get("CUDA_HOME")
+    nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else f"{os.environ.get('PATH', '')}{os.pathsep}/usr/local/cuda/bin")
+    if not nvcc:
+        raise RuntimeError("there was no nvcc, CUDA's compiler, when the package was installed")
+    version = next((line for line in run([nvcc, "--version"]).splitlines() if "release" in line), "")
+    release = tuple(int(part) for part in re.findall(r"release (\d+)\.(\d+)", version)[0]) if version else (0, 0)
+    if release < OLDEST_NVCC:
+        raise RuntimeError(f"{nvcc} is too old: release {release[0]}.{release[1]}; {OLDEST_NVCC[0]}.{OLDEST_NVCC[1]} or newer is wanted")
+    torch = torch_build()
+    link = [nvcc, "-shared", "-cudart=static", HOPPER]
+    return Recipe(
+        all_sources("_CUDA"), [nvcc, *CUDA_FLAGS, *torch.include], {}, link, torch.link, {"torch": torch.version, "cuda_compiler": version}
+    )
+
+
+PARTS = [
+    Part("_C", "CPU", "QKERNELS_CPU", ("cpu_extension", "reason"), cpu),
+    Part("_CUDA", "CUDA", "QKERNELS_CUDA", ("cuda_extension", "cuda_reason"), cuda),
+]
+
+
+def all_sources(library: str) -> list[str]:
+    """Return a library's sources, relative to the repository."""
+    found = ROOT.glob({"_C": "csrc/cpu/*.cpp", "_CUDA": "csrc/cuda/*.cu"}[library])
+    return sorted(str(path.relative_to(ROOT)) for path in found)
+
+
+class TorchBuild(NamedTuple):
+    """What a compiler must know of torch."""
+
+    version: str
+    include: list[str]
+    link: list[str]
+
+
+def torch_build() -> TorchBuild:
+    """Ask torch; raise RuntimeError where there is none."""
     try:
         import torch
         from torch.utils.cpp_extension import include_paths, library_paths
     except ImportError as error:
         raise RuntimeError(f"torch cannot be imported ({error}); install torch first, then qkernels with --no-build-isolation") from error
-    compiler = shlex.split(os.environ.get("CXX") or "c++")
-    asked = [flag for name in ("CFLAGS", "CXXFLAGS", "QKERNELS_CXXFLAGS") for flag in shlex.split(os.environ.get(name, ""))]
-    common = [*FLAGS, *(f"-isystem{path}" for path in include_paths()), *asked]
-    version = run([*compiler, "--version"]).splitlines()[0]
+    # No rpath: libtorch_cpu is in the process already, as torch is what loads our libraries.
+    link = [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu"]
+    return TorchBuild(torch.__version__, [flag for path in include_paths() for flag in ("-isystem", path)], link)
 
+
+def build(library: Path, recipe: Recipe, compilers: ThreadPoolExecutor) -> None:
+    """Compile what has changed, and link the library; raise RuntimeError with the compiler's complaint."""
     # Objects live in the repository, not in pip's temporary folder, so that the next build finds them; one folder for each set of flags.
-    key = hashlib.sha256(repr((version, torch.__version__, common, LEVELS)).encode()).hexdigest()[:12]
+    key = hashlib.sha256(repr((recipe.info, recipe.compile, recipe.flags_of)).encode()).hexdigest()[:12]
     folder = ROOT / "build" / f"objects-{key}"
     folder.mkdir(parents=True, exist_ok=True)
-    headers = max((p.stat().st_mtime for p in (ROOT / "csrc").rglob("*.h")), default=0.0)
+    headers = max((p.stat().st_mtime for p in (ROOT / "csrc").rglob("*.*h")), default=0.0)
 
     def compile_one(source: str) -> str:
         stem = Path(source).stem
         out = folder / f"{stem}.o"
         if not out.exists() or out.stat().st_mtime <= max((ROOT / source).stat().st_mtime, headers):
-            run([*compiler, *common, *LEVELS.get(stem, []), "-c", source, "-o", str(out)])
+            run([*recipe.compile, *recipe.flags_of.get(stem, []), "-c", source, "-o", str(out)])
         return str(out)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_one, sources()))
-    # No rpath: libtorch_cpu is in the process already, as torch is what loads this library.
-    linking = [*asked, *(f"-L{path}" for path in library_paths()), "-ltorch_cpu"]
+    objects = list(compilers.map(compile_one, recipe.sources))
     fresh = library.with_suffix(".fresh")
-    run([*compiler, "-shared", *objects, *linking, "-o", str(fresh)])
+    run([*recipe.link, *objects, *recipe.libraries, "-o", str(fresh)])
     fresh.replace(library)  # at one stroke: a process that has the old one open keeps it whole
-    levels = [level.removeprefix("level_") for level in LEVELS if any(Path(s).stem == level for s in sources())]
-    return {"cpu_extension": True, "reason": None, "compiler": version, "torch": torch.__version__, "levels": levels, "flags": asked}
 
 
 def run(command: list[str]) -> str:
@@ -133,7 +216,9 @@ def run(command: list[str]) -> str:
         raise RuntimeError(f"the compiler {command[0]} cannot be run: {error.strerror}") from error
     print(done.stderr, file=sys.stderr, end="")
     if done.returncode:
-        complaint = next((line for line in done.stderr.splitlines() if "error" in line), f"exit status {done.returncode}")
+        complaint = next(
+            (line for line in done.stderr.splitlines() if "error" in line or "fatal" in line), f"exit status {done.returncode}"
+        )
         raise RuntimeError(f"the compiler {command[0]} failed: {complaint}")
     return done.stdout
 
@@ -142,7 +227,7 @@ setup(
     # The benchmark lies at the repository's top, where nothing of ours imports it; in site-packages its name would not be ours to take.
     packages=[*find_packages(include=["qkernels*"]), *(f"qkernels.{name}" for name in find_packages(include=["benchmarks*"]))],
     package_dir={"qkernels.benchmarks": "benchmarks"},
-    ext_modules=[Extension("qkernels._C", sources(), py_limited_api=True)],
+    ext_modules=[Extension(f"qkernels.{part.name}", all_sources(part.name), py_limited_api=True) for part in PARTS],
     cmdclass={"build_py": BuildPython, "build_ext": BuildKernels},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},  # the library calls no Python at all
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},  # the libraries call no Python at all
 )

@@ -266,16 +266,23 @@ def tune(
 
 
 @app.command()
-def static(write: Annotated[bool, typer.Option(help="Write results/static/triton.md; else print.")] = False) -> None:
-    """Compile the Triton kernels for GPUs that need not be here, and table registers, shared memory and instructions."""
-    from .gpu.static import markdown
+def static(write: Annotated[bool, typer.Option(help="Write results/static/*.md; else print.")] = False) -> None:
+    """Table registers, shared memory and instructions of the GPU kernels: Triton's, compiled for GPUs that need not be here, and CUDA's."""
+    from .gpu import static as of_triton
+    from .gpu import static_cuda as of_cuda
 
-    if not write:
-        print(markdown())
-        return
-    path = report.RESULTS / "static" / "triton.md"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(markdown() + "\n")
+    for name, module in (("triton", of_triton), ("cuda", of_cuda)):
+        try:
+            table = module.markdown()
+        except FileNotFoundError as missing:
+            console.print(f"[yellow]no table of the {name} kernels: {missing} is missing[/]", highlight=False, soft_wrap=True)
+            continue
+        if not write:
+            print(table)
+            continue
+        path = report.RESULTS / "static" / f"{name}.md"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(table + "\n")
 
 
 @app.command(name="readme")

@@ -22,6 +22,7 @@ from qkernels.io import convert as convert_checkpoint
 from qkernels.kernels import device as devices
 from qkernels.kernels import registry
 from qkernels.kernels.cpu import library
+from qkernels.kernels.cuda import library as cuda_library
 
 
 class _Group(TyperGroup):
@@ -56,6 +57,7 @@ def info() -> None:
     table.add_row("cpu kernels", library.why_missing() or f"at level {library.level()}")
     for level in config.ISA_LEVELS if library.why_missing() is None else ():
         table.add_row(f"  {level}", "yes" if torch.ops.qkernels.cpu_has_level(level) else "not on this machine")
+    table.add_row("cuda kernels", cuda_library.why_missing() or "for sm90")
     table.add_row("triton kernels", _gpus())
     table.add_row("QKERNELS_ISA", config.forced_isa() or "not set")
     console.print(table)

@@ -1,6 +1,6 @@
 """What can be read off the Triton kernels without a GPU: compiled for one, its registers, shared memory and machine code.
 
-`python -m benchmarks static` writes the table `results/static/triton.md`, to be looked at where a change of the kernels changes it.
+`python -m benchmarks static --write` makes the table `results/static/triton.md`, to be looked at where a change of the kernels changes it.
 """
 
 from __future__ import annotations
@@ -35,6 +35,41 @@ CASES = tuple(
 W4_CASES = ("int4", "int4_asym", "int4_g64", "int4_g-1")
 
 
+Code = list[tuple[str, str]]  # of every line of machine code (name, the whole instruction); or a label and no instruction
+
+
+def tool(name: str, *arguments: str | Path, cwd: Path | None = None) -> str:
+    """Return what one of NVIDIA's tools says, of those that Triton brings along."""
+    import triton
+
+    path = Path(triton.__file__).parent / "backends/nvidia/bin" / name
+    return subprocess.run([path, *arguments], cwd=cwd, capture_output=True, text=True, check=True).stdout
+
+
+def parse(disassembly: str) -> Code:
+    """Read what `nvdisasm -c` says."""
+    lines = []
+    for line in disassembly.splitlines():
+        if m := re.match(r"(\.L_x_\d+):", line):
+            lines.append((m[1], ""))
+        elif m := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][A-Z0-9_]*)(.*?);", line):
+            lines.append((m[1], m[1] + m[2]))
+    return lines
+
+
+def matrix_loop(code: Code) -> Code:
+    """Return the instructions of the shortest loop that has a matrix instruction; none where there is no such loop."""
+    labels = {name: at for at, (name, instruction) in enumerate(code) if not instruction}
+    loops = []
+    for at, (name, instruction) in enumerate(code):
+        target = re.search(r"(\.L_x_\d+)", instruction)
+        start = labels.get(target[1], at) if name == "BRA" and target else at
+        loop = [line for line in code[start : at + 1] if line[1]]
+        if {line[0] for line in loop} & set(MATRIX):
+            loops.append(loop)
+    return min((loop for loop in loops if len(loop) > 1), key=len, default=[])
+
+
 @dataclass(frozen=True)
 class Built:
     """A compiled kernel, and how many weights a thread multiplies in one turn of its loop."""
@@ -50,15 +85,9 @@ class Built:
         assert found is not None, text
         return int(found[1]), int(found[2])
 
-    def code(self) -> list[tuple[str, str]]:
-        """(label or name, the whole instruction) of every line of machine code; a label has no instruction."""
-        lines = []
-        for line in self._tool("nvdisasm", "-c").splitlines():
-            if m := re.match(r"(\.L_x_\d+):", line):
-                lines.append((m[1], ""))
-            elif m := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][A-Z0-9_]*)(.*?);", line):
-                lines.append((m[1], m[1] + m[2]))
-        return lines
+    def code(self) -> Code:
+        """All lines of machine code."""
+        return parse(self._tool("nvdisasm", "-c"))
 
     def instructions(self) -> dict[str, list[str]]:
         """Name -> instructions of that name."""
@@ -70,25 +99,13 @@ class Built:
 
     def loop(self) -> list[str]:
         """Names of the instructions of the shortest loop that has a matrix instruction; none where there is no such loop."""
-        lines = self.code()
-        labels = {name: at for at, (name, instruction) in enumerate(lines) if not instruction}
-        loops = []
-        for at, (name, instruction) in enumerate(lines):
-            target = re.search(r"(\.L_x_\d+)", instruction)
-            start = labels.get(target[1], at) if name == "BRA" and target else at
-            names = [line[0] for line in lines[start : at + 1] if line[1]]
-            if set(names) & set(MATRIX):
-                loops.append(names)
-        return min((loop for loop in loops if len(loop) > 1), key=len, default=[])
+        return [name for name, _ in matrix_loop(self.code())]
 
     def _tool(self, name: str, option: str) -> str:
-        import triton
-
-        path = Path(triton.__file__).parent / "backends/nvidia/bin" / name
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(self.compiled.asm["cubin"])
             file.flush()
-            return subprocess.run([path, option, file.name], capture_output=True, text=True, check=True).stdout
+            return tool(name, option, file.name)
 
 
 def compiled_for(sm: int, kernel: Any, types: dict[str, str | None], constants: dict[str, Any], **options: Any) -> Any:

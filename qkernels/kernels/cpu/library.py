@@ -3,31 +3,24 @@
 from __future__ import annotations
 
 import functools
-import json
-from pathlib import Path
 
 import torch
 
 from qkernels import config
 from qkernels.errors import FormatError
-
-_PACKAGE = Path(__file__).resolve().parents[2]
+from qkernels.kernels import compiled
 
 
 @functools.lru_cache(maxsize=1)
 def why_missing() -> str | None:
     """Load the library; None when it is there, else the reason."""
-    path = _PACKAGE / "_C.abi3.so"
-    if not path.exists():
-        info = _PACKAGE / "_build_info.json"
-        built = json.loads(info.read_text()) if info.exists() else {}
-        return f"the compiled library is missing: {built.get('reason') or 'the package was installed without building it'}"
+    if reason := compiled.load("_C", "reason"):
+        return reason
     try:
-        torch.ops.load_library(str(path))
         torch.ops.qkernels.cpu_set_level(config.forced_isa() or "")
     except ValueError as error:
         raise FormatError(str(error)) from None
-    except (OSError, RuntimeError) as error:
+    except RuntimeError as error:
         return f"the compiled library does not load: {str(error).splitlines()[0]}"
     return None
 
