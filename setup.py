@@ -145,9 +145,9 @@ def cuda() -> Recipe:
     if not nvcc:
         raise RuntimeError("there was no nvcc, CUDA's compiler, when the package was installed")
     version = next((line for line in run([nvcc, "--version"]).splitlines() if "release" in line), "")
-    release = tuple(int(part) for part in re.findall(r"release (\d+)\.(\d+)", version)[0]) if version else (0, 0)
+    release = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
     if release < OLDEST_NVCC:
-        raise RuntimeError(f"{nvcc} is too old: release {release[0]}.{release[1]}; {OLDEST_NVCC[0]}.{OLDEST_NVCC[1]} or newer is wanted")
+        raise RuntimeError(f"{nvcc} is too old: {version or 'of no known release'}; {'.'.join(map(str, OLDEST_NVCC))} or newer is wanted")
     torch = torch_build()
     link = [nvcc, "-shared", "-cudart=static", HOPPER]
     return Recipe(
