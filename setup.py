@@ -84,7 +84,12 @@ class Part(NamedTuple):
     kernels: str
     variable: str  # of the environment: "0" or "1"
     keys: tuple[str, str]  # in `_build_info.json`: whether it is there; why not
-    recipe: Callable[[], Recipe]
+    sources: str  # a pattern
+    recipe: Callable[[list[str]], Recipe]
+
+    def all_sources(self) -> list[str]:
+        """Return those that there are, relative to the repository."""
+        return sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(self.sources))
 
 
 class BuildPython(build_py):
@@ -115,7 +120,7 @@ def attempt(part: Part, library: Path, compilers: ThreadPoolExecutor) -> dict[st
     try:
         if wanted == "0":
             raise RuntimeError(f"{part.variable}=0 was set when the package was installed")
-        recipe = part.recipe()
+        recipe = part.recipe(part.all_sources())
         build(library, recipe, compilers)
     except (RuntimeError, OSError) as error:
         if wanted == "1":
@@ -126,45 +131,37 @@ def attempt(part: Part, library: Path, compilers: ThreadPoolExecutor) -> dict[st
     return {there: True, reason: None, **recipe.info}
 
 
-def cpu() -> Recipe:
+def cpu(found: list[str]) -> Recipe:
     """Return how this machine compiles the CPU kernels; raise RuntimeError with the reason when it cannot."""
     torch = torch_build()
     compiler = shlex.split(os.environ.get("CXX") or "c++")
     asked = [flag for name in ("CFLAGS", "CXXFLAGS", "QKERNELS_CXXFLAGS") for flag in shlex.split(os.environ.get(name, ""))]
     version = run([*compiler, "--version"]).splitlines()[0]
     levels = [level for level in LEVELS if X86 or level in ("level_portable", *EMULATED)]
-    sources = [source for source in all_sources("_C") if not (stem := Path(source).stem).startswith("level_") or stem in levels]
+    sources = [source for source in found if not (stem := Path(source).stem).startswith("level_") or stem in levels]
     info = {"compiler": version, "torch": torch.version, "levels": [level.removeprefix("level_") for level in levels], "flags": asked}
     return Recipe(sources, [*compiler, *FLAGS, *torch.include, *asked], LEVELS, [*compiler, "-shared"], [*asked, *torch.link], info)
 
 
-def cuda() -> Recipe:
+def cuda(found: list[str]) -> Recipe:
     """Return how nvcc compiles the CUDA kernels, for which no GPU is needed; raise RuntimeError with the reason when it cannot."""
     home = os.environ.get("CUDA_HOME")
     nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else f"{os.environ.get('PATH', '')}{os.pathsep}/usr/local/cuda/bin")
     if not nvcc:
         raise RuntimeError("there was no nvcc, CUDA's compiler, when the package was installed")
     version = next((line for line in run([nvcc, "--version"]).splitlines() if "release" in line), "")
-    release = tuple(int(part) for part in re.findall(r"release (\d+)\.(\d+)", version)[0]) if version else (0, 0)
+    release = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
     if release < OLDEST_NVCC:
-        raise RuntimeError(f"{nvcc} is too old: release {release[0]}.{release[1]}; {OLDEST_NVCC[0]}.{OLDEST_NVCC[1]} or newer is wanted")
+        raise RuntimeError(f"{nvcc} is too old: {version or 'of no known release'}; {'.'.join(map(str, OLDEST_NVCC))} or newer is wanted")
     torch = torch_build()
     link = [nvcc, "-shared", "-cudart=static", HOPPER]
-    return Recipe(
-        all_sources("_CUDA"), [nvcc, *CUDA_FLAGS, *torch.include], {}, link, torch.link, {"torch": torch.version, "cuda_compiler": version}
-    )
+    return Recipe(found, [nvcc, *CUDA_FLAGS, *torch.include], {}, link, torch.link, {"torch": torch.version, "cuda_compiler": version})
 
 
 PARTS = [
-    Part("_C", "CPU", "QKERNELS_CPU", ("cpu_extension", "reason"), cpu),
-    Part("_CUDA", "CUDA", "QKERNELS_CUDA", ("cuda_extension", "cuda_reason"), cuda),
+    Part("_C", "CPU", "QKERNELS_CPU", ("cpu_extension", "reason"), "csrc/cpu/*.cpp", cpu),
+    Part("_CUDA", "CUDA", "QKERNELS_CUDA", ("cuda_extension", "cuda_reason"), "csrc/cuda/*.cu", cuda),
 ]
-
-
-def all_sources(library: str) -> list[str]:
-    """Return a library's sources, relative to the repository."""
-    found = ROOT.glob({"_C": "csrc/cpu/*.cpp", "_CUDA": "csrc/cuda/*.cu"}[library])
-    return sorted(str(path.relative_to(ROOT)) for path in found)
 
 
 class TorchBuild(NamedTuple):
@@ -227,7 +224,7 @@ setup(
     # The benchmark lies at the repository's top, where nothing of ours imports it; in site-packages its name would not be ours to take.
     packages=[*find_packages(include=["qkernels*"]), *(f"qkernels.{name}" for name in find_packages(include=["benchmarks*"]))],
     package_dir={"qkernels.benchmarks": "benchmarks"},
-    ext_modules=[Extension(f"qkernels.{part.name}", all_sources(part.name), py_limited_api=True) for part in PARTS],
+    ext_modules=[Extension(f"qkernels.{part.name}", part.all_sources(), py_limited_api=True) for part in PARTS],
     cmdclass={"build_py": BuildPython, "build_ext": BuildKernels},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},  # the libraries call no Python at all
 )

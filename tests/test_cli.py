@@ -2,6 +2,7 @@
 
 import gc
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import qkernels
 from qkernels import CheckpointError, FormatError, UnsupportedError, cli, formats
 from qkernels.integrations.transformers import quantize_directory
 from qkernels.io import directory, native, shards
+from qkernels.kernels.cuda import library as cuda_library
 
 SMALL = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "vocab_size": 50}
 LLAMA = SMALL | {"num_key_value_heads": 2}
@@ -437,6 +439,7 @@ def test_info_and_formats():
     info, listed = run("info"), run("formats")
     assert info.exit_code == listed.exit_code == 0
     assert torch.__version__ in info.output and qkernels.__version__ in info.output
+    assert re.search(rf"cuda kernels +│ {re.escape(cuda_library.why_missing() or 'for sm90')}", info.output)
     for f in qkernels.formats.all_formats():
         assert f.name in listed.output
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import static_cuda
+from qkernels.kernels import compiled as compiled_libraries
 from qkernels.kernels.cuda import library
 
 CSRC = Path(__file__).parents[1] / "csrc"
@@ -41,6 +42,15 @@ def test_the_library_registers_its_operators():
         pytest.skip(reason)
     for op in OPS:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"qkernels::{op}", "CUDA")
+
+
+def test_a_missing_library_has_a_reason(tmp_path, monkeypatch):
+    monkeypatch.setattr(compiled_libraries, "_PACKAGE", tmp_path)
+    assert "installed without building it" in compiled_libraries.load("_CUDA", "cuda_reason")
+    (tmp_path / "_build_info.json").write_text('{"reason": "no c++", "cuda_reason": "no nvcc"}')
+    assert compiled_libraries.load("_CUDA", "cuda_reason") == "the compiled library is missing: no nvcc"
+    (tmp_path / "_CUDA.abi3.so").write_bytes(b"not a library")
+    assert compiled_libraries.load("_CUDA", "cuda_reason").startswith("the compiled library does not load: ")
 
 
 def test_no_kernel_goes_unlooked_at(compiled):

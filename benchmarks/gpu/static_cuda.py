@@ -104,8 +104,8 @@ def markdown() -> str:
     lines = ["| " + " | ".join(cells) + " |" for cells in (HEAD, ["---"] * len(HEAD), *(row(kernel) for kernel in kernels()))]
     compiler = json.loads((PACKAGE / "_build_info.json").read_text())["cuda_compiler"]
     note = (
-        "Registers: of a thread at its start; those that multiply take more, from those that copy. Shared memory: as many stages as fit\n"
-        "into 227 KiB, 12 at most. Spills: instructions. Matrix instructions: of the loop over K, as are the instructions a weight, a thread."
+        "Registers: of a thread at its start; those that multiply take more, from those that copy. Shared memory: as many stages as\n"
+        "fit into 227 KiB, 12 at most. Spills: instructions. Matrix instructions, and instructions a weight: of the loop over K, a thread."
     )
     return f"{compiler}, for sm_90a.\n{note}\n\n" + "\n".join(lines)
 
