@@ -1,10 +1,8 @@
-// What the Hopper kernels share: some warps copy stages of both operands to shared memory, the others multiply; one block on every processor,
-// or two, work through the tiles that stream_k.h gives them.
+// What the Hopper kernels share: one warpgroup copies stages of both operands to shared memory, two multiply; a block on every processor
+// works through the tiles that stream_k.h gives it.
 //
 // A kernel is a class P that says how a tile is made:
-//     TOKENS, R, GROUPS    its size: TOKENS rows of x and, for each of GROUPS warpgroups that multiply, 64 R rows of the weight
-//     RESIDENT             blocks on a processor: one, whose warps take registers from those that copy, or two, the second of which may be
-//                          of the next kernel: what is small begins while the one before it ends
+//     TOKENS               its rows of x; of the weight it has 64 for each of the two warpgroups
 //     Sum                  of products: float or int
 //     Arguments            a Common, and what else its functions want
 //     stage_bytes(a)       of one stage, a step of 128 columns (host)
@@ -31,7 +29,11 @@ constexpr int STEP = 128;          // columns
 constexpr int SCRATCH = 512;       // bytes of a warp, where 16 tokens of its result are turned
 constexpr int MOST_STAGES = 12;
 constexpr int COPYING = 40;        // registers of a thread of the warpgroup that copies
-constexpr int SHARED = 227 << 10;  // bytes of shared memory that a processor's blocks may have, less 1 KiB for each but the first
+constexpr int SHARED = 227 << 10;  // bytes of shared memory that a block may have
+constexpr int WORKERS = 256;       // threads that multiply
+constexpr int THREADS = WORKERS + 128;
+constexpr int WARPS = WORKERS / 32;
+constexpr int ROWS = WORKERS / 2;  // of the weight, in a tile
 
 // A number of any of the types that scales and biases have.
 enum class Kind { f32, f16, bf16 };
@@ -68,17 +70,9 @@ struct Maps {
   CUtensorMap x, weight;
 };
 
-template <class P>
-struct Block {
-  static constexpr int WORKERS = 128 * P::GROUPS, WARPS = WORKERS / 32, ROWS = 64 * P::R * P::GROUPS;
-  static constexpr int THREADS = WORKERS + (P::RESIDENT == 1 ? 128 : 32);  // registers change hands by warpgroups
-  // Of a thread that multiplies: what a block of so many threads gets at its start, 8 at a time, less what those that copy keep.
-  static constexpr int REGISTERS = ((1 << 16) / THREADS / 8 * 8 * THREADS - COPYING * 128) / WORKERS / 8 * 8;
-  static constexpr int SUMS = P::TOKENS / 2;             // of a thread, for 64 rows
-  static constexpr int PART = P::R * SUMS / 4 * WORKERS; // fours of sums of a tile
-  static constexpr int AFTER_STAGES = SCRATCH * WARPS + 16 * MOST_STAGES;
-  static constexpr int MOST_BYTES = (SHARED + 1024) / P::RESIDENT - 1024;
-};
+// Registers of a thread that multiplies: what a block of so many threads gets at its start, 8 at a time, less what those that copy keep.
+constexpr int MULTIPLYING = ((1 << 16) / THREADS / 8 * 8 * THREADS - COPYING * 128) / WORKERS / 8 * 8;
+constexpr int AFTER_STAGES = SCRATCH * WARPS + 16 * MOST_STAGES;  // bytes
 
 // Where a ring of stages is.
 struct Ring {
@@ -132,7 +126,7 @@ __device__ void copy_all(const Maps& maps, const typename P::Arguments& a, Strea
   while (early < a.stages && ahead.next(work)) {
 #pragma unroll 1
     for (int step = work.begin; step < work.end && early < a.stages; ++step, ++early) {
-      P::copy_weights(maps, a, work.n * Block<P>::ROWS, step, base + early * a.stage_bytes, full + 8 * early, policy);
+      P::copy_weights(maps, a, work.n * ROWS, step, base + early * a.stage_bytes, full + 8 * early, policy);
     }
   }
   wait_for_previous();
@@ -143,7 +137,7 @@ __device__ void copy_all(const Maps& maps, const typename P::Arguments& a, Strea
       const uint32_t stage = base + ring.stage * a.stage_bytes, barrier = full + 8 * ring.stage;
       if (done >= early) {
         barrier_wait(empty + 8 * ring.stage, ring.parity ^ 1);
-        P::copy_weights(maps, a, work.n * Block<P>::ROWS, step, stage, barrier, policy);
+        P::copy_weights(maps, a, work.n * ROWS, step, stage, barrier, policy);
       }
       P::copy_tokens(maps, work.m * P::TOKENS, step, stage, barrier);
     }
@@ -187,10 +181,10 @@ __device__ void store(const typename P::Sum (&sums)[P::TOKENS / 2], const typena
 // A warpgroup that multiplies.
 template <class P>
 __device__ void multiply_all(const typename P::Arguments& a, StreamK schedule, uint32_t base, uint32_t full, uint32_t empty, uint32_t scratch) {
-  using B = Block<P>;
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-  const int row = warp / 4 * 64 * P::R + warp % 4 * 16;  // of the tile: the first of 16
-  typename P::Sum sums[P::R][B::SUMS];
+  const int row = warp * 16;               // of the tile: the first of 16
+  constexpr int PART = ROWS * P::TOKENS / 4;  // fours of sums of a tile
+  typename P::Sum sums[P::TOKENS / 2];
   Ring ring{a.stages};
   int held = -1;  // the stage before this one, which products may still read
   const auto release = [&] {
@@ -199,7 +193,7 @@ __device__ void multiply_all(const typename P::Arguments& a, StreamK schedule, u
   wait_for_previous();
   for (Work work; schedule.next(work);) {
 #pragma unroll
-    for (int i = 0; i < P::R * B::SUMS; ++i) sums[i / B::SUMS][i % B::SUMS] = 0;
+    for (int i = 0; i < P::TOKENS / 2; ++i) sums[i] = 0;
 #pragma unroll 1
     for (int step = work.begin; step < work.end; ++step, ring.advance()) {
       barrier_wait(full + 8 * ring.stage, ring.parity);
@@ -210,58 +204,50 @@ __device__ void multiply_all(const typename P::Arguments& a, StreamK schedule, u
     release();
     held = -1;
 #pragma unroll
-    for (int i = 0; i < P::R * B::SUMS; ++i) keep(sums[i / B::SUMS][i % B::SUMS]);
+    for (int i = 0; i < P::TOKENS / 2; ++i) keep(sums[i]);
 
     if (work.end < a.steps) {
-#pragma unroll
-      for (int r = 0; r < P::R; ++r) {
-        leave_sums(sums[r], a.parts, int64_t(schedule.block()) * B::PART + r * (B::PART / P::R), thread, B::WORKERS);
-      }
+      leave_sums(sums, a.parts, int64_t(schedule.block()) * PART, thread, WORKERS);
       __threadfence();
-      sync_warps(1, B::WORKERS);
+      sync_warps(1, WORKERS);
       if (thread == 0) raise_flag(a.flags + schedule.block());
       continue;
     }
     if (work.begin > 0) {
       const int first = schedule.first_helper(work), last = schedule.block();
-      for (int helper = first + thread; helper < last; helper += B::WORKERS) {
+      for (int helper = first + thread; helper < last; helper += WORKERS) {
         wait_for_flag(a.flags + helper);
         a.flags[helper] = 0;
       }
-      sync_warps(1, B::WORKERS);
+      sync_warps(1, WORKERS);
 #pragma unroll 1
-      for (int helper = first; helper < last; ++helper) {
-#pragma unroll
-        for (int r = 0; r < P::R; ++r) add_sums(sums[r], a.parts, int64_t(helper) * B::PART + r * (B::PART / P::R), thread, B::WORKERS);
-      }
+      for (int helper = first; helper < last; ++helper) add_sums(sums, a.parts, int64_t(helper) * PART, thread, WORKERS);
     }
-#pragma unroll
-    for (int r = 0; r < P::R; ++r) store<P>(sums[r], a, work.n * B::ROWS + row + 64 * r, work.m * P::TOKENS, scratch + warp * SCRATCH);
+    store<P>(sums, a, work.n * ROWS + row, work.m * P::TOKENS, scratch + warp * SCRATCH);
   }
 }
 
 template <class P>
-__global__ void __launch_bounds__(Block<P>::THREADS, P::RESIDENT) gemm(const __grid_constant__ Maps maps, const __grid_constant__ typename P::Arguments a) {
+__global__ void __launch_bounds__(THREADS, 1) gemm(const __grid_constant__ Maps maps, const __grid_constant__ typename P::Arguments a) {
 #if __CUDA_ARCH_FEAT_SM90_ALL
-  using B = Block<P>;
   extern __shared__ __align__(1024) uint8_t shared[];
   const uint32_t base = shared_address(shared), scratch = base + a.stages * a.stage_bytes;
-  const uint32_t full = scratch + SCRATCH * B::WARPS, empty = full + 8 * a.stages;
+  const uint32_t full = scratch + SCRATCH * WARPS, empty = full + 8 * a.stages;
   if (threadIdx.x == 0) {
     for (int i = 0; i < a.stages; ++i) {
       barrier_init(full + 8 * i, 1);
-      barrier_init(empty + 8 * i, B::WARPS);
+      barrier_init(empty + 8 * i, WARPS);
     }
     barriers_made();
   }
   __syncthreads();
   let_next_begin();
   const StreamK schedule(a.tiles_n, a.tiles_m, a.steps, a.raster, a.whole, blockIdx.x, gridDim.x);
-  if (threadIdx.x >= B::WORKERS) {
-    if constexpr (P::RESIDENT == 1) give_registers<COPYING>();
-    if (threadIdx.x == B::WORKERS) copy_all<P>(maps, a, schedule, base, full, empty);
+  if (threadIdx.x >= WORKERS) {
+    give_registers<COPYING>();
+    if (threadIdx.x == WORKERS) copy_all<P>(maps, a, schedule, base, full, empty);
   } else {
-    if constexpr (P::RESIDENT == 1) take_registers<B::REGISTERS>();
+    take_registers<MULTIPLYING>();
     multiply_all<P>(a, schedule, base, full, empty, scratch);
   }
 #endif
@@ -315,26 +301,25 @@ struct How {
 // parts: room for a tile's sums of every block, not wanted where no tile is cut; flags: an int32 0 of every block.
 template <class P>
 void launch(typename P::Arguments a, const Maps& maps, const Tensor& out, const std::optional<Tensor>& parts, const Tensor& flags, const How& how) {
-  using B = Block<P>;
   a.out = out.mutable_data_ptr(), a.parts = parts ? parts->mutable_data_ptr() : nullptr, a.flags = static_cast<int*>(flags.mutable_data_ptr());
   a.m = int(out.size(0)), a.n = int(out.size(1)), a.raster = int(how.raster);
   a.stage_bytes = (P::stage_bytes(a) + 1023) / 1024 * 1024;
-  a.stages = std::min(MOST_STAGES, (B::MOST_BYTES - B::AFTER_STAGES) / a.stage_bytes);
-  a.tiles_n = (a.n + B::ROWS - 1) / B::ROWS, a.tiles_m = (a.m + P::TOKENS - 1) / P::TOKENS;
+  a.stages = std::min(MOST_STAGES, (SHARED - AFTER_STAGES) / a.stage_bytes);
+  a.tiles_n = (a.n + ROWS - 1) / ROWS, a.tiles_m = (a.m + P::TOKENS - 1) / P::TOKENS;
   const int64_t tiles = int64_t(a.tiles_n) * a.tiles_m, blocks = std::min<int64_t>(how.blocks, how.whole ? tiles : tiles * a.steps);
   a.whole = how.whole || tiles % blocks == 0;
   const int64_t room = parts ? parts->numel() : 0;
-  STD_TORCH_CHECK(a.whole || room >= blocks * B::PART * 4, "parts hold ", room, " sums; ", blocks * B::PART * 4, " are wanted");
+  STD_TORCH_CHECK(a.whole || room >= blocks * ROWS * P::TOKENS, "parts hold ", room, " sums; ", blocks * ROWS * P::TOKENS, " are wanted");
   STD_TORCH_CHECK(flags.numel() >= blocks, "there are ", flags.numel(), " flags for ", blocks, " blocks");
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(unsigned(blocks)), config.blockDim = dim3(B::THREADS);
-  config.dynamicSmemBytes = a.stages * a.stage_bytes + B::AFTER_STAGES;
+  config.gridDim = dim3(unsigned(blocks)), config.blockDim = dim3(THREADS);
+  config.dynamicSmemBytes = a.stages * a.stage_bytes + AFTER_STAGES;
   config.stream = how.stream;
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = how.early;
   config.attrs = &attribute, config.numAttrs = 1;
-  check(cudaFuncSetAttribute(gemm<P>, cudaFuncAttributeMaxDynamicSharedMemorySize, B::MOST_BYTES));
+  check(cudaFuncSetAttribute(gemm<P>, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED));
   check(cudaLaunchKernelEx(&config, gemm<P>, maps, a));
 }
 

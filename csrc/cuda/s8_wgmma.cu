@@ -51,10 +51,9 @@ struct Finish {
   };
 };
 
-// Tiles of TOKENS tokens and 128 rows of the weight.
 template <bool WIDE, int TOKENS_>
 struct W8 : Finish<int, false, true> {
-  static constexpr int TOKENS = TOKENS_, R = 1, GROUPS = 2, RESIDENT = 1, ROWS = 64 * R * GROUPS, X = TOKENS * STEP, W = ROWS * STEP;
+  static constexpr int TOKENS = TOKENS_, X = TOKENS * STEP, W = ROWS * STEP;
   using Sum = int;
   using Arguments = S8Arguments;
 
@@ -68,11 +67,11 @@ struct W8 : Finish<int, false, true> {
     copy_box(stage, maps.x, step * STEP, token, full);
   }
   template <class F>
-  __device__ static void add_step(int (&sums)[R][TOKENS / 2], const Arguments&, uint32_t stage, int row, F released) {
+  __device__ static void add_step(int (&sums)[TOKENS / 2], const Arguments&, uint32_t stage, int row, F released) {
     product_fence();
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      multiply<true>(sums[0], swizzled_rows(stage + X + row / 64 * 64 * STEP + 32 * i), swizzled_rows(stage + 32 * i));
+      multiply<true>(sums, swizzled_rows(stage + X + row / 64 * 64 * STEP + 32 * i), swizzled_rows(stage + 32 * i));
     }
     product_commit();
     product_wait<1>();
@@ -84,7 +83,7 @@ struct W8 : Finish<int, false, true> {
 // BY_STEP: scales belong to the sums of a step, and those over the steps are float32.
 template <bool WIDE, int TOKENS_, bool BY_STEP>
 struct W4 : Finish<std::conditional_t<BY_STEP, float, int>, BY_STEP, false> {
-  static constexpr int TOKENS = TOKENS_, R = 1, GROUPS = 2, RESIDENT = 1, ROWS = 64 * R * GROUPS, X = TOKENS * STEP, ROW_BYTES = STEP / 2, W = ROWS * ROW_BYTES;
+  static constexpr int TOKENS = TOKENS_, X = TOKENS * STEP, ROW_BYTES = STEP / 2, W = ROWS * ROW_BYTES;
   using Sum = std::conditional_t<BY_STEP, float, int>;
   using Arguments = S8Arguments;
 
@@ -149,7 +148,7 @@ struct W4 : Finish<std::conditional_t<BY_STEP, float, int>, BY_STEP, false> {
 
   // The tensor core works at one half of a step while the other one is unpacked.
   template <class F>
-  __device__ static void add_step(Sum (&sums)[1][TOKENS / 2], const Arguments& a, uint32_t stage, int row, F released) {
+  __device__ static void add_step(Sum (&sums)[TOKENS / 2], const Arguments& a, uint32_t stage, int row, F released) {
     const int mine = row + threadIdx.x % 32 / 4;
     const Words words(a, stage, mine);
     if constexpr (BY_STEP) {
@@ -167,7 +166,7 @@ struct W4 : Finish<std::conditional_t<BY_STEP, float, int>, BY_STEP, false> {
 #pragma unroll
       for (int i = 0; i < TOKENS / 2; ++i) {
         keep(part[i]);
-        sums[0][i] = fmaf(float(part[i]), scales[i / 2 % 2], sums[0][i]);
+        sums[i] = fmaf(float(part[i]), scales[i / 2 % 2], sums[i]);
       }
     } else {
 #pragma unroll
@@ -176,7 +175,7 @@ struct W4 : Finish<std::conditional_t<BY_STEP, float, int>, BY_STEP, false> {
         words.unpack(a, half, left);
         product_fence();
 #pragma unroll
-        for (int i = 0; i < 2; ++i) multiply<true>(sums[0], left[i], swizzled_rows(stage + 64 * half + 32 * i));
+        for (int i = 0; i < 2; ++i) multiply<true>(sums, left[i], swizzled_rows(stage + 64 * half + 32 * i));
         product_commit();
         product_wait<1>();
         if (half == 0) released();

@@ -59,15 +59,13 @@ struct W4Arguments : Common {
   bool wide_scales;                        // bfloat16, not float16
 };
 
-// Tiles of TOKENS tokens and 128 rows of the weight.
-template <class T, int TOKENS_, int RESIDENT_>
+template <class T, int TOKENS_>
 struct W4 {
-  static constexpr int TOKENS = TOKENS_, R = 1, GROUPS = 2, RESIDENT = RESIDENT_;
-  // Of a row, unpacked at a time. With all four, registers would be written that products still read.
-  static constexpr int WORDS = RESIDENT == 1 ? 2 : 1;
+  static constexpr int TOKENS = TOKENS_;
+  static constexpr int WORDS = 2;  // of a row, unpacked at a time. With all four, registers would be written that products still read
   using Sum = float;
   using Arguments = W4Arguments;
-  static constexpr int ROWS = 64 * R * GROUPS, X = TOKENS * STEP * 2, W = ROWS * ROW_BYTES;
+  static constexpr int X = TOKENS * STEP * 2, W = ROWS * ROW_BYTES;  // bytes of a stage
 
   static int stage_bytes(const Arguments& a) { return X + W + ROWS * a.per_step * (a.zeros ? 3 : 2); }
 
@@ -127,29 +125,23 @@ struct W4 {
 
   // The tensor core works at some words' products while the next words are unpacked.
   template <class F>
-  __device__ static void add_step(float (&sums)[R][TOKENS / 2], const Arguments& a, uint32_t stage, int row, F released) {
+  __device__ static void add_step(float (&sums)[TOKENS / 2], const Arguments& a, uint32_t stage, int row, F released) {
     const int lane = threadIdx.x % 32;
-    Weights weights[R];
-#pragma unroll
-    for (int r = 0; r < R; ++r) weights[r].load_words(stage + X + (row + 64 * r) * ROW_BYTES + lane * 16);
+    Weights weights;
+    weights.load_words(stage + X + row * ROW_BYTES + lane * 16);
 #pragma unroll
     for (int first = 0; first < 4; first += WORDS) {
-      uint32_t left[WORDS][R][2][4];
+      uint32_t left[WORDS][2][4];
 #pragma unroll
       for (int w = 0; w < WORDS; ++w) {
-#pragma unroll
-        for (int r = 0; r < R; ++r) {
-          if (first + w == 0 || a.per_step > 1) weights[r].load_numbers(a, stage + X + W, row + 64 * r + lane / 4, first + w);
-          weights[r].unpack(first + w, left[w][r]);
-        }
+        if (first + w == 0 || a.per_step > 1) weights.load_numbers(a, stage + X + W, row + lane / 4, first + w);
+        weights.unpack(first + w, left[w]);
       }
       product_fence();
 #pragma unroll
       for (int i = 0; i < 2 * WORDS; ++i) {
         const int j = 2 * first + i;  // 16 columns
-        const uint64_t right = swizzled_rows(stage + j / 4 * (X / 2) + j % 4 * 32);
-#pragma unroll
-        for (int r = 0; r < R; ++r) multiply<true>(sums[r], left[i / 2][r][i % 2], right, T());
+        multiply<true>(sums, left[i / 2][i % 2], swizzled_rows(stage + j / 4 * (X / 2) + j % 4 * 32), T());
       }
       product_commit();
       product_wait<1>();
@@ -174,13 +166,9 @@ struct W4 {
 template <class T>
 void launch_for(int64_t tokens, const W4Arguments& a, const Tensor& x, const Tensor& out, const std::optional<Tensor>& parts,
                 const Tensor& flags, const How& how) {
-  switch (tokens) {
-    case 32: return launch<W4<T, 32, 2>>(a, {boxes(x, 32), {}}, out, parts, flags, how);
-    case 64: return launch<W4<T, 64, 2>>(a, {boxes(x, 64), {}}, out, parts, flags, how);
-    case 128: return launch<W4<T, 128, 1>>(a, {boxes(x, 128), {}}, out, parts, flags, how);
-    case 256: return launch<W4<T, 256, 1>>(a, {boxes(x, 256), {}}, out, parts, flags, how);
-    default: STD_TORCH_CHECK(false, "w4_wgmma: tiles have 32, 64, 128 or 256 tokens, not ", tokens);
-  }
+  STD_TORCH_CHECK(tokens == 128 || tokens == 256, "w4_wgmma: tiles have 128 or 256 tokens, not ", tokens);
+  if (tokens == 128) return launch<W4<T, 128>>(a, {boxes(x, 128), {}}, out, parts, flags, how);
+  launch<W4<T, 256>>(a, {boxes(x, 256), {}}, out, parts, flags, how);
 }
 
 // out [M, N] = x [M, K] · Ŵᵀ + bias. Shapes: weight [steps, 16 N] int32, scales [runs, N, per_step], zeros likewise.
