@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.gpu import static_cuda
 from qkernels.kernels import compiled as compiled_libraries
-from qkernels.kernels.cuda import library
+from qkernels.kernels.cuda import f16_w4_gemm, library, s8_w4_gemm, s8_w8_gemm, wgmma
 
 CSRC = Path(__file__).parents[1] / "csrc"
 OPS = ("s8_w4_wgmma", "s8_w8_wgmma", "w4_wgmma")
@@ -178,3 +178,28 @@ def test_blocks_share_the_tiles(schedules):
         except AssertionError as error:
             raise AssertionError(f"(tiles_n, tiles_m, steps, raster, whole, blocks) = {case}: {error}") from error
     assert any(work[6] >= 0 for works in schedules(cases[:100]) for work in works), "no case has a tile that is shared"
+
+
+# -- tiles -----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tiles", [f16_w4_gemm.TILES, s8_w8_gemm.TILES, s8_w4_gemm.TILES, s8_w4_gemm.TILES_OF_GROUPS])
+def test_the_plan_is_the_cheapest(tiles):
+    """One wave that is nearly full stays whole, one and a half are cut, and few rows take the narrow tile."""
+    assert wgmma.plan(tiles, 4096, 65, 32, 132) == (128, False)
+    assert wgmma.plan(tiles[-1:], 4096, 4 * tiles[-1].tokens, 32, 132).whole
+    assert not wgmma.plan(tiles[-1:], 6144, 4 * tiles[-1].tokens, 32, 132).whole
+    assert wgmma.plan(tiles, 28672, 8192, 32, 132).tokens == tiles[-1].tokens
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_launch_passes_what_the_op_takes(monkeypatch, whole):
+    """Room for the parts only where there are some, for a tile of every block."""
+    found, flags = [], torch.zeros(4096, dtype=torch.int32)
+    monkeypatch.setattr(wgmma, "counters_of", lambda device, stream: flags)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
+    x, out = torch.zeros(3, 128), torch.zeros(3, 16)
+    wgmma.launch(lambda *given: found.extend(given), wgmma.Plan(256, whole), (x, None), out, 8, 9)
+    assert found[0] is x and found[2] is out and found[4] is flags
+    assert found[3] is None if whole else found[3].shape == (132 * 128 * 256,)
+    assert found[5:] == [8, 9, 256, 132, 4, whole, True, 7]

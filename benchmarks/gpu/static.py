@@ -252,5 +252,5 @@ def markdown() -> str:
     ]
     rule = ["---"] * len(head)
     lines = ["| " + " | ".join(cells) + " |" for cells in (head, rule, *rows())]
-    note = "bf16 activations; run on sm_90 alone, triton_s8_w4_gemm on none. Instructions: of the loop over K, a thread"
+    note = "bf16 activations; run on sm_90 alone. Instructions: of the loop over K, a thread"
     return f"Compiled with Triton {triton.__version__}, {note}.\n\n" + "\n".join(lines)

@@ -37,7 +37,7 @@ class Tile(NamedTuple):
 
 
 def choose(n: int, k: int, m: int, tile_k: int, gpu: Gpu) -> Tile:
-    """The tile for grad_y [m, n] and a weight [n, k]: two blocks on every processor, as in the forward's `choose`; not measured."""
+    """The tile for grad_y [m, n] and a weight [n, k]: two blocks on every processor, as in the forward's `choose`; not tuned."""
     if m <= 32:
         t = Tile(16 if m <= 16 else 32, 64)
     elif tile_k == 256:  # more columns, more sums: half as many to a thread

@@ -18,8 +18,6 @@ follow each other. In what order: that of a tensor core's left operand, whose la
 Without zero points a nibble is code ^ 8, which is code - 8 in two's complement: in the upper half of a byte, and nothing in the lower one,
 it is 16 (code - 8) as int8. With them it is the code. K is padded to whole tiles with nibbles of 0, and so are the rows of x.
 
-Not yet run on a GPU: under Triton's interpreter, and compiled.
-
 Source: weights as the left operand from registers: Machete and humming; subtracting bytes under a guard bit: LiquidGEMM and humming; scales
 of tokens after the product as in SmoothQuant. Written from scratch.
 """
@@ -122,7 +120,7 @@ def _codes(packed: Packed) -> Tensor:
 
 
 def choose(n: int, k: int, m: int, tile_k: int, row: bool, gpu: Gpu) -> Tile:
-    """The tile for x [m, k] and a weight [n, k]. Not yet run on a GPU: as s8_gemm.py has it, where registers allow.
+    """The tile for x [m, k] and a weight [n, k]: as s8_gemm.py has it, where registers allow; right on a GPU, not tuned on one.
 
     row: one scale for a row. Else there are two sets of sums, of this product and of all: with 128 × 256 of them, more than the registers.
     """
