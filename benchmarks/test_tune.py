@@ -14,7 +14,7 @@ from qkernels.kernels.triton import f16_gemm, int8, launch, s8_gemm, s8_w4_gemm,
 
 from .__main__ import app
 from .base import CheckFailed
-from .gpu import tune
+from .gpu import compilers, tune
 from .test_gpu_harness import FakeGpu
 
 
@@ -78,6 +78,44 @@ def test_search_follows_what_helps():
     assert tune.search(BEST, OPTIONS, time_us) == BEST
     assert tune.search(Tile(), OPTIONS, lambda tile: 10.0 - 0.1 * (tile == BEST)) == Tile(), "what gains one per cent is noise"
     assert tune.search(Tile(), OPTIONS, lambda tile: 1.0 if tile == Tile() else math.inf) == Tile()
+
+
+def test_what_may_come_next_is_told_beforehand():
+    told, asked = [], []
+
+    def time_us(tile):
+        assert tile == Tile() or any(tile in tiles for tiles in told)
+        asked.append(tile)
+        return 1.0 + sum(a != b for a, b in zip(tile, BEST))
+
+    assert tune.search(Tile(), OPTIONS, time_us, told.append) == BEST
+    assert len(told) == 4, "at the start, and after each of three gains"
+    assert not any(tile in tiles for i, tiles in enumerate(told[1:]) for tile in asked[:i]), "what was timed is not told again"
+
+
+def test_tiles_are_compiled_by_others(gpu, monkeypatch):
+    seen = []
+
+    class Pool:
+        def map(self, call, cases, tiles):
+            assert call is compilers.compile_one
+            seen.extend(zip(cases, tiles))
+            if len(seen) > 10:
+                raise compilers.BrokenProcessPool
+            return []
+
+        def shutdown(self, cancel_futures):
+            seen.append("closed")
+
+    trial = tune.Trial(gpu, what(), formats.get("int4"), 64, 1024, 30, torch.bfloat16, compilers.Compilers(lambda count: Pool(), cpus=16))
+    assert trial.row()["tile"] == BEST._asdict()
+    assert {case for case, _ in seen} == {compilers.Case("triton_f16_wN_gemm", "u4b8_g128_sf16", 64, 1024, 30, torch.bfloat16)}
+    assert all(tile.block_m < 60 and tile.split_k <= 4 for _, tile in seen), "those that fit alone"
+    assert compilers.Compilers(cpus=1)._pool is None and compilers.Compilers(cpus=2)._pool is None
+    one = compilers.Compilers(lambda count: Pool(), cpus=3)
+    one.close()
+    assert seen[-1] == "closed"
+    assert "CUDA" in compilers.compile_one(seen[0][0], f16_gemm.Tile(64, 16, 4)) or torch.cuda.is_available()
 
 
 def test_a_trial_finds_the_best(gpu):

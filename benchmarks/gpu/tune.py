@@ -1,7 +1,7 @@
 """Look for tiles faster than a kernel's own choice: `python -m benchmarks tune`, or `qkernels tune`.
 
-From the kernel's choice on, one field after the other is tried at all its values, and the best kept, until no field helps. Every tile is
-timed in a CUDA graph over weights that rotate, and its result compared with that of the first, which was held against the reference. What
+From the kernel's choice on, one field after the other is tried at all its values, and the best kept, until no field helps. What can come
+next is compiled by other processes, all of it at a time, which takes longer than the rest. Every tile is timed in a CUDA graph over weights that rotate, and its result compared with that of the first, which was held against the reference. What
 was found is timed once more in turns with the kernel's choice, and goes into the table if it is still the faster one.
 """
 
@@ -32,6 +32,7 @@ from ..base import CheckFailed
 from ..check import rows_to_check
 from ..ours import DTYPES
 from ..run import first_line
+from .compilers import Case, Compilers
 from .device import Gpu
 from .shapes import parse_shapes
 from .timing import rotation_bytes
@@ -117,12 +118,18 @@ def keep(path: Path, row: tables.Row, gpu: Gpu) -> None:
     tables.write(path, [row], **about)
 
 
-def search(start: Tile, options: Mapping[str, Sequence[Any]], time_us: Callable[[Tile], float]) -> Tile:
-    """The fastest tile that changes of one field at a time lead to; `time_us` is asked once for each."""
-    times, best, before = {start: time_us(start)}, start, None
+def search(
+    start: Tile, options: Mapping[str, Sequence[Any]], time_us: Callable[[Tile], float], soon: Callable[[list[Tile]], object] = len
+) -> Tile:
+    """The fastest tile that changes of one field at a time lead to; `time_us` is asked once for each, `soon` told before of what may come."""
+    times, best, before, told = {start: time_us(start)}, start, None, None
     while best != before:
         before = best
         for field, values in options.items():
+            if told != best:
+                near = {best._replace(**{field: value}) for field, values in options.items() for value in values}
+                soon(sorted(near - times.keys()))
+                told = best
             for value in values:
                 tile = best._replace(**{field: value})
                 if tile not in times:
@@ -135,9 +142,12 @@ def search(start: Tile, options: Mapping[str, Sequence[Any]], time_us: Callable[
 class Trial:
     """One product: copies of a weight, activations, and the result that every tile has to have."""
 
-    def __init__(self, gpu: Gpu, what: Tunable, format: QuantFormat, n: int, k: int, m: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, gpu: Gpu, what: Tunable, format: QuantFormat, n: int, k: int, m: int, dtype: torch.dtype, compilers: Compilers | None = None
+    ) -> None:
         """Raises: CheckFailed, when the kernel's own choice is wrong."""
         self.gpu, self.what, self.format, self.shape, self.m = gpu, what, format, (n, k), m
+        self._case, self._compilers = Case(what.kernel.name, format.name, n, k, m, dtype), compilers
         q = quantize(torch.randn(n, k), format).to(gpu.device)
         copies = max(2, math.ceil(rotation_bytes(gpu.properties()["l2_bytes"]) / format.nbytes(n, k)))
         self._packed = [what.kernel.prepare(_copy(q)) for _ in range(copies)]
@@ -196,6 +206,11 @@ class Trial:
             and tile.num_warps * 16 <= max(64, tile.block_n)
         )
 
+    def compile(self, tiles: list[Tile]) -> None:
+        """Those that fit, by other processes."""
+        if self._compilers is not None:
+            self._compilers.compile(self._case, [tile for tile in tiles if self.fits(tile)])
+
     def compare(self, tile: Tile) -> tuple[float, float]:
         """Median µs of the kernel's choice and of a tile, in turns."""
         graphs = [self.graph(t) for t in (self.start, tile)]
@@ -208,7 +223,7 @@ class Trial:
 
     def row(self) -> tables.Row | None:
         """Search; what goes into the table, if anything was found."""
-        best = search(self.start, self.what.options, self.time_us)
+        best = search(self.start, self.what.options, self.time_us, self.compile)
         if best == self.start:
             return None
         chosen_us, us = self.compare(best)
@@ -237,17 +252,19 @@ def tune(
     gpu: Gpu, what: Tunable, format: str, cases: Sequence[tuple[int, int, int]], dtype: torch.dtype, minutes: float
 ) -> Iterator[tuple[str, tables.Row | None]]:
     """For every case (n, k, m) what to say of it, and what goes into the table, if anything. No case is begun after so many minutes."""
-    until = time.monotonic() + 60 * minutes
+    until, compilers = time.monotonic() + 60 * minutes, Compilers() if gpu.device.type == "cuda" else None
     for n, k, m in cases:
         if time.monotonic() > until:
             yield f"{n}x{k}, M = {m}: not tuned: {minutes:g} minutes are over", None
             continue
         try:
-            row = Trial(gpu, what, formats.get(format), n, k, m, dtype).row()
+            row = Trial(gpu, what, formats.get(format), n, k, m, dtype, compilers).row()
             said = f"{row['chosen_us']} -> {row['us']} us  {row['tile']}" if row else "the kernel's choice stays"
         except Exception as error:  # another case may go well
             row, said = None, f"not tuned: {first_line(error)}"
         yield f"{n}x{k}, M = {m}: {said}", row
         gpu.free(collect=True)
         if gpu.lost:
-            return
+            break
+    if compilers is not None:
+        compilers.close()
