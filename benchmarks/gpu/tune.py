@@ -1,8 +1,9 @@
 """Look for tiles faster than a kernel's own choice: `python -m benchmarks tune`, or `qkernels tune`.
 
 From the kernel's choice on, one field after the other is tried at all its values, and the best kept, until no field helps. What can come
-next is compiled by other processes, all of it at a time, which takes longer than the rest. Every tile is timed in a CUDA graph over weights that rotate, and its result compared with that of the first, which was held against the reference. What
-was found is timed once more in turns with the kernel's choice, and goes into the table if it is still the faster one.
+next is compiled by other processes, all of it at a time: that takes longer than the rest. Every tile is timed in a CUDA graph over weights
+that rotate, and its result compared with that of the first, which was held against the reference. What was found is timed once more in
+turns with the kernel's choice, and goes into the table if it is still the faster one.
 """
 
 from __future__ import annotations
@@ -119,9 +120,12 @@ def keep(path: Path, row: tables.Row, gpu: Gpu) -> None:
 
 
 def search(
-    start: Tile, options: Mapping[str, Sequence[Any]], time_us: Callable[[Tile], float], soon: Callable[[list[Tile]], object] = len
+    start: Tile,
+    options: Mapping[str, Sequence[Any]],
+    time_us: Callable[[Tile], float],
+    soon: Callable[[list[Tile]], object] = lambda _: None,
 ) -> Tile:
-    """The fastest tile that changes of one field at a time lead to; `time_us` is asked once for each, `soon` told before of what may come."""
+    """The fastest tile that changes of one field at a time lead to; `time_us` is asked once for each, `soon` is told of them first."""
     times, best, before, told = {start: time_us(start)}, start, None, None
     while best != before:
         before = best
