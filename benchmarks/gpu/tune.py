@@ -125,7 +125,7 @@ def search(
     time_us: Callable[[Tile], float],
     soon: Callable[[list[Tile]], object] = lambda _: None,
 ) -> Tile:
-    """The fastest tile that changes of one field at a time lead to; `time_us` is asked once for each, `soon` is told of them first."""
+    """The fastest tile that changes of one field at a time lead to. `time_us` is asked once for each, `soon` told before."""
     times, best, before, told = {start: time_us(start)}, start, None, None
     while best != before:
         before = best
