@@ -51,7 +51,7 @@ _FLOATS = ("attention.layer_norm_rms_epsilon", "rope.freq_base")
 
 
 def key_values(config: Mapping[str, Any], mix: str) -> KeyValues:
-    """Architecture and hyper-parameters of config.json, as llama.cpp calls them; it is told that there is no tokenizer.
+    """Architecture and hyper-parameters of config.json, as llama.cpp calls them.
 
     Raises UnsupportedError for a model whose names are not known, CheckpointError for a config.json that lacks what all models have.
     """
@@ -63,7 +63,7 @@ def key_values(config: Mapping[str, Any], mix: str) -> KeyValues:
     if (scaling := _rope(config).get("rope_type", "default")) not in ("default", "llama3"):
         raise UnsupportedError(f"rope_type {scaling!r}: a GGUF file of such a model is not written; 'default' and 'llama3' are")
     stated = {**config, "num_local_experts": config.get("num_local_experts", config.get("num_experts"))}
-    found = KeyValues({"general.architecture": arch, "general.quantization_version": 2, "tokenizer.ggml.model": "none"})
+    found = KeyValues({"general.architecture": arch, "general.quantization_version": 2})
     if mix:
         found["general.file_type"] = MIXES[mix][2]
     for key, name in _KEYS.items():
