@@ -336,6 +336,39 @@ def test_damaged_tokenizers(tmp_path, damage, message):
         made(tmp_path, tokenizer, 600)
 
 
+def places(node, path=()):
+    """The paths of all that lies in a JSON value, but for the tokens and merges after the first."""
+    yield from [path] if path else []
+    inner = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else []
+    for key, value in list(inner)[: 1 if path and path[-1] in ("vocab", "merges") else None]:
+        yield from places(value, (*path, key))
+
+
+@pytest.mark.parametrize("name", ["smaug-bpe", "llama prepend", "llama first"])
+def test_junk_anywhere_is_an_error_or_harmless(tmp_path, name):
+    raised = 0
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(SPECIAL))
+    for path in places(said(name)):
+        for junk in (None, 3, "x", [[]], {"x": []}):
+            tokenizer = said(name)
+            change(path, junk)(tokenizer)
+            (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+            try:
+                gguf_file.pack(gguf_tokenizer.key_values(tmp_path, {}))
+            except CheckpointError:
+                raised += 1
+    assert raised > 100
+
+
+@pytest.mark.parametrize("key", ["chat_template", "bos_token", "eos_token_id", "add_bos_token"])
+def test_junk_in_other_files(tmp_path, key):
+    for junk in (3, "x", [[]], {"content": []}, [{"name": "x"}]):
+        try:
+            gguf_file.pack(made(tmp_path, tokenizer_config={key: junk}))
+        except CheckpointError as error:
+            assert key == "chat_template", error
+
+
 def test_numbers_of_tokens(tmp_path):
     for size in ("many", 1 << 40, 10):
         with pytest.raises(CheckpointError, match=r"vocab_size of config\.json"):

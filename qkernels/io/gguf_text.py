@@ -44,7 +44,7 @@ def step(step: Settings) -> tuple[str, Any]:
     if kind == "Split":
         # what lies between matches is cut off as a piece of its own; the expressions that are known leave nothing between
         isolated = (step.take("behavior", of=str), step.take("invert", of=bool, default=False)) in (("Isolated", False), ("Removed", True))
-        return kind, step.take("pattern", of=dict).get("Regex") if isolated else None
+        return kind, _pattern(step, "Regex") if isolated else None
     if kind == "Digits":
         return kind, step.take("individual_digits", of=bool, default=False)
     if kind == "ByteLevel":
@@ -54,8 +54,14 @@ def step(step: Settings) -> tuple[str, Any]:
         whole = not step.take("split", of=bool, default=True) and step.take("replacement", of=str) == _SPACE
         return kind, step.take("prepend_scheme", of=str, default="always") if whole else None
     if kind == "Replace":
-        return kind, (step.take("pattern", of=dict).get("String"), step.take("content", of=str))
+        return kind, (_pattern(step, "String"), step.take("content", of=str))
     return kind, step.take("prepend", of=str, default=None) if kind == "Prepend" else None
+
+
+def _pattern(step: Settings, kind: str) -> str | None:
+    """What a step looks for, if that is of this kind."""
+    found: str | None = Settings(step.take("pattern", of=dict), step.where).take(kind, of=str, default=None)
+    return found
 
 
 def pre_tokenizer(warn: Warn, ignored: bool, normalized: Steps, cut: Steps) -> str:
@@ -64,8 +70,7 @@ def pre_tokenizer(warn: Warn, ignored: bool, normalized: Steps, cut: Steps) -> s
         warn(f"llama.cpp does not apply the normalizer {', '.join(unknown)}")
     names = PRE_TOKENIZERS.get(cut)
     if names is None:
-        said = ", ".join(f"{kind} {what}" for kind, what in cut)
-        warn(f"llama.cpp has no pre-tokenizer known to be this one: {said}. 'default' is written, which cuts some text otherwise")
+        warn(f"llama.cpp has no pre-tokenizer known to be this one: {_said(cut)}. 'default' is written, which cuts some text otherwise")
         return "default"
     if ignored not in names:
         warn(f"ignore_merges is {ignored}, and {not ignored} in llama.cpp's {names[not ignored]!r}: some words may become other tokens")
@@ -75,6 +80,10 @@ def pre_tokenizer(warn: Warn, ignored: bool, normalized: Steps, cut: Steps) -> s
 def space_prefix(warn: Warn, normalized: Steps, cut: Steps) -> bool:
     """Whether text gets a space in front."""
     if (normalized, cut) not in _SPACE_PREFIX:
-        said = ", ".join(f"{kind} {what}" for kind, what in normalized + cut)
+        said = _said(normalized + cut)
         warn(f"llama.cpp makes spaces {_SPACE} and cuts nothing, where the tokenizer has: {said}. Some text becomes other tokens")
     return _SPACE_PREFIX.get((normalized, cut), True)
+
+
+def _said(steps: Steps) -> str:
+    return ", ".join(f"{kind} {what}" for kind, what in steps)[:500]

@@ -246,7 +246,8 @@ def _templates(d: _Directory) -> dict[str, Any]:
         except (OSError, UnicodeDecodeError) as error:
             raise CheckpointError(f"cannot read {file}: {error}") from error
     found = {}
-    for template in [{"name": "default", "template": said}] if isinstance(said, str) else said or []:
+    several = [{"name": "default", "template": said}] if isinstance(said, str) else said or []
+    for template in Settings({"chat_template": several}, str(d.path)).take("chat_template", of=list):
         template = Settings(template, f"{d.path}: chat_template")
         name, text = template.take("name", of=str), template.take("template", of=str)
         found["tokenizer.chat_template" if name == "default" else f"tokenizer.chat_template.{name}"] = text
