@@ -185,7 +185,11 @@ def test_special_tokens_that_llama_cpp_does_not_put_there(tmp_path, caplog):
     assert not found["tokenizer.ggml.add_bos_token"] and "no token around text but bos and eos, and the tokenizer '<unk>'" in caplog.text
     tokenizer["post_processor"] = {"type": "Sequence", "processors": [{"type": "ByteLevel"}, said()["post_processor"]]}
     assert made(tmp_path, tokenizer)["tokenizer.ggml.add_bos_token"]
-    assert not made(tmp_path, tokenizer, tokenizer_config={}, special_tokens_map={})["tokenizer.ggml.add_bos_token"]
+    alone = made(tmp_path, tokenizer, tokenizer_config={})
+    assert alone["tokenizer.ggml.add_bos_token"] and alone["tokenizer.ggml.tokens"][alone["tokenizer.ggml.bos_token_id"]] == "<s>"
+    del tokenizer["post_processor"]
+    alone = made(tmp_path, tokenizer, tokenizer_config={"add_bos_token": True})  # and no bos
+    assert not alone["tokenizer.ggml.add_bos_token"] and "tokenizer.ggml.bos_token_id" not in alone
 
 
 def test_chat_templates(tmp_path):

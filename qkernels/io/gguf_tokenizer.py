@@ -113,7 +113,8 @@ def _tokens(d: _Directory, kind: str, vocab: dict[str, int], config: Mapping[str
     if wrong:
         raise CheckpointError(f"{d.model.where}: vocab has {wrong[0]!r:.80} = {wrong[1]!r:.80}, no id of a token")
     added = _added(d, vocab)
-    merges, ids = _merges(d.model, vocab), _special_ids(d, vocab)
+    merges, around = _merges(d.model, vocab), _around(d)
+    ids = _special_ids(d, vocab, around)
     tokens = [f"[PAD{id}]" for id in range(_size(d, vocab, config))]
     types = [UNUSED] * len(tokens)
     for token, id in vocab.items():
@@ -131,7 +132,9 @@ def _tokens(d: _Directory, kind: str, vocab: dict[str, int], config: Mapping[str
         found["tokenizer.ggml.scores"] = _scores(d, tokens, merges, added)
     found["tokenizer.ggml.merges"] = [f"{left} {right}" for left, right in merges]
     found.types |= {f"tokenizer.ggml.{name}": "[string]" for name in ("tokens", "merges")} | {"tokenizer.ggml.token_type": "[i32]"}
-    return KeyValues(found | {f"tokenizer.ggml.{_IDS[name]}_token_id": id for name, id in ids.items()} | _adds(d, vocab, ids), found.types)
+    return KeyValues(
+        found | {f"tokenizer.ggml.{_IDS[name]}_token_id": id for name, id in ids.items()} | _adds(d, vocab, ids, around), found.types
+    )
 
 
 def _distinct(vocab: Mapping[str, int], where: str) -> None:
@@ -206,11 +209,19 @@ def _scores(d: _Directory, tokens: Sequence[str], merges: Merges, added: Mapping
 # -- text ----------------------------------------------------------------------------------------------------------------------------
 
 
-def _special_ids(d: _Directory, vocab: Mapping[str, int]) -> dict[str, int]:
+def _around(d: _Directory) -> dict[str, Any]:
+    """The tokens that the post-processor puts in front of text and behind it, under "bos" and "eos"; None where it does not."""
+    templates = [step.take("single", of=list, default=[]) for step in d.steps("post_processor", "processors")]
+    single = [Settings(piece, f"{d.tokenizer.where}: post_processor") for piece in next(filter(None, templates), [])]
+    ends = [piece.take("SpecialToken", of=dict, default={}).get("id") for piece in (single[:1] + single[-1:] if len(single) > 1 else [])]
+    return dict(zip(("bos", "eos"), ends or (None, None)))
+
+
+def _special_ids(d: _Directory, vocab: Mapping[str, int], around: Mapping[str, Any]) -> dict[str, int]:
     """The special tokens by transformers' names: where a file names the token, that, else the first id that one states."""
     found, known = {}, set(vocab.values())
     for name in _IDS:
-        said, stated = d.first(f"{name}_token"), d.first(f"{name}_token_id")
+        said, stated = d.first(f"{name}_token") or around.get(name), d.first(f"{name}_token_id")
         token = said.get("content") if isinstance(said, Mapping) else said
         id = vocab.get(token) if isinstance(token, str) else None
         if id is None:
@@ -220,13 +231,10 @@ def _special_ids(d: _Directory, vocab: Mapping[str, int]) -> dict[str, int]:
     return found
 
 
-def _adds(d: _Directory, vocab: Mapping[str, int], ids: Mapping[str, int]) -> dict[str, bool]:
+def _adds(d: _Directory, vocab: Mapping[str, int], ids: Mapping[str, int], around: Mapping[str, Any]) -> dict[str, bool]:
     """Whether text gets bos in front and eos behind: what tokenizer_config.json says, else what the post-processor does."""
-    templates = [step.take("single", of=list, default=[]) for step in d.steps("post_processor", "processors")]
-    single = [Settings(piece, f"{d.tokenizer.where}: post_processor") for piece in next(filter(None, templates), [])]
-    ends = [piece.take("SpecialToken", of=dict, default={}).get("id") for piece in (single[:1] + single[-1:] if len(single) > 1 else [])]
     found = {}
-    for name, token in zip(("bos", "eos"), ends or (None, None)):
+    for name, token in around.items():
         puts = isinstance(token, str) and vocab.get(token) == ids.get(name, -1)
         if token is not None and not puts:
             d.warn(f"llama.cpp puts no token around text but bos and eos, and the tokenizer {token!r:.80}")
