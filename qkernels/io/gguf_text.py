@@ -1,16 +1,17 @@
-"""How tokenizer.json treats text before it becomes tokens, and what llama.cpp calls that: tables of what both do alike.
+"""How text becomes tokens in tokenizer.json and in llama.cpp: what both do alike, what the one calls it and what the other.
 
 Source: llama-vocab.cpp of llama.cpp, and the tokenizer.json that the tokenizers library writes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence, Set
 from typing import Any
 
 from qkernels.io.settings import Settings
 
 Steps = tuple[tuple[str, Any], ...]  # of a normalizer or a pre-tokenizer: the kind of each, and what it does
+Merges = list[tuple[str, str]]
 Warn = Callable[[str], None]
 _SPACE = "▁"  # which stands for a space in a SentencePiece vocabulary
 
@@ -87,3 +88,24 @@ def space_prefix(warn: Warn, normalized: Steps, cut: Steps) -> bool:
 
 def _said(steps: Steps) -> str:
     return ", ".join(f"{kind} {what}" for kind, what in steps)[:500]
+
+
+def scores(warn: Warn, tokens: Sequence[str], merges: Merges, others: Set[str]) -> list[float]:
+    """What llama.cpp merges by: of two neighbours that make any token, those first whose token has the highest score.
+
+    Minus the rank of the first merge that makes the token says the same as the merges, if all merges that make a token follow each
+    other, and each pair that makes one is among them: so it is where the vocabulary is SentencePiece's.
+
+    others   tokens that no merge makes
+    """
+    rank: dict[str, int] = {}
+    ordered = True
+    for left, right in merges:
+        ordered &= rank.setdefault(left + right, len(rank)) == len(rank) - 1
+    pairs = set(merges)
+    splits = ((token[:i], token[i:]) for token in tokens if token not in others for i in range(1, len(token)))
+    strange = next((p for p in splits if p not in pairs and all(len(part) == 1 or part in rank for part in p)), None)
+    if strange or not ordered:
+        why = f"{strange[0]!r} and {strange[1]!r} make a token and are no merge" if strange else "merges of a token lie apart"
+        warn(f"llama.cpp merges in the order of scores, which is not that of the tokenizer's merges: {why}; some words become other tokens")
+    return [-float(rank.get(token, len(rank))) for token in tokens]

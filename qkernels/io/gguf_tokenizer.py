@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,11 @@ from typing import Any
 from qkernels.errors import CheckpointError
 from qkernels.io import gguf_text
 from qkernels.io.gguf_file import KeyValues
-from qkernels.io.gguf_text import Steps
+from qkernels.io.gguf_text import Merges, Steps
 from qkernels.io.settings import Settings
 from qkernels.io.shards import MOST_JSON, read_json
 
 log = logging.getLogger("qkernels")
-Merges = list[tuple[str, str]]
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # the types of a token
 _MOST_TOKENS = 1 << 24  # as scores are float32
@@ -129,7 +128,8 @@ def _tokens(d: _Directory, kind: str, vocab: dict[str, int], config: Mapping[str
     found = KeyValues({"tokenizer.ggml.model": kind, "tokenizer.ggml.pre": "default"})
     found |= {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
     if kind == "llama":
-        found["tokenizer.ggml.scores"] = _scores(d, tokens, merges, added)
+        others = {token for token, type in zip(tokens, types) if type != NORMAL}
+        found["tokenizer.ggml.scores"] = gguf_text.scores(d.warn, tokens, merges, others)
     found["tokenizer.ggml.merges"] = [f"{left} {right}" for left, right in merges]
     found.types |= {f"tokenizer.ggml.{name}": "[string]" for name in ("tokens", "merges")} | {"tokenizer.ggml.token_type": "[i32]"}
     return KeyValues(
@@ -181,29 +181,6 @@ def _merges(model: Settings, vocab: Mapping[str, int]) -> Merges:
             raise CheckpointError(f"{model.where}: merges has {said!r:.80}, and vocab has no {missing[0]!r:.80}")
         merges.append((left, right))
     return merges
-
-
-def _scores(d: _Directory, tokens: Sequence[str], merges: Merges, added: Mapping[str, bool]) -> list[float]:
-    """What llama.cpp merges by: of two neighbours that make any token, those first whose token has the highest score.
-
-    Minus the rank of the first merge that makes the token says the same as the merges, if all merges that make a token follow each
-    other, and each pair that makes one is among them: so it is where the vocabulary is SentencePiece's.
-    """
-    rank: dict[str, int] = {}
-    ordered = True
-    for left, right in merges:
-        ordered &= rank.setdefault(left + right, len(rank)) == len(rank) - 1
-    pairs, others = set(merges), set(added)
-    splits = (
-        (token[:i], token[i:]) for token in tokens if token not in others and not _BYTE.fullmatch(token) for i in range(1, len(token))
-    )
-    strange = next((p for p in splits if p not in pairs and all(len(part) == 1 or part in rank for part in p)), None)
-    if strange or not ordered:
-        why = f"{strange[0]!r} and {strange[1]!r} make a token and are no merge" if strange else "merges of a token lie apart"
-        d.warn(
-            f"llama.cpp merges in the order of scores, which is not that of the tokenizer's merges: {why}; some words become other tokens"
-        )
-    return [-float(rank.get(token, len(rank))) for token in tokens]
 
 
 # -- text ----------------------------------------------------------------------------------------------------------------------------
