@@ -2,7 +2,7 @@
 
     pip install llama-cpp-python tokenizers==0.23.3; python tests/golden/make_gguf_tokenizers.py
 
-The tokenizers are trained by the tokenizers library on the README, in the shapes that models have: of the pre-tokenizers the regular
+The tokenizers are trained by the tokenizers library on this file, in the shapes that models have: of the pre-tokenizers the regular
 expressions of Llama 3, Qwen 2, Mistral Nemo, GPT-4o, SmolLM and GPT-2; as Llama 2's has it, all pairs that make a piece are merges, in the
 order of the pieces. The file was made by llama.cpp as in llama-cpp-python 0.3.36 (its bindings, with the library of xllamacpp).
 `sha256` is of the key-values as packed, so that a test can tell whether llama.cpp has seen those that are written today.
@@ -65,7 +65,7 @@ TEXTS = [
 
 
 def corpus():
-    return [(HERE.parents[1] / "README.md").read_text(), "it's they'll I'm HTTPServer camelCase über été 123 4567 " * 5]
+    return [Path(__file__).read_text(), "it's they'll I'm HTTPServer camelCase über été 123 4567 " * 5]
 
 
 def finished(tokenizer):
