@@ -19,6 +19,7 @@ from qkernels.formats import QuantStack, QuantTensor
 from qkernels.formats.rows import take
 from qkernels.integrations.transformers import described_by
 from qkernels.io import CheckpointInfo, gguf_file, gguf_names
+from qkernels.io.gguf_model import EXPERTS, REQUIRED
 from qkernels.io.settings import Settings
 
 Value = QuantTensor | QuantStack | Tensor
@@ -37,33 +38,21 @@ class Architecture:
     fixed: dict[str, Any] = field(default_factory=dict)
 
 
-_MOE_KEYS = {
-    "expert_count": "num_experts",
-    "expert_used_count": "num_experts_per_tok",
-    "expert_feed_forward_length": "moe_intermediate_size",
-}
 _GEMMA2_KEYS = {"attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping"}
 ARCHITECTURES = {
     "llama": Architecture("llama"),
     "qwen2": Architecture("qwen2"),
     "qwen3": Architecture("qwen3"),
     "qwen2moe": Architecture(
-        "qwen2_moe", _MOE_KEYS | {"expert_shared_feed_forward_length": "shared_expert_intermediate_size"}, {"norm_topk_prob": False}
+        "qwen2_moe", EXPERTS | {"expert_shared_feed_forward_length": "shared_expert_intermediate_size"}, {"norm_topk_prob": False}
     ),
-    "qwen3moe": Architecture("qwen3_moe", _MOE_KEYS, {"norm_topk_prob": True}),
+    "qwen3moe": Architecture("qwen3_moe", EXPERTS, {"norm_topk_prob": True}),
     "gemma2": Architecture("gemma2", _GEMMA2_KEYS),
     "gemma3": Architecture("gemma3_text"),
     "phi3": Architecture("phi3"),
 }
 # which GGUF calls llama as well; that it has experts tells them apart
 _MIXTRAL = Architecture("mixtral", {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"})
-_COMMON = {
-    "context_length": "max_position_embeddings",
-    "block_count": "num_hidden_layers",
-    "embedding_length": "hidden_size",
-    "feed_forward_length": "intermediate_size",
-    "attention.head_count": "num_attention_heads",
-}
 _ATTENTION_SCALE = {("gemma2", 46): 144, ("gemma3", 62): 168}  # query_pre_attn_scalar of the 27B models, which no key-value tells
 _GEMMA3_LOCAL_THETA = 10000.0  # of its layers with a window; nor this
 
@@ -101,7 +90,7 @@ def load_config(info: CheckpointInfo) -> Any:
 
 
 def _fields(name: str, architecture: Architecture, s: Settings) -> dict[str, Any]:
-    fields: dict[str, Any] = {field: s.take(key, of=int) for key, field in _COMMON.items()}
+    fields: dict[str, Any] = {field: s.take(key, of=int) for key, field in REQUIRED.items()}
     heads = fields["num_attention_heads"]
     fields["num_key_value_heads"] = s.take("attention.head_count_kv", of=int, default=heads)
     fields["rms_norm_eps"] = s.take("attention.layer_norm_rms_epsilon", of=float)

@@ -17,7 +17,7 @@ from torch import Tensor
 from qkernels import formats, reference
 from qkernels.errors import CheckpointError, FormatError, UnsupportedError
 from qkernels.formats import Int, QuantFormat, QuantStack, QuantTensor
-from qkernels.io import checkpoint, directory, gguf_file, gguf_model
+from qkernels.io import checkpoint, directory, gguf_file, gguf_model, gguf_tokenizer
 from qkernels.io.detect import CheckpointInfo, detect
 from qkernels.io.forms import code_bits, dense, few_rows, forms, has_minima
 from qkernels.io.gptq_family import stays_dense
@@ -211,7 +211,9 @@ class _Conversion:
 
     def _key_values(self) -> Mapping[str, Any]:
         if self.info.layout != "gguf":
-            return gguf_model.key_values(self.info.config, self.variant)
+            made = gguf_model.key_values(self.info.config, self.variant)
+            tokenizer = gguf_tokenizer.key_values(self.info.path, self.info.config)
+            return gguf_model.KeyValues({**made, **tokenizer}, {**made.types, **tokenizer.types})
         if not self.variant:
             return self.info.settings
         stated = gguf_model.KeyValues(self.info.settings)
@@ -228,7 +230,7 @@ class _Conversion:
     def _companions(self, config: Mapping[str, Any]) -> None:
         """Tokenizer, generation config and the like lie beside the weights of a directory."""
         if self.layout == "gguf":
-            self.report.notes += [NO_TOKENIZER] if self.info.layout != "gguf" else []
+            self.report.notes += [] if self.settings and "tokenizer.ggml.tokens" in self.settings else [NO_TOKENIZER]
         elif self.info.layout == "gguf":
             self.report.notes.append(NO_CONFIG)
         if not (self.info.path.is_dir() and self.path.is_dir()):

@@ -28,13 +28,21 @@ MIXES = {
     "Q6_K": ("q6_k", "q6_k", 18),
 }
 _NARROWER = {"q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}  # where K is no multiple of 256
-# key of a GGUF file, behind the architecture -> config.json's
-_KEYS = {
+# keys of a GGUF file, behind the architecture -> config.json's; those that all models have, and those of experts
+REQUIRED = {
     "block_count": "num_hidden_layers",
     "context_length": "max_position_embeddings",
     "embedding_length": "hidden_size",
     "feed_forward_length": "intermediate_size",
     "attention.head_count": "num_attention_heads",
+}
+EXPERTS = {
+    "expert_count": "num_experts",  # num_local_experts of Mixtral
+    "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size",
+}
+_KEYS = {
+    **REQUIRED,
     "attention.head_count_kv": "num_key_value_heads",
     "attention.key_length": "head_dim",
     "attention.value_length": "head_dim",
@@ -42,16 +50,14 @@ _KEYS = {
     "attention.sliding_window": "sliding_window",
     "rope.freq_base": "rope_theta",
     "vocab_size": "vocab_size",
-    "expert_count": "num_local_experts",
-    "expert_used_count": "num_experts_per_tok",
-    "expert_feed_forward_length": "moe_intermediate_size",
+    **EXPERTS,
 }
 _WRITTEN = ("llama", "qwen2", "qwen3", "qwen3moe")  # of which these keys say all that llama.cpp asks for
 _FLOATS = ("attention.layer_norm_rms_epsilon", "rope.freq_base")
 
 
 def key_values(config: Mapping[str, Any], mix: str) -> KeyValues:
-    """Architecture and hyper-parameters of config.json, as llama.cpp calls them; it is told that there is no tokenizer.
+    """Architecture and hyper-parameters of config.json, as llama.cpp calls them.
 
     Raises UnsupportedError for a model whose names are not known, CheckpointError for a config.json that lacks what all models have.
     """
@@ -62,15 +68,15 @@ def key_values(config: Mapping[str, Any], mix: str) -> KeyValues:
         raise UnsupportedError(f"model_type {kind!r}: a GGUF file of such a model is not written; those of {known} are")
     if (scaling := _rope(config).get("rope_type", "default")) not in ("default", "llama3"):
         raise UnsupportedError(f"rope_type {scaling!r}: a GGUF file of such a model is not written; 'default' and 'llama3' are")
-    stated = {**config, "num_local_experts": config.get("num_local_experts", config.get("num_experts"))}
-    found = KeyValues({"general.architecture": arch, "general.quantization_version": 2, "tokenizer.ggml.model": "none"})
+    stated = {**config, "num_experts": config.get("num_local_experts", config.get("num_experts"))}
+    found = KeyValues({"general.architecture": arch, "general.quantization_version": 2})
     if mix:
         found["general.file_type"] = MIXES[mix][2]
     for key, name in _KEYS.items():
         value = stated.get(name, _rope(config).get(name))
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             found[f"{arch}.{key}"] = float(value) if key in _FLOATS else value
-    if missing := [name for key, name in list(_KEYS.items())[:5] if f"{arch}.{key}" not in found]:
+    if missing := [name for key, name in REQUIRED.items() if f"{arch}.{key}" not in found]:
         raise CheckpointError(f"config.json has no number {', '.join(missing)}")
     return found
 
