@@ -17,7 +17,8 @@ from qkernels.kernels.triton import layout, s8_gemm, s8_w4_gemm
 from qkernels.testing import assert_matmul_close
 
 ROOT = Path(__file__).parents[1]
-FLAGS = ["-std=c++20", "-O1", "-DNDEBUG", "-fPIC", "-shared", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+EMULATION = ROOT / "tests" / "cuda_emulation"
+FLAGS = ["-std=c++20", "-O1", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 FLAGS += ["-fstack-reuse=none"]  # variables are a GPU's registers: products read them after their scope has ended
 FLAGS += ["-fno-strict-aliasing", "-U_FORTIFY_SOURCE"]  # CUDA's casts; longjmp from one fibre's stack to another's
 FLAGS += ["-Wall", "-Wno-unknown-pragmas", "-Wno-attributes", "-Wno-parentheses", "-Wno-unused", "-Werror"]
@@ -25,10 +26,11 @@ _COUNT = itertools.count()
 
 
 class Emulated(NamedTuple):
-    """A compiled source: its operators, and the seed that threads are scheduled by."""
+    """A compiled source: its operators; what orders the threads; where to put what the kernel before a launch writes late."""
 
     ops: Any
     set_seed: Any
+    set_late: Any
 
 
 class Case(NamedTuple):
@@ -51,6 +53,11 @@ def why_not():
     return "this GCC has no _Float16" if probe.returncode else None
 
 
+def compile(*arguments):
+    done = subprocess.run(["g++", *FLAGS, *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def build(source, folder, changes=()):
     """Compile csrc/cuda/<source>.cu; changes: (file, old, new), made in a copy of the sources."""
     name = f"emulated_{next(_COUNT)}"
@@ -60,14 +67,17 @@ def build(source, folder, changes=()):
         text = (csrc / "cuda" / file).read_text()
         assert text.count(old) == 1, f"{file} has {text.count(old)} times: {old}"
         (csrc / "cuda" / file).write_text(text.replace(old, new))
-    include = [f"-I{ROOT / 'tests' / 'cuda_emulation'}", f"-I{csrc}", *(flag for path in include_paths() for flag in ("-isystem", path))]
+    include = [f"-I{EMULATION}", f"-I{csrc}", *(flag for path in include_paths() for flag in ("-isystem", path))]
     link = [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu"]
     library = folder / f"{name}.so"
-    command = ["g++", *FLAGS, f"-DEMULATED_AS={name}", *include, "-xc++", str(csrc / "cuda" / f"{source}.cu"), "-o", str(library), *link]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    machine = folder / "machine.o"  # the same for all
+    if not machine.exists():
+        compile("-c", EMULATION / "machine.cpp", "-o", machine)
+    compile(f"-DEMULATED_AS={name}", *include, "-shared", "-xc++", csrc / "cuda" / f"{source}.cu", "-xnone", machine, "-o", library, *link)
     torch.ops.load_library(library)
-    return Emulated(getattr(torch.ops, name), ctypes.CDLL(str(library)).set_seed)
+    loaded = ctypes.CDLL(str(library))
+    loaded.set_late.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+    return Emulated(getattr(torch.ops, name), loaded.set_seed, loaded.set_late)
 
 
 def quantize(x, padded):
@@ -75,6 +85,13 @@ def quantize(x, padded):
     amax = x.float().abs().amax(1)
     codes = F.pad((x.float() * (127 / amax)[:, None]).round().to(torch.int8), (0, padded - x.shape[1]))
     return codes, torch.stack([amax / 127, codes.sum(1).float()])
+
+
+def late(emulated, written):
+    """A tensor that gets its numbers when the kernel before the next launch ends."""
+    garbage = torch.full_like(written, 77)
+    emulated.set_late(garbage.data_ptr(), written.data_ptr(), written.nbytes)
+    return garbage
 
 
 def call(emulated, kind, q, x, bias, case):
@@ -87,10 +104,12 @@ def call(emulated, kind, q, x, bias, case):
     how = (case.tokens, case.blocks, case.raster, case.whole, True, 0)
     if kind == "w4":
         packed = layout.prepare(q)
-        emulated.ops.w4_wgmma(x, packed.weight, packed.scales, packed.zeros, bias, around[1], parts, flags, 8, per_scale, *how)
+        beside = F.pad(x, (0, 8), value=torch.nan)
+        emulated.ops.w4_wgmma(late(emulated, beside)[:, : case.k], packed.weight, packed.scales, packed.zeros, bias, around[1], parts, flags, 8, per_scale, *how)
     else:
         packed = (s8_gemm if kind == "s8_w8" else s8_w4_gemm).prepare(q)
-        operands = (*quantize(x, 128 * steps), packed.weight, packed.scales, packed.zeros, bias, around[1], parts, flags)
+        codes = quantize(x, 128 * steps)
+        operands = (*(late(emulated, t) for t in codes), packed.weight, packed.scales, packed.zeros, bias, around[1], parts, flags)
         emulated.ops.s8_w8_wgmma(*operands, *how) if kind == "s8_w8" else emulated.ops.s8_w4_wgmma(*operands, per_scale, *how)
     assert not flags.any(), "flags are left raised"
     assert around[0].isnan().all() and around[2].isnan().all(), "results beside their place"

@@ -3,11 +3,12 @@
 //
 // What a GPU does behind a program's back happens late here, too, so that a wait that is missing is seen: memory that a copy fills holds
 // garbage until it arrives; products read registers and shared memory when they are waited for, not when they begin; sums that are left
-// for other blocks are seen after a fence.
+// for other blocks are seen after a fence; the kernel before this one ends while this one runs.
+//
+// Not here: fences between the ways to memory, and the order in which other processors see what was written without one.
 #pragma once
 
 #include <setjmp.h>
-#include <ucontext.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -16,7 +17,6 @@
 #include <functional>
 #include <map>
 #include <memory>
-#include <random>
 #include <string>
 #include <vector>
 
@@ -54,8 +54,8 @@ struct Product {
   void* sums;
   const uint32_t* registers;  // or null, and the left operand is in shared memory
   uint64_t left, right;
-  int group;
   void (*run)(Fibre* warpgroup);
+  int group = 0;
 };
 
 struct Fibre {
@@ -65,52 +65,38 @@ struct Fibre {
   jmp_buf context;
   bool begun = false, ended = false;
   std::deque<Product> products;
-  int groups = 0;  // of products
-  uint32_t address = 0;
+  int groups = 0;        // of products
+  uint32_t address = 0;  // where this lane's row of a matrix goes
   std::vector<std::function<void()>> stores;
 };
 
-inline unsigned seed = 0;
-inline std::vector<Fibre> fibres;
-inline Fibre* current;
-inline jmp_buf host;
-inline std::string error;
-inline int64_t progress;
-inline unsigned threads;  // of a block
-inline std::function<void()> kernel;
+// What the kernel before this one writes before it ends.
+struct Late {
+  void* to;
+  const void* from;
+  size_t bytes;
+};
 
-[[noreturn]] inline void fail(const std::string& why) {
-  error = why;
-  _longjmp(host, 1);
-}
+extern unsigned seed;
+extern std::vector<Late> late;
+extern std::string error;  // what stopped the last grid, or nothing
+extern Fibre* current;
+extern unsigned threads;  // of a block
+extern bool previous_ended;
+extern int64_t progress;
 
-[[gnu::noinline]] inline void give_way() {
-  if (!_setjmp(current->context)) _longjmp(host, 1);
-}
+[[noreturn]] void fail(const char* why);
+void give_way();
 
 template <class F>
 void wait_until(F ready) {
   while (!ready()) give_way();
 }
 
-// -- what threads do -------------------------------------------------------------------------------------------------------------------
+// All `count` threads of a block that meet at a place of that number.
+void meet(int where, int count);
 
-inline void meet(int where, int threads) {
-  Meeting& m = current->block->meetings[where];
-  const int times = m.times;
-  ++progress;
-  if (++m.came == threads) {
-    m.came = 0, ++m.times;
-  } else {
-    wait_until([&] { return m.times != times; });
-  }
-}
-
-inline uint8_t* shared(uint32_t at, uint32_t bytes) {
-  std::vector<uint8_t>& memory = current->block->shared;
-  if (at < BASE || at + bytes > BASE + memory.size() || at % std::min(bytes, 16u)) fail("an address outside of shared memory, or not aligned");
-  return &memory[at - BASE];
-}
+uint8_t* shared(uint32_t at, uint32_t bytes);
 
 template <class T>
 T load(uint32_t at) {
@@ -119,123 +105,18 @@ T load(uint32_t at) {
   return value;
 }
 
-inline Barrier& barrier(Block& block, uint32_t at) {
-  if (!block.barriers.count(at)) fail("no barrier is there");
-  return block.barriers[at];
-}
+void make_barrier(uint32_t at, int arrivals);
+const Barrier& barrier(uint32_t at);
+void arrive_at(uint32_t barrier, int bytes);
+void begin_copy(uint32_t to, uint32_t bytes, uint32_t barrier, std::function<void(uint8_t*)> arrive);
 
-inline void settle(Barrier& b) {
-  if (b.pending < 0 || b.bytes < 0) fail("a barrier gets more than it expects");
-  if (b.pending == 0 && b.bytes == 0) b.parity ^= 1, b.pending = b.arrivals;
-  ++progress;
-}
+void begin_product(Product p);
+void finish_products(int pending);  // those of the groups that began first, all but so many
 
-inline void begin_copy(uint32_t to, uint32_t bytes, uint32_t barrier, std::function<void(uint8_t*)> arrive) {
-  if (bytes % 16) fail("a copy of bytes that are no multiple of 16");
-  std::memset(shared(to, bytes), GARBAGE, bytes);
-  current->block->copies.push_back({to, bytes, barrier, std::move(arrive)});
-}
+void leave(std::function<void()> store);
+void let_stores_be_seen();
 
-// Those of the groups that began first, all but `pending` of them.
-inline void finish_products(int pending) {
-  const int thread = int(current->thread), where = -1 - thread / 128;
-  meet(where, 128);
-  if (thread % 128 == 0) {
-    Fibre* warpgroup = current;
-    while (!current->products.empty() && current->products.front().group < current->groups - pending) {
-      for (int i = 0; i < 128; ++i) {
-        const Fibre& other = warpgroup[i];
-        if (other.products.empty() || other.groups != current->groups || other.products.front().right != current->products.front().right) {
-          fail("threads of a warpgroup disagree about a product");
-        }
-      }
-      current->products.front().run(warpgroup);
-      for (int i = 0; i < 128; ++i) warpgroup[i].products.pop_front();
-    }
-  }
-  meet(where, 128);
-}
-
-inline void let_stores_be_seen() {
-  for (const auto& store : current->stores) store();
-  current->stores.clear();
-}
-
-// -- who goes on -----------------------------------------------------------------------------------------------------------------------
-
-[[gnu::noinline]] inline void arrive(Block& block, size_t i) {
-  if (_setjmp(host)) return;
-  std::swap(block.copies[i], block.copies.back());
-  const Copy copy = std::move(block.copies.back());
-  block.copies.pop_back();
-  copy.arrive(&block.shared[copy.to - BASE]);
-  Barrier& b = barrier(block, copy.barrier);
-  b.bytes -= int(copy.bytes);
-  settle(b);
-}
-
-inline void enter() {
-  kernel();
-  let_stores_be_seen();
-  if (!current->products.empty()) fail("a thread ends before its products");
-  current->ended = true, ++progress;
-  _longjmp(host, 1);
-}
-
-// Runs a thread until it gives way.
-[[gnu::noinline]] inline void resume(Fibre& f) {
-  current = &f;
-  if (_setjmp(host)) return;
-  if (f.begun) _longjmp(f.context, 1);
-  f.begun = true;
-  static ucontext_t start;
-  getcontext(&start);
-  start.uc_stack.ss_sp = f.stack.get(), start.uc_stack.ss_size = STACK, start.uc_link = nullptr;
-  makecontext(&start, enter, 0);
-  setcontext(&start);
-}
-
-// Some warps are slow, all of them go on in turns that are drawn anew every time; set_place: threadIdx and the like for the current fibre.
-template <class F>
-void run_grid(unsigned count, unsigned per_block, size_t shared_bytes, F set_place) {
-  std::mt19937 draw(seed);
-  threads = per_block;
-  std::vector<Block> blocks(count);
-  if (fibres.size() < count * threads) fibres.resize(count * threads);
-  for (unsigned b = 0; b < count; ++b) {
-    blocks[b].index = b, blocks[b].shared.assign(shared_bytes, GARBAGE);
-    for (unsigned t = 0; t < threads; ++t) {
-      Fibre& f = fibres[b * threads + t];
-      f.block = &blocks[b], f.thread = t, f.begun = f.ended = false, f.groups = 0;
-      f.products.clear(), f.stores.clear();
-    }
-  }
-  std::vector<unsigned> warps(count * threads / 32), pace(warps.size());
-  for (unsigned i = 0; i < warps.size(); ++i) warps[i] = i, pace[i] = 1u << draw() % 4;
-  error.clear(), progress = 0;
-  int64_t before = -1;
-  for (int idle = 0; error.empty() && !warps.empty(); idle = progress == before ? idle + 1 : 0) {
-    before = progress;
-    std::shuffle(warps.begin(), warps.end(), draw);
-    for (unsigned warp : warps) {
-      Fibre* lanes = &fibres[32 * warp];
-      Block& block = *lanes->block;
-      if (!block.copies.empty() && draw() % 4 == 0) arrive(block, draw() % block.copies.size());
-      if (draw() % pace[warp]) continue;
-      const unsigned first = draw() % 32;
-      for (unsigned i = 0; i < 32 && error.empty(); ++i) {
-        Fibre& f = lanes[i ^ first];
-        if (f.ended) continue;
-        set_place(f);
-        resume(f);
-      }
-    }
-    std::erase_if(warps, [](unsigned warp) { return std::all_of(&fibres[32 * warp], &fibres[32 * warp] + 32, [](Fibre& f) { return f.ended; }); });
-    if (idle == 1000) error = "all threads wait";
-  }
-  for (const Block& block : blocks) {
-    if (error.empty() && !block.copies.empty()) error = "a block ends before a copy to it";
-  }
-}
+// set_place: threadIdx and the like, for a fibre.
+void run_grid(unsigned blocks, unsigned per_block, size_t shared_bytes, std::function<void()> kernel, void (*set_place)(const Fibre&));
 
 }  // namespace emulated

@@ -24,7 +24,10 @@
 #define STABLE_TORCH_LIBRARY_FRAGMENT(ns, m) EMULATED_FRAGMENT(EMULATED_AS, m)
 #define STABLE_TORCH_LIBRARY_IMPL(ns, key, m) EMULATED_IMPL(EMULATED_AS, m)
 
-extern "C" [[gnu::visibility("default")]] inline __attribute__((used)) void set_seed(unsigned seed) { emulated::seed = seed; }
+// For tests: what decides the order of threads; memory that holds its contents only when the kernel before the next one has ended.
+#define EMULATED_FOR_TESTS extern "C" inline __attribute__((visibility("default"), used))
+EMULATED_FOR_TESTS void set_seed(unsigned seed) { emulated::seed = seed; }
+EMULATED_FOR_TESTS void set_late(void* to, const void* from, size_t bytes) { emulated::late.push_back({to, from, bytes}); }
 
 // -- in a kernel -------------------------------------------------------------------------------------------------------------------------
 
@@ -44,7 +47,7 @@ T __ldcg(const T* p) {
 }
 template <class T>
 void __stcg(T* p, T value) {
-  emulated::current->stores.push_back([p, value] { *p = value; });
+  emulated::leave([p, value] { *p = value; });
 }
 
 // -- launching ---------------------------------------------------------------------------------------------------------------------------
@@ -76,10 +79,8 @@ cudaError_t cudaFuncSetAttribute(F, int, int) {
 template <class... P, class... A>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...), const A&... arguments) {
   gridDim = config->gridDim;
-  emulated::kernel = [&] { kernel(arguments...); };
-  emulated::run_grid(gridDim.x, config->blockDim.x, config->dynamicSmemBytes, [](const emulated::Fibre& f) {
-    threadIdx.x = f.thread, blockIdx.x = f.block->index;
-  });
+  const auto set_place = [](const emulated::Fibre& f) { threadIdx.x = f.thread, blockIdx.x = f.block->index; };
+  emulated::run_grid(gridDim.x, config->blockDim.x, config->dynamicSmemBytes, [&] { kernel(arguments...); }, set_place);
   return emulated::error.empty() ? cudaSuccess : cudaErrorLaunchFailure;
 }
 

@@ -36,21 +36,18 @@ inline void wait_for_flag(const int* flag) {
   emulated::wait_until([&] { return *static_cast<const volatile int*>(flag) != 0; });
 }
 
+inline void wait_for_previous() {
+  emulated::wait_until([] { return emulated::previous_ended; });
+}
+
 // -- barriers and copies -----------------------------------------------------------------------------------------------------------------
 
-inline void barrier_init(uint32_t barrier, uint32_t arrivals) {
-  emulated::shared(barrier, 8);
-  emulated::current->block->barriers[barrier] = {int(arrivals), int(arrivals)};
-}
+inline void barrier_init(uint32_t barrier, uint32_t arrivals) { emulated::make_barrier(barrier, int(arrivals)); }
 inline void barriers_made() {}
-inline void barrier_arrive_expecting(uint32_t barrier, uint32_t bytes) {
-  emulated::Barrier& b = emulated::barrier(*emulated::current->block, barrier);
-  b.bytes += int(bytes), --b.pending;
-  emulated::settle(b);
-}
-inline void barrier_arrive(uint32_t barrier) { barrier_arrive_expecting(barrier, 0); }
+inline void barrier_arrive(uint32_t barrier) { emulated::arrive_at(barrier, 0); }
+inline void barrier_arrive_expecting(uint32_t barrier, uint32_t bytes) { emulated::arrive_at(barrier, int(bytes)); }
 inline void barrier_wait(uint32_t barrier, uint32_t parity) {
-  const emulated::Barrier& b = emulated::barrier(*emulated::current->block, barrier);
+  const emulated::Barrier& b = emulated::barrier(barrier);
   emulated::wait_until([&] { return b.parity != parity; });
 }
 inline void sync_warps(int barrier, int threads) { emulated::meet(barrier, threads); }
@@ -77,7 +74,6 @@ inline uint64_t cache_policy(bool) { return 0; }
 
 // -- what changes no result here -----------------------------------------------------------------------------------------------------------
 
-inline void wait_for_previous() {}
 inline void let_next_begin() {}
 template <int COUNT>
 void take_registers() {}
@@ -159,22 +155,17 @@ void run_product(emulated::Fibre* threads) {
   every_sum([](Sum& d, const Sum& sum) { d = sum; });
 }
 
-template <class T, bool ADD, class Sum, int SIZE>
-void begin_product(Sum (&d)[SIZE], const uint32_t* a, uint64_t left, uint64_t b) {
-  emulated::Fibre& f = *emulated::current;
-  f.products.push_back({d, a, left, b, f.groups, run_product<T, Sum, SIZE, ADD>});
-}
 template <bool ADD, int SIZE, class T>
 void multiply(float (&d)[SIZE], const uint32_t (&a)[4], uint64_t b, T) {
-  begin_product<T, ADD>(d, a, 0, b);
+  emulated::begin_product({d, a, 0, b, run_product<T, float, SIZE, ADD>});
 }
 template <bool ADD, int SIZE>
 void multiply(int (&d)[SIZE], const uint32_t (&a)[4], uint64_t b) {
-  begin_product<int8_t, ADD>(d, a, 0, b);
+  emulated::begin_product({d, a, 0, b, run_product<int8_t, int, SIZE, ADD>});
 }
 template <bool ADD, int SIZE>
 void multiply(int (&d)[SIZE], uint64_t a, uint64_t b) {
-  begin_product<int8_t, ADD>(d, nullptr, a, b);
+  emulated::begin_product({d, nullptr, a, b, run_product<int8_t, int, SIZE, ADD>});
 }
 
 }  // namespace qk
