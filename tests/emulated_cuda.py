@@ -102,15 +102,18 @@ def call(emulated, kind, q, x, bias, case):
     parts = None if case.whole else torch.full((case.blocks * 128 * case.tokens,), torch.nan)
     flags = torch.zeros(case.blocks, dtype=torch.int32)
     how = (case.tokens, case.blocks, case.raster, case.whole, True, 0)
+    written = [F.pad(x, (0, 8), value=torch.nan)] if kind == "w4" else quantize(x, 128 * steps)
+    inputs = [late(emulated, tensor) for tensor in written]
     if kind == "w4":
-        packed = layout.prepare(q)
-        beside = F.pad(x, (0, 8), value=torch.nan)
-        emulated.ops.w4_wgmma(late(emulated, beside)[:, : case.k], packed.weight, packed.scales, packed.zeros, bias, around[1], parts, flags, 8, per_scale, *how)
-    else:
-        packed = (s8_gemm if kind == "s8_w8" else s8_w4_gemm).prepare(q)
-        codes = quantize(x, 128 * steps)
-        operands = (*(late(emulated, t) for t in codes), packed.weight, packed.scales, packed.zeros, bias, around[1], parts, flags)
-        emulated.ops.s8_w8_wgmma(*operands, *how) if kind == "s8_w8" else emulated.ops.s8_w4_wgmma(*operands, per_scale, *how)
+        inputs[0] = inputs[0][:, : case.k]
+    prepare, more = {
+        "w4": (layout.prepare, (8, per_scale)),
+        "s8_w8": (s8_gemm.prepare, ()),
+        "s8_w4": (s8_w4_gemm.prepare, (per_scale,)),
+    }[kind]
+    packed = prepare(q)
+    weight = (packed.weight, packed.scales, packed.zeros)
+    getattr(emulated.ops, f"{kind}_wgmma")(*inputs, *weight, bias, around[1], parts, flags, *more, *how)
     assert not flags.any(), "flags are left raised"
     assert around[0].isnan().all() and around[2].isnan().all(), "results beside their place"
     return around[1].clone()

@@ -199,7 +199,7 @@ void run_grid(unsigned count, unsigned per_block, size_t shared_bytes, std::func
   }
   const bool complete = std::all_of(blocks.begin(), blocks.end(), [](const Block& block) { return block.copies.empty(); });
   if (error.empty() && !complete) error = "a block ends before a copy to it";
-  fibres.clear();
+  fibres.clear(), late.clear();
 }
 
 }  // namespace emulated
