@@ -22,6 +22,8 @@ FLAGS = ["-std=c++20", "-O1", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-DTOR
 FLAGS += ["-fstack-reuse=none"]  # variables are a GPU's registers: products read them after their scope has ended
 FLAGS += ["-fno-strict-aliasing", "-U_FORTIFY_SOURCE"]  # CUDA's casts; longjmp from one fibre's stack to another's
 FLAGS += ["-Wall", "-Wno-unknown-pragmas", "-Wno-attributes", "-Wno-parentheses", "-Wno-unused", "-Werror"]
+INCLUDE = [f"-I{EMULATION}", *(flag for path in include_paths() for flag in ("-isystem", path))]
+LINK = [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu"]
 _COUNT = itertools.count()
 
 
@@ -58,8 +60,16 @@ def compile(*arguments):
     assert done.returncode == 0, done.stderr
 
 
+def compile_begin(folder):
+    """What all sources have in common, their first headers and the machine."""
+    header = folder / "begin.h"
+    header.write_text('#include "cuda/hopper.cuh"\n#include <torch/csrc/stable/tensor.h>\n')
+    compile(*INCLUDE, "-xc++-header", header, "-o", folder / "begin.h.gch")
+    compile("-c", EMULATION / "machine.cpp", "-o", folder / "machine.o")
+
+
 def build(source, folder, changes=()):
-    """Compile csrc/cuda/<source>.cu; changes: (file, old, new), made in a copy of the sources."""
+    """Compile csrc/cuda/<source>.cu, after `compile_begin`; changes: (file, old, new), made in a copy of the sources."""
     name = f"emulated_{next(_COUNT)}"
     csrc = folder / name
     shutil.copytree(ROOT / "csrc" / "cuda", csrc / "cuda")
@@ -67,13 +77,9 @@ def build(source, folder, changes=()):
         text = (csrc / "cuda" / file).read_text()
         assert text.count(old) == 1, f"{file} has {text.count(old)} times: {old}"
         (csrc / "cuda" / file).write_text(text.replace(old, new))
-    include = [f"-I{EMULATION}", f"-I{csrc}", *(flag for path in include_paths() for flag in ("-isystem", path))]
-    link = [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu"]
-    library = folder / f"{name}.so"
-    machine = folder / "machine.o"  # the same for all
-    if not machine.exists():
-        compile("-c", EMULATION / "machine.cpp", "-o", machine)
-    compile(f"-DEMULATED_AS={name}", *include, "-shared", "-xc++", csrc / "cuda" / f"{source}.cu", "-xnone", machine, "-o", library, *link)
+    unit, library = folder / f"{name}.cpp", folder / f"{name}.so"
+    unit.write_text(f'#include "begin.h"\n#define EMULATED_AS {name}\n#include "cuda/{source}.cu"\n')
+    compile("-shared", *INCLUDE, f"-I{csrc}", unit, folder / "machine.o", *LINK, "-o", library)
     torch.ops.load_library(library)
     loaded = ctypes.CDLL(str(library))
     loaded.set_late.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
