@@ -195,7 +195,8 @@ void run_grid(unsigned count, unsigned per_block, size_t shared_bytes, std::func
         resume(f);
       }
     }
-    std::erase_if(warps, [](unsigned w) { return std::all_of(&fibres[32 * w], &fibres[32 * w] + 32, [](const Fibre& f) { return f.ended; }); });
+    const auto ended = [](const Fibre& f) { return f.ended; };
+    std::erase_if(warps, [&](unsigned warp) { return std::all_of(&fibres[32 * warp], &fibres[32 * warp] + 32, ended); });
   }
   const bool complete = std::all_of(blocks.begin(), blocks.end(), [](const Block& block) { return block.copies.empty(); });
   if (error.empty() && !complete) error = "a block ends before a copy to it";

@@ -50,7 +50,7 @@ void __stcg(T* p, T value) {
   emulated::leave([p, value] { *p = value; });
 }
 
-// -- launching ---------------------------------------------------------------------------------------------------------------------------
+// -- launching --------------------------------------------------------------------------------------------------------------------------
 
 enum cudaError_t { cudaSuccess, cudaErrorLaunchFailure };
 using cudaStream_t = void*;
@@ -84,7 +84,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   return emulated::error.empty() ? cudaSuccess : cudaErrorLaunchFailure;
 }
 
-// -- the driver's description of a matrix --------------------------------------------------------------------------------------------------
+// -- the driver's description of a matrix ---------------------------------------------------------------------------------------------
 
 using cuuint32_t = uint32_t;
 using cuuint64_t = uint64_t;
@@ -101,11 +101,12 @@ struct CUtensorMap {
 };
 
 inline CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* from, const cuuint64_t* sizes,
-                                       const cuuint64_t* strides, const cuuint32_t* box, const cuuint32_t* every, int, int swizzle, int, int) {
+                                       const cuuint64_t* strides, const cuuint32_t* box, const cuuint32_t* every, int, int swizzle, int,
+                                       int) {
   const int size = type == CU_TENSOR_MAP_DATA_TYPE_UINT8 ? 1 : 2;
-  const bool taken = rank == 2 && reinterpret_cast<uintptr_t>(from) % 16 == 0 && strides[0] % 16 == 0 && box[0] * size == 128 && box[1] <= 256 &&
-                     every[0] == 1 && every[1] == 1 && swizzle == CU_TENSOR_MAP_SWIZZLE_128B && sizes[0] && sizes[1];
-  if (!taken) return CUDA_ERROR_INVALID_VALUE;
+  const bool swizzled = swizzle == CU_TENSOR_MAP_SWIZZLE_128B, aligned = reinterpret_cast<uintptr_t>(from) % 16 == 0 && strides[0] % 16 == 0;
+  const bool of_a_box = box[0] * size == 128 && box[1] <= 256 && every[0] == 1 && every[1] == 1;
+  if (rank != 2 || !aligned || !swizzled || !of_a_box || !sizes[0] || !sizes[1]) return CUDA_ERROR_INVALID_VALUE;
   *map = {static_cast<const uint8_t*>(from), int(sizes[0]), int(sizes[1]), size, int(box[1]), int64_t(strides[0])};
   return CUDA_SUCCESS;
 }

@@ -72,7 +72,7 @@ inline void copy_bytes(uint32_t to, const void* from, uint32_t bytes, uint32_t b
 }
 inline uint64_t cache_policy(bool) { return 0; }
 
-// -- what changes no result here -----------------------------------------------------------------------------------------------------------
+// -- what changes no result here --------------------------------------------------------------------------------------------------------
 
 inline void let_next_begin() {}
 template <int COUNT>
@@ -88,7 +88,7 @@ uint32_t masked(uint32_t word) {
   return (word & MASK) | BITS;
 }
 
-// -- products: operands have 32 bytes of a row ---------------------------------------------------------------------------------------------
+// -- products: operands have 32 bytes of a row ------------------------------------------------------------------------------------------
 
 struct bf16 {};
 struct f16 {};
