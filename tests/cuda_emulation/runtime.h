@@ -104,7 +104,8 @@ inline CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType typ
                                        const cuuint64_t* strides, const cuuint32_t* box, const cuuint32_t* every, int, int swizzle, int,
                                        int) {
   const int size = type == CU_TENSOR_MAP_DATA_TYPE_UINT8 ? 1 : 2;
-  const bool swizzled = swizzle == CU_TENSOR_MAP_SWIZZLE_128B, aligned = reinterpret_cast<uintptr_t>(from) % 16 == 0 && strides[0] % 16 == 0;
+  const bool swizzled = swizzle == CU_TENSOR_MAP_SWIZZLE_128B;
+  const bool aligned = reinterpret_cast<uintptr_t>(from) % 16 == 0 && strides[0] % 16 == 0;
   const bool of_a_box = box[0] * size == 128 && box[1] <= 256 && every[0] == 1 && every[1] == 1;
   if (rank != 2 || !aligned || !swizzled || !of_a_box || !sizes[0] || !sizes[1]) return CUDA_ERROR_INVALID_VALUE;
   *map = {static_cast<const uint8_t*>(from), int(sizes[0]), int(sizes[1]), size, int(box[1]), int64_t(strides[0])};
