@@ -1,4 +1,5 @@
 // Hopper's own instructions (sm_90a), a function each: barriers in shared memory, the copy engine, warpgroup products, registers by role.
+// No other file has a line of PTX: tests/cuda_emulation has the same functions in plain C++.
 #pragma once
 
 #include <cuda.h>
@@ -38,6 +39,45 @@ __device__ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
 
 // Of some warps of a block; barrier 0 is __syncthreads's.
 __device__ inline void sync_warps(int barrier, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory"); }
+
+// -- shared memory, by address ---------------------------------------------------------------------------------------------------------
+
+__device__ inline void load_shared(uint32_t (&to)[4], uint32_t at) {
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(at) : "memory");
+}
+__device__ inline uint32_t load_shared_u8(uint32_t at) {
+  uint32_t value;
+  asm volatile("ld.shared.u8 %0, [%1];" : "=r"(value) : "r"(at));
+  return value;
+}
+__device__ inline uint16_t load_shared_u16(uint32_t at) {
+  uint16_t value;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(value) : "r"(at));
+  return value;
+}
+__device__ inline float load_shared_f32(uint32_t at) {
+  float value;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(at));
+  return value;
+}
+
+// Of a warp: four 8 x 8 matrices of 16 bits, held as products hold their sums, each turned over. Lane 8 j + r says where row r of the
+// turned matrix j goes, 16 bytes.
+__device__ inline void store_turned(uint32_t to, const uint32_t (&pairs)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(pairs[0]), "r"(pairs[1]),
+               "r"(pairs[2]), "r"(pairs[3])
+               : "memory");
+}
+
+// -- flags in global memory: what was written before one is raised is seen by those that waited for it -------------------------------------
+
+__device__ inline void raise_flag(int* flag) { asm volatile("st.release.gpu.global.s32 [%0], 1;" ::"l"(flag) : "memory"); }
+
+__device__ inline void wait_for_flag(const int* flag) {
+  int raised;
+  do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(raised) : "l"(flag) : "memory");
+  while (raised == 0);
+}
 
 // -- the copy engine: global to shared memory, counted in bytes by a barrier -------------------------------------------------------------
 
@@ -81,6 +121,14 @@ __device__ inline void take_registers() {
 template <int COUNT>
 __device__ inline void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+
+// (word & MASK) | BITS, which the compiler makes two instructions of.
+template <uint32_t MASK, uint32_t BITS>
+__device__ inline uint32_t masked(uint32_t word) {
+  uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(word), "n"(MASK), "n"(BITS));
+  return result;
 }
 
 // -- products of a warpgroup: d [64, N] += a · b, a [64, 16 or 32] in registers or shared memory, b [16 or 32, N] in shared memory ----------

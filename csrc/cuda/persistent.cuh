@@ -106,14 +106,6 @@ __device__ void add_sums(Sum (&sums)[SIZE], const void* parts, int64_t at, int t
   }
 }
 
-__device__ inline void raise_flag(int* flag) { asm volatile("st.release.gpu.global.s32 [%0], 1;" ::"l"(flag) : "memory"); }
-
-__device__ inline void wait_for_flag(const int* flag) {
-  int raised;
-  do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(raised) : "l"(flag) : "memory");
-  while (raised == 0);
-}
-
 // -- the two roles -----------------------------------------------------------------------------------------------------------------------
 
 // One thread: fills the stages of the ring, the first ones with weights before the kernel before this one has ended.
@@ -163,18 +155,15 @@ __device__ void store(const typename P::Sum (&sums)[P::TOKENS / 2], const typena
         pairs[2 * block + h] = P::pair(rows.value(h, s[0], left), rows.value(h, s[1], right));
       }
     }
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(pairs[0]), "r"(pairs[1]),
-                 "r"(pairs[2]), "r"(pairs[3])
-                 : "memory");
+    store_turned(to, pairs);
     __syncwarp();
-    uint4 values;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(values.x), "=r"(values.y), "=r"(values.z), "=r"(values.w)
-                 : "r"(scratch + lane * 16)
-                 : "memory");
+    uint32_t values[4];
+    load_shared(values, scratch + lane * 16);
     __syncwarp();
     const int m = token + 2 * i + lane / 2, n = row + lane % 2 * 8;
-    if (m < a.m && n < a.n) *reinterpret_cast<uint4*>(static_cast<uint16_t*>(a.out) + int64_t(m) * a.n + n) = values;
+    if (m < a.m && n < a.n) {
+      *reinterpret_cast<uint4*>(static_cast<uint16_t*>(a.out) + int64_t(m) * a.n + n) = make_uint4(values[0], values[1], values[2], values[3]);
+    }
   }
 }
 

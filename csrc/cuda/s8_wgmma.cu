@@ -108,11 +108,8 @@ struct W4 : Finish<std::conditional_t<BY_STEP, float, int>, BY_STEP, false> {
     __device__ Words(const Arguments& a, uint32_t stage, int row) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(words[h][0]), "=r"(words[h][1]), "=r"(words[h][2]), "=r"(words[h][3])
-                     : "r"(stage + X + (row + 8 * h) * ROW_BYTES + threadIdx.x % 4 * 16));
-        zero[h] = 0;
-        if (a.zeros) asm volatile("ld.shared.u8 %0, [%1];" : "=r"(zero[h]) : "r"(stage + X + W + ROWS * scale_bytes(a) + row + 8 * h));
+        load_shared(words[h], stage + X + (row + 8 * h) * ROW_BYTES + threadIdx.x % 4 * 16);
+        zero[h] = a.zeros ? load_shared_u8(stage + X + W + ROWS * scale_bytes(a) + row + 8 * h) : 0;
         zero[h] *= 0x01010101;
       }
     }
@@ -136,13 +133,8 @@ struct W4 : Finish<std::conditional_t<BY_STEP, float, int>, BY_STEP, false> {
   };
   __device__ static float scale(const Arguments& a, uint32_t stage, int row) {
     const uint32_t at = stage + X + W + row * scale_bytes(a);
-    if (a.scale_kind == Kind::f32) {
-      float f;
-      asm volatile("ld.shared.f32 %0, [%1];" : "=f"(f) : "r"(at));
-      return f;
-    }
-    uint16_t raw;
-    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(raw) : "r"(at));
+    if (a.scale_kind == Kind::f32) return load_shared_f32(at);
+    const uint16_t raw = load_shared_u16(at);
     return a.scale_kind == Kind::f16 ? __half2float(__ushort_as_half(raw)) : __bfloat162float(__ushort_as_bfloat16(raw));
   }
 
@@ -169,13 +161,13 @@ struct W4 : Finish<std::conditional_t<BY_STEP, float, int>, BY_STEP, false> {
         sums[i] = fmaf(float(part[i]), scales[i / 2 % 2], sums[i]);
       }
     } else {
+      uint32_t left[2][2][4];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        uint32_t left[2][4];
-        words.unpack(a, half, left);
+        words.unpack(a, half, left[half]);
         product_fence();
 #pragma unroll
-        for (int i = 0; i < 2; ++i) multiply<true>(sums, left[i], swizzled_rows(stage + 64 * half + 32 * i));
+        for (int i = 0; i < 2; ++i) multiply<true>(sums, left[half][i], swizzled_rows(stage + 64 * half + 32 * i));
         product_commit();
         product_wait<1>();
         if (half == 0) released();

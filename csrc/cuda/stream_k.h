@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#ifndef __CUDACC__
+#ifndef __device__
 #define __device__
 #endif
 

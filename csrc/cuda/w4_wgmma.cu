@@ -89,22 +89,15 @@ struct W4 {
 
     __device__ void load_words(uint32_t at) {
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(words[h][0]), "=r"(words[h][1]), "=r"(words[h][2]), "=r"(words[h][3])
-                     : "r"(at + h * 8 * ROW_BYTES));
-      }
+      for (int h = 0; h < 2; ++h) load_shared(words[h], at + h * 8 * ROW_BYTES);
     }
     // Those of word s, where a step has more than one.
     __device__ void load_numbers(const Arguments& a, uint32_t scales, int row, int s) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int at = (row + 8 * h) * a.per_step + s * a.per_step / 4;
-        uint16_t scale;
-        asm volatile("ld.shared.u16 %0, [%1];" : "=h"(scale) : "r"(scales + 2 * at));
-        uint32_t zero = a.zero;
-        if (a.zeros) asm volatile("ld.shared.u8 %0, [%1];" : "=r"(zero) : "r"(scales + ROWS * a.per_step * 2 + at));
-        numbers[h].set(scale, a.wide_scales, zero);
+        const uint16_t scale = load_shared_u16(scales + 2 * at);
+        numbers[h].set(scale, a.wide_scales, a.zeros ? load_shared_u8(scales + ROWS * a.per_step * 2 + at) : a.zero);
       }
     }
     // Word s of both rows as the left operands of two products.
@@ -113,9 +106,7 @@ struct W4 {
       for (int i = 0; i < 4; ++i) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          uint32_t pair;  // (word & mask) | magic, which the compiler makes two instructions of
-          asm("lop3.b32 %0, %1, 0x000f000f, %2, 0xea;" : "=r"(pair) : "r"(words[h][s] >> 4 * i), "n"(Numbers<T>::MAGIC));
-          left[i / 2][i % 2 * 2 + h] = numbers[h].weights(pair);
+          left[i / 2][i % 2 * 2 + h] = numbers[h].weights(masked<0x000f000f, Numbers<T>::MAGIC>(words[h][s] >> 4 * i));
         }
       }
 #pragma unroll
@@ -129,19 +120,19 @@ struct W4 {
     const int lane = threadIdx.x % 32;
     Weights weights;
     weights.load_words(stage + X + row * ROW_BYTES + lane * 16);
+    uint32_t left[4][2][4];
 #pragma unroll
     for (int first = 0; first < 4; first += WORDS) {
-      uint32_t left[WORDS][2][4];
 #pragma unroll
       for (int w = 0; w < WORDS; ++w) {
         if (first + w == 0 || a.per_step > 1) weights.load_numbers(a, stage + X + W, row + lane / 4, first + w);
-        weights.unpack(first + w, left[w]);
+        weights.unpack(first + w, left[first + w]);
       }
       product_fence();
 #pragma unroll
       for (int i = 0; i < 2 * WORDS; ++i) {
         const int j = 2 * first + i;  // 16 columns
-        multiply<true>(sums, left[i / 2][i % 2], swizzled_rows(stage + j / 4 * (X / 2) + j % 4 * 32), T());
+        multiply<true>(sums, left[first + i / 2][i % 2], swizzled_rows(stage + j / 4 * (X / 2) + j % 4 * 32), T());
       }
       product_commit();
       product_wait<1>();
