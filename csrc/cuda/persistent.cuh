@@ -262,18 +262,26 @@ inline void set_bias(Common& a, const std::optional<Tensor>& bias) {
 
 inline void check(cudaError_t error) { STD_TORCH_CHECK(error == cudaSuccess, "CUDA says: ", cudaGetErrorString(error)); }
 
+// The driver's function, found once: nothing of ours is linked with the driver.
+inline auto encode_tiled() {
+  static const auto function = [] {
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult result;
+    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result));
+    STD_TORCH_CHECK(result == cudaDriverEntryPointSuccess, "the driver has no cuTensorMapEncodeTiled");
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
+  }();
+  return function;
+}
+
 // A matrix of 8- or 16-bit numbers, rows of a multiple of 16 bytes, as boxes of 128 bytes and `rows` rows.
 inline CUtensorMap boxes(const Tensor& t, int rows) {
-  void* found = nullptr;
-  cudaDriverEntryPointQueryResult result;
-  check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result));
-  STD_TORCH_CHECK(result == cudaDriverEntryPointSuccess, "the driver has no cuTensorMapEncodeTiled");
   const bool wide = t.scalar_type() == ScalarType::BFloat16 || t.scalar_type() == ScalarType::Half;
   const auto type = wide ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_UINT8;  // copied, not computed with
   const cuuint64_t sizes[] = {cuuint64_t(t.size(1)), cuuint64_t(t.size(0))}, strides[] = {cuuint64_t(t.stride(0)) * (wide ? 2 : 1)};
   const cuuint32_t box[] = {wide ? 64u : 128u, cuuint32_t(rows)}, every[] = {1, 1};
   CUtensorMap map;
-  const CUresult error = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found)(
+  const CUresult error = encode_tiled()(
       &map, type, 2, const_cast<void*>(t.const_data_ptr()), sizes, strides, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
       CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   STD_TORCH_CHECK(error == CUDA_SUCCESS, "cuTensorMapEncodeTiled gives ", int(error));
