@@ -22,7 +22,7 @@ from qkernels.kernels.cuda import wgmma
 from qkernels.kernels.registry import Matmul, Problem, register
 from qkernels.kernels.triton import f16_gemm
 from qkernels.kernels.triton.f16_format import Stored
-from qkernels.kernels.triton.launch import check, over_rows, regular
+from qkernels.kernels.triton.launch import check, gathered, over_rows, regular
 from qkernels.kernels.triton.layout import Packed
 
 TILES = (wgmma.Tile(128, step=0.85, whole=4, cut=8), wgmma.Tile(256, step=1.45, whole=3, cut=12))
@@ -67,21 +67,7 @@ torch.library.register_fake("qkernels::cuda_f16_w4_gemm", _run_fake, lib=_LIBRAR
 
 def bind(format: QuantFormat, shape: tuple[int, int]) -> Matmul:
     op, name, n = torch.ops.qkernels.cuda_f16_w4_gemm.default, format.name, shape[0]
-
-    def matmul(
-        x: Tensor,
-        weight: Tensor,
-        scales: Tensor,
-        zeros: Tensor | None,
-        tensor_scale: Tensor | None,
-        perm: Tensor | None,
-        bias: Tensor | None,
-    ) -> Tensor:
-        if perm is not None:
-            x = x.index_select(-1, perm)
-        return op(x, weight, scales, zeros, tensor_scale, bias, name, n)
-
-    return matmul
+    return gathered(lambda x, *tensors: op(x, *tensors, name, n))
 
 
 def run(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:

@@ -21,7 +21,7 @@ from qkernels.kernels.cuda import wgmma
 from qkernels.kernels.registry import Matmul, Problem, register
 from qkernels.kernels.triton import int8, s8_w4_gemm
 from qkernels.kernels.triton.int8 import Stored
-from qkernels.kernels.triton.launch import check, over_rows, regular
+from qkernels.kernels.triton.launch import check, gathered, over_rows, regular
 from qkernels.kernels.triton.s8_w4_gemm import Packed
 
 TILES = (wgmma.Tile(128, step=0.5, whole=4, cut=8), wgmma.Tile(256, step=0.72, whole=3, cut=11))
@@ -64,21 +64,7 @@ torch.library.register_fake("qkernels::cuda_s8_w4_gemm", _run_fake, lib=_LIBRARY
 
 def bind(format: QuantFormat, shape: tuple[int, int]) -> Matmul:
     op, name = torch.ops.qkernels.cuda_s8_w4_gemm.default, format.name
-
-    def matmul(
-        x: Tensor,
-        weight: Tensor,
-        scales: Tensor,
-        zeros: Tensor | None,
-        tensor_scale: Tensor | None,
-        perm: Tensor | None,
-        bias: Tensor | None,
-    ) -> Tensor:
-        if perm is not None:
-            x = x.index_select(-1, perm)
-        return op(x, weight, scales, zeros, bias, name)
-
-    return matmul
+    return gathered(lambda x, weight, scales, zeros, _, bias: op(x, weight, scales, zeros, bias, name))
 
 
 def run(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:

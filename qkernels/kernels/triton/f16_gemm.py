@@ -28,7 +28,20 @@ from qkernels.kernels.triton import layout, tables
 from qkernels.kernels.triton.f16_backward import backward
 from qkernels.kernels.triton.f16_dequantize import by_rows, dequantize
 from qkernels.kernels.triton.f16_format import Stored, arithmetic, constants, mode, rest_needed, table
-from qkernels.kernels.triton.launch import SPLITS, Gpu, check, gpu_of, lanes_last, over_rows, regular, remember, reserve, why_not, workspace
+from qkernels.kernels.triton.launch import (
+    SPLITS,
+    Gpu,
+    check,
+    gathered,
+    gpu_of,
+    lanes_last,
+    over_rows,
+    regular,
+    remember,
+    reserve,
+    why_not,
+    workspace,
+)
 from qkernels.kernels.triton.layout import Packed, restore
 from qkernels.kernels.triton.unpack_asm import base
 
@@ -264,21 +277,7 @@ torch.library.register_fake("qkernels::triton_f16_gemm", _run_fake, lib=_LIBRARY
 
 def bind(format: QuantFormat, shape: tuple[int, int], batch_invariant: bool = False) -> Matmul:
     op, name, n = torch.ops.qkernels.triton_f16_gemm.default, format.name, shape[0]
-
-    def matmul(
-        x: Tensor,
-        weight: Tensor,
-        scales: Tensor,
-        zeros: Tensor | None,
-        tensor_scale: Tensor | None,
-        perm: Tensor | None,
-        bias: Tensor | None,
-    ) -> Tensor:
-        if perm is not None:
-            x = x.index_select(-1, perm)
-        return op(x, weight, scales, zeros, tensor_scale, bias, name, n, batch_invariant)
-
-    return matmul
+    return gathered(lambda x, *tensors: op(x, *tensors, name, n, batch_invariant))
 
 
 def run(x: Tensor, packed: Packed, bias: Tensor | None, batch_invariant: bool = False) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qkernels.errors import FormatError
-from qkernels.kernels.registry import Problem
+from qkernels.kernels.registry import Matmul, Problem
 
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)  # parts of K; few: each is a kernel to compile
 MOST_LAUNCHES = 8192  # remembered for a kernel: each number of rows is one
@@ -77,6 +77,25 @@ def over_rows(x: Tensor, n: int, multiply: Callable[[Tensor, Tensor], None]) -> 
     else:
         multiply(rows, out.view(-1, n))
     return out
+
+
+def gathered(multiply: Callable[..., Tensor]) -> Matmul:
+    """A layer's matmul from `multiply(x, weight, scales, zeros, tensor_scale, bias)`: columns of x come into the weight's order before."""
+
+    def matmul(
+        x: Tensor,
+        weight: Tensor,
+        scales: Tensor,
+        zeros: Tensor | None,
+        tensor_scale: Tensor | None,
+        perm: Tensor | None,
+        bias: Tensor | None,
+    ) -> Tensor:
+        if perm is not None:
+            x = x.index_select(-1, perm)
+        return multiply(x, weight, scales, zeros, tensor_scale, bias)
+
+    return matmul
 
 
 def check(x: Tensor, weight: Tensor, columns: int) -> None:

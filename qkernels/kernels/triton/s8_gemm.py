@@ -24,7 +24,7 @@ from qkernels.formats import Int, QuantFormat, QuantTensor
 from qkernels.kernels.registry import Kernel, Matmul, Problem, register
 from qkernels.kernels.triton import int8, tables
 from qkernels.kernels.triton.int8 import OPTIONS, Tile, blocks
-from qkernels.kernels.triton.launch import SPLITS, Gpu, check, gpu_of, over_rows, reserve, why_not
+from qkernels.kernels.triton.launch import SPLITS, Gpu, check, gathered, gpu_of, over_rows, reserve, why_not
 
 TILE_K = 128  # columns, and bytes: what a row of a tile in shared memory holds
 
@@ -143,21 +143,7 @@ torch.library.register_fake("qkernels::triton_s8_gemm", _run_fake, lib=_LIBRARY)
 
 def bind(format: QuantFormat, shape: tuple[int, int]) -> Matmul:
     op = torch.ops.qkernels.triton_s8_gemm.default
-
-    def matmul(
-        x: Tensor,
-        weight: Tensor,
-        scales: Tensor,
-        zeros: Tensor | None,
-        tensor_scale: Tensor | None,
-        perm: Tensor | None,
-        bias: Tensor | None,
-    ) -> Tensor:
-        if perm is not None:
-            x = x.index_select(-1, perm)
-        return op(x, weight, scales, zeros, bias)
-
-    return matmul
+    return gathered(lambda x, weight, scales, zeros, _, bias: op(x, weight, scales, zeros, bias))
 
 
 def run(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:

@@ -36,7 +36,7 @@ from qkernels.formats.packing import pack, unpack
 from qkernels.kernels.registry import Kernel, Matmul, Problem, register
 from qkernels.kernels.triton import int8, tables
 from qkernels.kernels.triton.int8 import OPTIONS, Stored, Tile, blocks
-from qkernels.kernels.triton.launch import SPLITS, Gpu, check, gpu_of, lanes_last, over_rows, reserve, why_not
+from qkernels.kernels.triton.launch import SPLITS, Gpu, check, gathered, gpu_of, lanes_last, over_rows, reserve, why_not
 
 TILES = (128, 64, 32)  # columns of a tile
 
@@ -211,21 +211,7 @@ torch.library.register_fake("qkernels::triton_s8_w4_gemm", _run_fake, lib=_LIBRA
 
 def bind(format: QuantFormat, shape: tuple[int, int]) -> Matmul:
     op, name = torch.ops.qkernels.triton_s8_w4_gemm.default, format.name
-
-    def matmul(
-        x: Tensor,
-        weight: Tensor,
-        scales: Tensor,
-        zeros: Tensor | None,
-        tensor_scale: Tensor | None,
-        perm: Tensor | None,
-        bias: Tensor | None,
-    ) -> Tensor:
-        if perm is not None:
-            x = x.index_select(-1, perm)
-        return op(x, weight, scales, zeros, bias, name)
-
-    return matmul
+    return gathered(lambda x, weight, scales, zeros, _, bias: op(x, weight, scales, zeros, bias, name))
 
 
 def run(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
@@ -267,7 +253,7 @@ def _format_why_not(f: QuantFormat, n: int, k: int) -> str | None:
 
 
 def _cost(p: Problem) -> float:
-    """Two launches, and reading and multiplying as float activations do: until it is measured, it runs where int8 is asked for alone."""
+    """Two launches, and reading and multiplying as float activations do: it runs where int8 is asked for alone."""
     return 6.0 + max(p.format.nbytes(p.n, p.k) / 3e6, 2 * p.rows * p.n * p.k / 6e8)
 
 
