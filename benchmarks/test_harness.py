@@ -33,7 +33,7 @@ def test_shapes():
         parse_shapes("llama9")
 
 
-@pytest.mark.parametrize("faster", ["read", "read4"])
+@pytest.mark.parametrize("faster", ["read", "read4", "fetch"])
 def test_the_reader_takes_the_faster_way(faster, monkeypatch):
     monkeypatch.setattr(torch.ops.qkernels, "cpu_probe", lambda way, buffer, rounds: 2.0 if way == faster else 1.0, raising=False)
     assert roofline.reader(1 << 16)() == 2.0

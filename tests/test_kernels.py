@@ -328,7 +328,7 @@ def test_explain_takes_any_spelling_of_a_device():
     assert here == kernels.registry.explain(device=torch.device("cpu")).problem == kernels.registry.explain(device=here.device).problem
 
 
-@pytest.mark.parametrize("nbytes", [0, 1, (2 << 20) - 1, 2 << 20, (6 << 20) + 5])
+@pytest.mark.parametrize("nbytes", [0, 1, 40_001, (2 << 20) - 1, 2 << 20, (6 << 20) + 5])
 @pytest.mark.parametrize("refused", [False, True])
 def test_memory_of_packed_weights(nbytes, refused, monkeypatch):
     from qkernels.kernels.cpu import memory
@@ -338,6 +338,7 @@ def test_memory_of_packed_weights(nbytes, refused, monkeypatch):
 
     if refused:
         monkeypatch.setattr(memory.mmap, "mmap", refuse)
+        monkeypatch.setattr(memory, "_memory", None)
     with torch.device("meta"):  # as a model may be made under
         t = memory.empty(nbytes)
     assert (t.shape, t.dtype, t.device.type) == ((nbytes,), torch.uint8, "cpu") and t.is_contiguous()
@@ -345,3 +346,16 @@ def test_memory_of_packed_weights(nbytes, refused, monkeypatch):
     gc.collect()  # nothing but the tensor holds the memory
     assert torch.equal(t, (torch.arange(nbytes) % 251).to(torch.uint8))
     assert torch.equal(copy.deepcopy(t), t) and torch.equal(pickle.loads(pickle.dumps(t)), t)
+
+
+def test_small_tensors_share_pages_and_nothing_else(monkeypatch):
+    from qkernels.kernels.cpu import memory
+
+    monkeypatch.setattr(memory, "SHARED", memory.HUGE_PAGE)
+    monkeypatch.setattr(memory, "_memory", None)
+    sizes = [memory.LEAST + 17 * i for i in range(100)]  # more than one mapping holds
+    tensors = [memory.empty(nbytes).fill_(i) for i, nbytes in enumerate(sizes)]
+    pages = {t.data_ptr() // memory.HUGE_PAGE for t in tensors}
+    assert len(pages) < 10 and all(t.data_ptr() % 64 == 0 for t in tensors)
+    for i, t in enumerate(tensors):
+        assert (t == i).all() and t.untyped_storage().nbytes() == sizes[i]

@@ -160,6 +160,8 @@ struct Grouped {  // a weight before it is quantised, with one scale and zero pe
   Grid grid;
 };
 
+enum class Read { one, four, fetched };  // streams; or one whose lines are fetched to L1 beforehand
+
 struct Level {
   const char* name;
   Arithmetic s8, pairs, f32, bf16;  // pairs: s8 with half the products (see DotPairs), for weights that has_few_codes
@@ -169,7 +171,7 @@ struct Level {
   // of groups g0…g1 the best candidate and its error; the codes [n, k] of rows r0…r1
   void (*best_scales)(const Grouped&, int64_t g0, int64_t g1, int64_t* best, float* errors);
   void (*encode)(const Grouped&, int64_t r0, int64_t r1, uint8_t* codes);
-  int64_t (*read_bytes)(const char* p, int64_t bytes, bool four_streams);  // roofline probe: read, and return a checksum
+  int64_t (*read_bytes)(const char* p, int64_t bytes, Read how);  // roofline probe: read, and return a checksum
 };
 
 const Level* best_level();  // the highest that this machine has, or the one that was forced

@@ -7,6 +7,7 @@
 #include "cpu/kernels.h"
 
 #define QK_AMX
+#define QK_FETCH_NEAR
 namespace qk {
 namespace {
 #include "cpu/numbers.h"

@@ -314,16 +314,17 @@ bool set_level_op(std::string name) {
 bool has_level_op(std::string name) { return has_level(name.c_str()); }
 std::string level_op() { return best_level()->name; }
 
-// Roofline probes: the rate of all threads together, 0 where the level lacks the arithmetic. what: "read" and "read4": bytes of buffer a
-// second, each thread in one stream or in four; "s8", "f32", "bf16": multiply-adds a second.
+// Roofline probes: the rate of all threads together, 0 where the level lacks the arithmetic. what: "read", "read4" and "fetch": bytes of
+// buffer a second, each thread in one stream, in four, or in one whose lines are fetched beforehand; "s8", "f32", "bf16": multiply-adds a second.
 double probe(std::string what, Tensor buffer, int64_t rounds) {
   constexpr int64_t PIECE = 256 << 10;  // bytes that a thread reads at a time
   const Level& level = *best_level();
   const int64_t threads = torch::stable::get_num_threads(), bytes = buffer.numel();
   check_dense(buffer, "buffer");
   STD_TORCH_CHECK(buffer.scalar_type() == ScalarType::Byte, "buffer must be uint8");
-  const bool reads = what == "read" || what == "read4";
-  STD_TORCH_CHECK(reads || what == "s8" || what == "f32" || what == "bf16", "what is read, read4, s8, f32 or bf16, not ", what);
+  const Read how = what == "read4" ? Read::four : what == "fetch" ? Read::fetched : Read::one;
+  const bool reads = how != Read::one || what == "read";
+  STD_TORCH_CHECK(reads || what == "s8" || what == "f32" || what == "bf16", "what is read, read4, fetch, s8, f32 or bf16, not ", what);
   const char* p = static_cast<const char*>(buffer.const_data_ptr());
   const auto run = what == "s8" ? level.s8.probe : what == "f32" ? level.f32.probe : level.bf16.probe;
   if (!reads && run == nullptr) return 0;
@@ -331,7 +332,7 @@ double probe(std::string what, Tensor buffer, int64_t rounds) {
   const auto start = std::chrono::steady_clock::now();
   share(reads ? (bytes + PIECE - 1) / PIECE : threads, false, [&](int64_t task) {
     if (!reads) return void(done += run(rounds));
-    const int64_t first = task * PIECE, length = std::min(PIECE, bytes - first), sum = level.read_bytes(p + first, length, what == "read4");
+    const int64_t first = task * PIECE, length = std::min(PIECE, bytes - first), sum = level.read_bytes(p + first, length, how);
     __asm__ volatile("" : : "r"(sum));  // somebody may look at it
     done += length;
   });

@@ -1,25 +1,28 @@
 // Roofline probes: what this level can do at most, with its own instructions and register tile.
 
-template <int STREAMS>
+template <int STREAMS, bool FETCH>
 int64_t read_streams(const char* p, int64_t bytes) {
   constexpr int STEP = 64;
   const int64_t stride = bytes / STREAMS / STEP * STEP;
   uint64_t sum[STREAMS][STEP / 8] = {};
   for (int64_t i = 0; i < stride; i += STEP)
-    for (int s = 0; s < STREAMS; s++)
+    for (int s = 0; s < STREAMS; s++) {
+      if (FETCH) __builtin_prefetch(p + s * stride + i + 2560);
       for (int j = 0; j < STEP / 8; j++) {
         uint64_t word;
         __builtin_memcpy(&word, p + s * stride + i + 8 * j, 8);
         sum[s][j] ^= word;
       }
+    }
   for (int s = 0; s < STREAMS; s++)
     for (int j = 0; j < STEP / 8; j++) sum[0][0] ^= sum[s][j];
   return int64_t(sum[0][0]);
 }
 
 // Which gets more from memory depends on the machine, and on the day where it is shared.
-int64_t read_bytes(const char* p, int64_t bytes, bool four_streams) {
-  return four_streams ? read_streams<4>(p, bytes) : read_streams<1>(p, bytes);
+int64_t read_bytes(const char* p, int64_t bytes, Read how) {
+  if (how == Read::fetched) return read_streams<1, true>(p, bytes);
+  return how == Read::four ? read_streams<4, false>(p, bytes) : read_streams<1, false>(p, bytes);
 }
 
 template <class Source>

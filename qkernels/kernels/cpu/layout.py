@@ -66,8 +66,7 @@ def prepare(q: QuantTensor) -> Packed:
         tensor_scale = _panel_rows(tensor_scale, q.format, n, k, PANEL)
     if scales.dtype == torch.float8_e8m0fnu:  # a dtype that the stable ABI does not carry yet
         scales = scales.view(torch.uint8)
-    codes = memory.empty(weight.numel()).view_as(weight.flatten(2))
-    return Packed(q.format, q.shape, _strips(weight.flatten(2), codes), scales, zeros, tensor_scale, q.perm)
+    return Packed(q.format, q.shape, _strips(weight.flatten(2)), scales, zeros, tensor_scale, q.perm)
 
 
 def restore(packed: Packed) -> QuantTensor:
@@ -127,9 +126,9 @@ def _parts(format: QuantFormat) -> Parts:
     return format.block.split(torch.zeros(1, 2, format.block.nbytes, dtype=torch.uint8, device="cpu"))
 
 
-def _strips(panels: Tensor, out: Tensor | None = None) -> Tensor:
+def _strips(panels: Tensor) -> Tensor:
     """[panels, tiles or groups, elements of one] -> [elements], as they lie in memory."""
-    out, whole = panels.new_empty(panels.shape) if out is None else out, panels.shape[0] // STRIP * STRIP
+    out, whole = memory.empty(panels.nbytes).view(panels.dtype).view(panels.shape), panels.shape[0] // STRIP * STRIP
     _in_strips(out[:whole]).copy_(panels[:whole].unflatten(0, (-1, STRIP)).transpose(1, 2))
     out[whole:] = panels[whole:]
     return out.view(-1)

@@ -28,15 +28,15 @@ class Roofline:
 def reader(nbytes: int) -> Callable[[], float]:
     """A function that reads a buffer of `nbytes`, in memory as weights have it, once with all threads, and returns bytes per second.
 
-    Each thread follows one stream of addresses, or four: what was faster when the function was made. That depends on the CPU, and on what
-    else its memory has to do at the time.
+    Each thread follows one stream of addresses, or four, or one whose lines it fetches beforehand: what was fastest when the function was
+    made. That depends on the CPU, and on what else its memory has to do at the time.
     """
     buffer = memory.empty(nbytes).fill_(1)
 
     def read(way: str) -> float:
         return torch.ops.qkernels.cpu_probe(way, buffer, 1)
 
-    ways = ("read", "read4")
+    ways = ("read", "read4", "fetch")
     rates = [[read(way) for way in ways] for _ in range(9)]
     medians = [statistics.median(column) for column in zip(*rates, strict=True)]
     return partial(read, ways[medians.index(max(medians))])
