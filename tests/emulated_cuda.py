@@ -1,4 +1,4 @@
-"""The Hopper kernels without a GPU: csrc/cuda compiled for the host over tests/cuda_emulation, and calls of its operators on the CPU."""
+"""The CUDA kernels without a GPU: csrc/cuda compiled for the host over tests/cuda_emulation, and calls of its operators on the CPU."""
 
 import ctypes
 import itertools
@@ -72,7 +72,8 @@ def build(source, folder, changes=()):
     """Compile csrc/cuda/<source>.cu, after `compile_begin`; changes: (file, old, new), made in a copy of the sources."""
     name = f"emulated_{next(_COUNT)}"
     csrc = folder / name
-    shutil.copytree(ROOT / "csrc" / "cuda", csrc / "cuda")
+    for part in ("common", "cuda"):
+        shutil.copytree(ROOT / "csrc" / part, csrc / part)
     for file, old, new in changes:
         text = (csrc / "cuda" / file).read_text()
         assert text.count(old) == 1, f"{file} has {text.count(old)} times: {old}"
