@@ -8,11 +8,15 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+import setuptools
 import torch
 
 from benchmarks.gpu import static_cuda
+from qkernels import formats
 from qkernels.kernels import compiled as compiled_libraries
 from qkernels.kernels.cuda import f16_w4_gemm, library, s8_w4_gemm, s8_w8_gemm, wgmma
+from qkernels.kernels.device import Device
+from qkernels.kernels.registry import Problem
 
 CSRC = Path(__file__).parents[1] / "csrc"
 OPS = ("s8_w4_wgmma", "s8_w8_wgmma", "w4_wgmma")
@@ -20,21 +24,24 @@ OPS = ("s8_w4_wgmma", "s8_w8_wgmma", "w4_wgmma")
 # -- machine code ------------------------------------------------------------------------------------------------------------------
 
 VARIANTS = [
-    *(("w4_wgmma", dtype, False, tokens) for dtype in ("bf16", "fp16") for tokens in (128, 256)),
-    *(("s8_w8_wgmma", dtype, False, tokens) for dtype in ("bf16", "fp16") for tokens in (128, 256)),
-    *(("s8_w4_wgmma", dtype, False, tokens) for dtype in ("bf16", "fp16") for tokens in (128, 256)),
-    *(("s8_w4_wgmma", dtype, True, 128) for dtype in ("bf16", "fp16")),
+    *(("w4_wgmma", ("W4", dtype, tokens)) for dtype in ("bf16", "f16") for tokens in ("128", "256")),
+    *(("s8_wgmma", ("W8", wide, tokens)) for wide in "01" for tokens in ("128", "256")),
+    *(("s8_wgmma", ("W4", wide, tokens, "0")) for wide in "01" for tokens in ("128", "256")),
+    *(("s8_wgmma", ("W4", wide, "128", "1")) for wide in "01"),
 ]
 
 
 @pytest.fixture(scope="module")
 def compiled():
-    """Variant -> kernel."""
+    """(source, template arguments) -> architecture -> kernel."""
     if reason := library.why_missing():
         pytest.skip(reason)
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton brings the tools that read machine code")
-    return {(kernel.name, kernel.dtype, kernel.by_step, kernel.tokens): kernel for kernel in static_cuda.kernels()}
+    found = defaultdict(dict)
+    for kernel in static_cuda.kernels():
+        found[kernel.source, kernel.arguments][kernel.architecture] = kernel
+    return found
 
 
 def test_the_library_registers_its_operators():
@@ -53,25 +60,99 @@ def test_a_missing_library_has_a_reason(tmp_path, monkeypatch):
     assert compiled_libraries.load("_CUDA", "cuda_reason").startswith("the compiled library does not load: ")
 
 
-def test_no_kernel_goes_unlooked_at(compiled):
-    assert set(compiled) == set(VARIANTS)
+def test_every_kernel_is_there_for_every_gpu(compiled):
+    """And nothing of the library goes unlooked at: what is not for Hopper alone is looked at below."""
+    of_hopper = [variant for variant in compiled if variant[0].endswith("_wgmma")]
+    assert sorted(of_hopper) == sorted(VARIANTS)
+    for (source, _), kernels in compiled.items():
+        assert set(kernels) == {one.removesuffix("+PTX") for one in library.architectures(source)}, source
 
 
-@pytest.mark.parametrize(("name", "dtype", "by_step", "tokens"), VARIANTS)
-def test_machine_code(compiled, name, dtype, by_step, tokens):
-    kernel = compiled[name, dtype, by_step, tokens]
+@pytest.mark.parametrize(("source", "arguments"), VARIANTS)
+def test_machine_code_for_hopper(compiled, source, arguments):
+    kernel, tokens, by_step = compiled[source, arguments]["9.0a"], arguments[2], arguments[3:] == ("1",)
     loop = kernel.loop()
-    product, products = (f"HGMMA.64x{tokens}x16.F32", 8) if name == "w4_wgmma" else (f"IGMMA.64x{tokens}x32.S8.S8", 4)
+    product, products = (f"HGMMA.64x{tokens}x16.F32", 8) if source == "w4_wgmma" else (f"IGMMA.64x{tokens}x32.S8.S8", 4)
     assert static_cuda.count(loop, product) == len(kernel.all_of("HGMMA", "IGMMA")) == products
     at = [i for i, instruction in enumerate(loop) if instruction.startswith(product)]
     assert not static_cuda.count(loop, "STL") and not static_cuda.count(loop[at[0] : at[-1]], "LDL"), "registers are spilled"
     from_registers = [loop[i] for i in at if loop[i].split(", ")[1].startswith("R")]
-    assert len(from_registers) == (0 if name == "s8_w8_wgmma" else products), "weights come from where they should not"
+    assert len(from_registers) == (0 if arguments[0] == "W8" else products), "weights come from where they should not"
     # A compiler that sees registers of a running product touched waits after every one; it says so, but only while compiling.
     waits = [f.split()[-1] for f in loop if f.startswith("WARPGROUP.DEPBAR")]
-    assert waits == (["0x0"] if by_step else ["0x1"] if name == "s8_w8_wgmma" else ["0x1", "0x1"])
+    assert waits == (["0x0"] if by_step else ["0x1"] if arguments[0] == "W8" else ["0x1", "0x1"])
     roles = kernel.all_of("USETMAXREG")
     assert len(roles) == 2 and "TRY_ALLOC" in roles[0] + roles[1] and "DEALLOC" in roles[0] + roles[1]
+
+
+# -- which GPUs: setup.py and library.py -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def setup():
+    """setup.py, without its call of setuptools."""
+    spec = importlib.util.spec_from_file_location("setup_of_qkernels", CSRC.parent / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setuptools, "setup", lambda **_: None)
+        spec.loader.exec_module(module)
+    return module
+
+
+KNOWN = "sm_75\nsm_80\nsm_86\nsm_90\nsm_100\nsm_120\n"
+
+
+@pytest.mark.parametrize(
+    ("asked", "known", "found"),
+    [
+        (None, KNOWN, ["7.5", "8.0", "9.0", "10.0", "12.0+PTX"]),
+        ("", KNOWN.replace("sm_100\nsm_120\n", ""), ["7.5", "8.0", "9.0+PTX"]),
+        ("12.0+PTX;8.6", KNOWN, ["8.6", "12.0+PTX"]),
+        (" 9.0a 8.0 ", KNOWN, ["8.0", "9.0"]),
+    ],
+)
+def test_architectures(setup, monkeypatch, asked, known, found):
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+    assert setup.architectures(known) == found
+
+
+@pytest.mark.parametrize("asked", ["Hopper", "90", "8.0,9.0", "5.0", "9.0+ptx"])
+def test_architectures_that_nobody_can_read(setup, monkeypatch, asked):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+    with pytest.raises(RuntimeError, match="TORCH_CUDA_ARCH_LIST has "):
+        setup.architectures(KNOWN)
+
+
+def test_architectures_of_a_source(setup):
+    wanted = ["7.5", "8.0", "12.0+PTX"]
+    assert setup.for_source("w4_wgmma", wanted) == ["9.0a"]
+    assert setup.for_source("w4_gemv", wanted) == wanted
+    assert setup.for_source("w4_mma", wanted) == wanted[1:]
+    assert setup.for_source("w4_mma", ["7.5"]) == []
+    assert setup.gencodes(["9.0a", "12.0+PTX"]) == [
+        "-gencode=arch=compute_90a,code=sm_90a", "-gencode=arch=compute_120,code=[sm_120,compute_120]",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("built", "sm", "reason"),
+    [
+        (["8.0", "9.0"], 80, None),
+        (["8.0", "9.0"], 89, None),
+        (["8.6"], 80, "is compiled for 8.6 (TORCH_CUDA_ARCH_LIST), not sm80"),
+        (["8.0", "9.0"], 120, "is compiled for 8.0, 9.0 (TORCH_CUDA_ARCH_LIST), not sm120"),
+        (["8.0+PTX"], 120, None),
+        (["12.0+PTX"], 90, "is compiled for 12.0+PTX (TORCH_CUDA_ARCH_LIST), not sm90"),
+        (None, 90, None),
+        (["8.0"], 75, "needs sm80, not sm75"),
+        ([], 80, "is compiled for no GPU that it could run on (TORCH_CUDA_ARCH_LIST), not sm80"),
+    ],
+)
+def test_a_gpu_that_was_not_compiled_for_has_a_reason(monkeypatch, built, sm, reason):
+    monkeypatch.setattr(library, "architectures", lambda source: built)
+    assert library.why_not(Problem(formats.get("int4"), 64, 64, device=Device("cuda", sm=sm)), "w4_mma", 80) == reason
 
 
 # -- how blocks share the tiles: csrc/cuda/stream_k.h is plain C++ -----------------------------------------------------------------

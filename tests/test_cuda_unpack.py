@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from cases import equal_values
-from emulated_cuda import EMULATION, INCLUDE, LINK, ROOT, compile, compile_begin, why_not
+from emulated_cuda import INCLUDE, LINK, ROOT, compile, compile_begin, why_not
 
 from qkernels import formats
 from qkernels.formats.format import SCALE_DTYPES
