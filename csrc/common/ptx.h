@@ -25,6 +25,12 @@ __device__ inline uint32_t shared_memory() {
 __device__ inline void load_shared(uint32_t (&to)[4], uint32_t at) {
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(at) : "memory");
 }
+__device__ inline void load_shared(uint32_t (&to)[2], uint32_t at) {
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(to[0]), "=r"(to[1]) : "r"(at) : "memory");
+}
+__device__ inline void load_shared(uint32_t (&to)[1], uint32_t at) {
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(to[0]) : "r"(at) : "memory");
+}
 __device__ inline uint32_t load_shared_u8(uint32_t at) {
   uint32_t value;
   asm volatile("ld.shared.u8 %0, [%1];" : "=r"(value) : "r"(at));
@@ -40,6 +46,7 @@ __device__ inline float load_shared_f32(uint32_t at) {
   asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(at));
   return value;
 }
+__device__ inline void store_shared_u32(uint32_t at, uint32_t value) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(value) : "memory"); }
 __device__ inline void store_shared_f32(uint32_t at, float value) { asm volatile("st.shared.f32 [%0], %1;" ::"r"(at), "f"(value) : "memory"); }
 
 // Of some warps of a block; barrier 0 is __syncthreads's.
@@ -50,6 +57,10 @@ __device__ inline void sync_warps(int barrier, int threads) { asm volatile("bar.
 // Zeros where nothing is `there`; `from` is then not read.
 __device__ inline void copy_async(uint32_t to, const void* from, bool there) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
+}
+__device__ inline void copy_async(uint32_t to, const void* from, bool there, uint64_t policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(to), "l"(from), "r"(there ? 16 : 0), "l"(policy)
+               : "memory");
 }
 __device__ inline void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
@@ -129,6 +140,13 @@ __device__ inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t select
 __device__ inline uint32_t choose_bits(uint32_t mask, uint32_t a, uint32_t b) {
   uint32_t result;
   asm("lop3.b32 %0, %1, %2, %3, 0xca;" : "=r"(result) : "r"(mask), "r"(a), "r"(b));
+  return result;
+}
+
+// a / b, off by two units in the last place at most: what Triton makes of a division.
+__device__ inline float quotient(float a, float b) {
+  float result;
+  asm("div.full.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
   return result;
 }
 

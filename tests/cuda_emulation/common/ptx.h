@@ -17,10 +17,14 @@ inline uint8_t shared[1] __attribute__((aligned(1024)));  // what a kernel decla
 inline uint32_t shared_address(const void*) { return emulated::BASE; }
 inline uint32_t shared_memory() { return emulated::BASE; }
 
-inline void load_shared(uint32_t (&to)[4], uint32_t at) { std::memcpy(to, emulated::shared(at, 16), 16); }
+template <int WORDS>
+void load_shared(uint32_t (&to)[WORDS], uint32_t at) {
+  std::memcpy(to, emulated::shared(at, 4 * WORDS), 4 * WORDS);
+}
 inline uint32_t load_shared_u8(uint32_t at) { return emulated::load<uint8_t>(at); }
 inline uint16_t load_shared_u16(uint32_t at) { return emulated::load<uint16_t>(at); }
 inline float load_shared_f32(uint32_t at) { return emulated::load<float>(at); }
+inline void store_shared_u32(uint32_t at, uint32_t value) { std::memcpy(emulated::shared(at, 4), &value, 4); }
 inline void store_shared_f32(uint32_t at, float value) { std::memcpy(emulated::shared(at, 4), &value, 4); }
 inline void sync_warps(int barrier, int threads) { emulated::meet(barrier, threads); }
 
@@ -28,6 +32,7 @@ inline void copy_async(uint32_t to, const void* from, bool there) {
   if (there && reinterpret_cast<uintptr_t>(from) % 16) emulated::fail("a copy of 16 bytes begins at a multiple of 16");
   emulated::begin_piece(to, there ? from : nullptr);
 }
+inline void copy_async(uint32_t to, const void* from, bool there, uint64_t) { copy_async(to, from, there); }
 inline void copy_async_commit() { ++emulated::current->piece_groups; }
 template <int PENDING>
 void copy_async_wait() {
@@ -69,6 +74,7 @@ inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
   }
   return result;
 }
+inline float quotient(float a, float b) { return a / b; }
 template <class T>
 void keep(T&) {}
 
