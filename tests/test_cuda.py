@@ -19,7 +19,7 @@ from qkernels.kernels.device import Device
 from qkernels.kernels.registry import Problem
 
 CSRC = Path(__file__).parents[1] / "csrc"
-OPS = ("s8_w4_wgmma", "s8_w8_wgmma", "w4_wgmma")
+OPS = ("s8_quantize", "s8_w4_mma", "s8_w4_wgmma", "s8_w8_mma", "s8_w8_wgmma", "w4_wgmma")
 
 # -- machine code ------------------------------------------------------------------------------------------------------------------
 
@@ -83,6 +83,32 @@ def test_machine_code_for_hopper(compiled, source, arguments):
     assert waits == (["0x0"] if by_step else ["0x1"] if arguments[0] == "W8" else ["0x1", "0x1"])
     roles = kernel.all_of("USETMAXREG")
     assert len(roles) == 2 and "TRY_ALLOC" in roles[0] + roles[1] and "DEALLOC" in roles[0] + roles[1]
+
+
+S8_WEIGHTS = [("W8",), ("W4", "4", "0"), ("W4", "4", "1"), ("W4", "2", "1"), ("W4", "1", "1")]
+S8_VARIANTS = [
+    (*weights, "Tile", *tile.split())
+    for weights in S8_WEIGHTS
+    for tile in ("64 16 4 1", "64 32 4 1", "64 64 2 2", "128 64 4 2" if weights[2:] == ("1",) else "128 128 4 2")
+]
+
+
+def test_every_kernel_of_int8_on_ampere_is_looked_at(compiled):
+    assert sorted(arguments for source, arguments in compiled if source == "s8_mma") == sorted(S8_VARIANTS)
+
+
+@pytest.mark.parametrize("arguments", S8_VARIANTS)
+def test_machine_code_for_int8_on_ampere(compiled, arguments):
+    """For every GPU: products of 16 x 8 x 32, as many as a warp has in a step, copies behind the program's back, and no spills."""
+    rows, tokens, *warps = map(int, arguments[-4:])
+    count = warps[0] * warps[1]
+    products = rows * tokens * 128 // (16 * 8 * 32) // count
+    copies = (rows * (128 if arguments[0] == "W8" else 64) + tokens * 128) // 16 // (32 * count)
+    for architecture, kernel in compiled["s8_mma", arguments].items():
+        loop = kernel.loop()
+        assert static_cuda.count(loop, "IMMA.16832.S8.S8") == len(kernel.all_of("IMMA")) == products, architecture
+        assert static_cuda.count(loop, "LDGSTS") == copies, architecture
+        assert not static_cuda.count(loop, "LDL", "STL"), f"registers are spilled on {architecture}"
 
 
 # -- which GPUs: setup.py and library.py -----------------------------------------------------------------------------------------------

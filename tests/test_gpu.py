@@ -11,7 +11,9 @@ from torch import nn
 import qkernels
 from qkernels import QuantLinear, formats, kernels, reference
 from qkernels.kernels import device as devices
+from qkernels.kernels.cuda import library, s8_mma
 from qkernels.kernels.registry import Problem, why_not
+from qkernels.kernels.triton import int8
 from qkernels.testing import assert_matmul_close
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -74,6 +76,22 @@ def test_restore_and_dequantize(kernel, format):
             packed = kernel.prepare(q)
             assert kernel.restore(packed).equal(q)
             torch.testing.assert_close(kernel.dequantize(packed), reference.decode(q), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_cuda_and_triton_quantize_alike(dtype):
+    """Rows of every kind: the same codes, scales and sums, bit for bit."""
+    if reason := library.why_missing():
+        pytest.skip(reason)
+    for m, k in ((1, 64), (33, 515), (300, 4096), (7, 14336)):
+        x = torch.randn(m, k, device="cuda", dtype=dtype) * torch.logspace(-3, 3, m, device="cuda")[:, None].to(dtype)
+        if m > 5:
+            x[1], x[2, -1], x[3, 0], x[4] = 0, torch.inf, torch.nan, 2e-36
+        padded = -(-k // 128) * 128
+        (codes, rows), (want_codes, want_rows) = s8_mma.quantize(x, padded), int8.quantize(x, padded, early=False)
+        finite = x.isfinite().all(1)
+        assert torch.equal(codes[finite], want_codes[finite]) and torch.equal(rows[:, finite], want_rows[:, finite])
+        assert rows[0, ~finite].isnan().all() and want_rows[0, ~finite].isnan().all()
 
 
 def linear(n=512, k=1024, dtype=torch.bfloat16):
