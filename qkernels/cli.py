@@ -79,12 +79,13 @@ def list_formats() -> None:
     """Every registered format, and which kernels run it here: on the CPU, and on the GPU if there is one."""
     cpu = devices.current("cpu")
     gpu = devices.current("cuda") if torch.cuda.is_available() else cpu
-    table = Table("format", "short names", "bits / weight", *(k.name for k in kernels.all_kernels()))
+    here = {k: gpu if k.backend in ("triton", "cuda") else cpu for k in kernels.all_kernels()}
+    table = Table("format", "short names", "bits / weight", "kernels")
+    table.columns[0].no_wrap = True
     for f in formats.all_formats():
         short = ", ".join(alias for alias, name in formats.aliases().items() if name == f.name)
-        here = {k.name: gpu if k.backend in ("triton", "cuda") else cpu for k in kernels.all_kernels()}
-        able = ("yes" if k.why_not(registry.Problem(f, 4096, 4096, device=here[k.name])) is None else "-" for k in kernels.all_kernels())
-        table.add_row(f.name, short, f"{f.bits_per_weight():.3f}", *able)
+        able = (k.name for k, device in here.items() if k.why_not(registry.Problem(f, 4096, 4096, device=device)) is None)
+        table.add_row(f.name, short, f"{f.bits_per_weight():.3f}", ", ".join(able))
     console.print(table)
 
 

@@ -14,7 +14,8 @@ import torch
 from benchmarks.gpu import static_cuda
 from qkernels import formats
 from qkernels.kernels import compiled as compiled_libraries
-from qkernels.kernels.cuda import f16_w4_gemm, library, s8_w4_gemm, s8_w8_gemm, wgmma
+from qkernels.kernels import registry
+from qkernels.kernels.cuda import f16_w4_gemm, library, s8_mma, s8_w4_gemm, s8_w8_gemm, wgmma
 from qkernels.kernels.device import Device
 from qkernels.kernels.registry import Problem
 
@@ -310,3 +311,39 @@ def test_a_launch_passes_what_the_op_takes(monkeypatch, whole):
     assert found[0] is x and found[2] is out and found[4] is flags
     assert found[3] is None if whole else found[3].shape == (132 * 128 * 256,)
     assert found[5:] == [8, 9, 256, 132, 4, whole, True, 7]
+
+
+AMPERE = s8_mma.Gpu(108, 164 << 10, early=False)
+
+
+@pytest.mark.parametrize("tiles", [s8_mma.TILES, s8_mma.TILES_OF_GROUPS])
+def test_a_plan_for_int8(tiles):
+    """Few tokens take the narrowest tile that holds them, many the largest where it keeps the GPU busy; a wave that is not full is cut."""
+    for m, t in ((1, tiles[0]), (16, tiles[0]), (17, tiles[1]), (64, tiles[2]), (65, tiles[2]), (8192, tiles[3])):
+        assert s8_mma.plan(tiles, 4096, m, 32, 64, AMPERE).tile == t
+    few = s8_mma.plan(tiles, 4096, 1, 32, 64, AMPERE)
+    assert not few.whole and few.blocks == 108 * 4 < s8_mma.count(few.tile, 4096, 1) * 32 // s8_mma.SHORTEST
+    assert s8_mma.plan(tiles, 64, 1, 32, 64, AMPERE).blocks == 32 // s8_mma.SHORTEST
+    assert s8_mma.plan(tiles, 64 * 108 * 4, 1, 32, 64, AMPERE).whole
+    assert not s8_mma.plan(tiles, 64 * 108 * 6, 1, 32, 64, AMPERE).whole
+
+
+@pytest.mark.parametrize("row_bytes", [64, 128])
+@pytest.mark.parametrize("shared", [100 << 10, 164 << 10, 228 << 10])
+def test_blocks_of_a_processor_fit_into_its_memory(row_bytes, shared):
+    for m in (1, 17, 33, 4096):
+        p = s8_mma.plan(s8_mma.TILES, 28672, m, 32, row_bytes, s8_mma.Gpu(100, shared, early=True))
+        assert p.blocks // 100 * s8_mma.shared_bytes(p.tile, row_bytes) <= shared
+
+
+@pytest.mark.parametrize(("name", "kernel"), [("int8", "cuda_s8_w8_mma"), ("int4", "cuda_s8_w4_mma"), ("int4_g32", "cuda_s8_w4_mma")])
+def test_int8_without_triton(name, kernel):
+    """There it is chosen; where Triton is, it has to be asked for."""
+    for sm in (80, 86, 89, 90, 120):
+        there, missing = (
+            Problem(formats.get(name), 4100, 4100, device=Device("cuda", sm=sm, triton=t), compute="int8") for t in (True, False)
+        )
+        assert registry.plan(missing).kernel.name == kernel
+        assert registry.plan(there).kernel.backend == "triton" and registry.plan(there, kernel).kernel.name == kernel
+    old = Problem(formats.get(name), 4100, 4100, device=Device("cuda", sm=75), compute="int8")
+    assert registry.plan(old).rejected[kernel] == "needs sm80, not sm75"

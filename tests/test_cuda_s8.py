@@ -222,48 +222,48 @@ def test_quantizing_waits_for_the_kernel_before(quantizer):
 
 # -- the emulation sees faults -----------------------------------------------------------------------------------------------------------
 
-FILE = "s8_mma.cu"
+MMA, TILE = "s8_mma.cu", "tile.cuh"
 FEWER = [  # of a kernel that is broken one tile is enough, and compiled sooner; and of weights one kind
-    (FILE, "  if (is(64, 16)) return launch<W, Tile<64, 16, 4, 1>>(a, room, flags, how);\n", ""),
-    (FILE, "  if (is(64, 64)) return launch<W, Tile<64, 64, 2, 2>>(a, room, flags, how);\n", ""),
-    (FILE, "  if (is(128, MOST)) return launch<W, Tile<128, MOST, 4, 2>>(a, room, flags, how);\n", ""),
+    (MMA, "  if (is(64, 16)) return launch<W, Tile<64, 16, 4, 1>>(a, room, flags, how);\n", ""),
+    (MMA, "  if (is(64, 64)) return launch<W, Tile<64, 64, 2, 2>>(a, room, flags, how);\n", ""),
+    (MMA, "  if (is(128, MOST)) return launch<W, Tile<128, MOST, 4, 2>>(a, room, flags, how);\n", ""),
 ]
 LAUNCHED = ("W8", "W4<4, false>", "W4<4, true>", "W4<2, true>", "W4<1, true>")
-WAIT, LEAVE = "copy_async_wait<STAGES - 2>();", "__threadfence();\n    __syncthreads();\n"
+W8, W4 = ("W8", "u8_g-1_zi_sbf16"), ("W4<4, true>", "u4_g128_zi_sbf16")
+WAIT = "copy_async_wait<STAGES - 2>();"
 FAULTS = {
     "tokens in another order": (
-        "W8",
+        W8,
+        MMA,
         "{{pieces[0], pieces[1]}, {pieces[2], pieces[3]}}",
         "{{pieces[0], pieces[2]}, {pieces[1], pieces[3]}}",
     ),
-    "weights in another order": ("W8", "lane % 16, 2 * span + lane / 16", "lane % 8 + lane / 16 * 8, 2 * span + lane / 8 % 2"),
-    "a stage not waited for": ("W8", WAIT, ""),
-    "codes in another order": ("W4<4, true>", "words[s] >> 4,", "words[s ^ 1] >> 4,"),
-    "a stage that others have not copied": ("W8", "__syncthreads();  // all", "// all"),
-    "a stage too few waited for": ("W8", WAIT, WAIT.replace("2", "1")),
-    "a stage filled while it is read": ("W4<4, true>", "stage == 0 ? STAGES - 1 : stage - 1;", "stage;"),
-    "the kernel before not waited for": ("W8", "wait_for_previous();", ""),
-    "rows beyond the last": ("W8", "m + e >= a.m || n >= a.n", "n >= a.n"),
-    "columns beyond the last": ("W8", "m + e >= a.m || n >= a.n", "m + e >= a.m"),
-    "scales of another step": ("W4<4, true>", "next.load(a, n, step + 1);", "next.load(a, n, step);"),
-    "a subtraction that borrows": ("W4<4, true>", "(groups ? 0x80808080 : 0)", "(groups ? 0x00808080 : 0)"),
-    "zero points left out": ("W8", "sum -= rows[i].zero * total;", ";"),
-    "parts of another block": ("W4<4, true>", "part(helper, i)", "part(helper + 1, i)"),
-    "a part left out": ("W8", "= schedule.first_helper(work),", "= schedule.block() - 1,"),
-    "parts not waited for": ("W8", "wait_for_flag(a.flags + helper);", ""),
-    "parts not yet seen by others": ("W8", LEAVE, LEAVE.replace("__threadfence();\n", "")),
-    "a flag before all have left their sums": ("W8", LEAVE, "__threadfence();\n"),
-    "flags left raised": ("W8", "a.flags[helper] = 0;", ""),
+    "weights in another order": (W8, MMA, "lane % 16, 2 * span + lane / 16", "lane % 8 + lane / 16 * 8, 2 * span + lane / 8 % 2"),
+    "a stage not waited for": (W8, MMA, WAIT, ""),
+    "a stage too few waited for": (W8, MMA, WAIT, WAIT.replace("2", "1")),
+    "codes in another order": (W4, MMA, "words[s] >> 4,", "words[s ^ 1] >> 4,"),
+    "the kernel before not waited for": (W8, MMA, "wait_for_previous();", ""),
+    "a stage that others have not copied": (W8, MMA, "__syncthreads();  // all", "// all"),
+    "columns beyond the last": (W8, MMA, "m + e >= a.m || n >= a.n", "m + e >= a.m"),
+    "a stage filled while it is read": (W4, MMA, "stage == 0 ? STAGES - 1 : stage - 1;", "stage;"),
+    "scales of another step": (W4, MMA, "next.load(a, n, step + 1);", "next.load(a, n, step);"),
+    "rows beyond the last": (W8, MMA, "m + e >= a.m || n >= a.n", "n >= a.n"),
+    "zero points left out": (W8, MMA, "sum -= rows[i].zero * total;", ";"),
+    "a subtraction that borrows": (W4, MMA, "(groups ? 0x80808080 : 0)", "(groups ? 0x00808080 : 0)"),
+    "a part left out": (W8, TILE, "schedule.first_helper(work), last", "schedule.block() - 1, last"),
+    "parts not yet seen by others": (W8, TILE, "__threadfence();\n", ""),
+    "parts not waited for": (W8, TILE, "wait_for_flag(flags + helper);", ""),
+    "parts of another tile": (W4, MMA, "[T::I * T::J * 4]>(sums)", "[T::I * T::J * 2]>(sums)"),
 }
 
 
 @pytest.mark.parametrize("fault", [*FAULTS][:: 1 if SWEEP else 2])
 def test_a_fault_is_seen(folder, fault):
-    kind, old, new = FAULTS[fault]
-    kinds = [(FILE, f"launch_for<{other}>(a,", f"launch_for<{kind}>(a,") for other in LAUNCHED if other != kind]
-    broken = build("s8_mma", folder, [*FEWER, *kinds, (FILE, old, new)])
+    (kind, name), *change = FAULTS[fault]
+    kinds = [(MMA, f"launch_for<{other}>(a,", f"launch_for<{kind}>(a,") for other in LAUNCHED if other != kind]
+    broken = build("s8_mma", folder, [*FEWER, *kinds, change])
     with pytest.raises((AssertionError, RuntimeError)):
-        check(broken, *cut("u8_g-1_zi_sbf16" if kind == "W8" else "u4_g128_zi_sbf16"), seeds=range(30))
+        check(broken, *cut(name), seeds=range(30))
 
 
 FAULTS_OF_QUANTIZING = {

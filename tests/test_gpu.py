@@ -142,9 +142,15 @@ def test_gradients(m):
 
 
 @pytest.mark.parametrize("m", [1, 40, 300])
-@pytest.mark.parametrize(("name", "compute"), [("int4", "float"), ("int8", "int8"), ("int4", "int8"), ("int4_g-1", "int8")])
-def test_cuda_graphs(name, compute, m):
-    layer = QuantLinear.from_linear(linear(2048, 2048), name, compute=compute)
+@pytest.mark.parametrize(
+    ("name", "compute", "kernel"),
+    [
+        ("int4", "float", None), ("int8", "int8", None), ("int4", "int8", None), ("int4_g-1", "int8", None),
+        ("int8", "int8", "cuda_s8_w8_mma"), ("int4", "int8", "cuda_s8_w4_mma"),
+    ],
+)  # fmt: skip
+def test_cuda_graphs(name, compute, kernel, m):
+    layer = QuantLinear.from_linear(linear(2048, 2048), name, compute=compute, kernel=kernel)
     assert kernels.get(layer.kernel).compute == compute
     x = torch.randn(m, 2048, device="cuda", dtype=torch.bfloat16)
     with torch.inference_mode():

@@ -128,23 +128,29 @@ struct W4 {
   }
 };
 
-// The scales and zero points of a lane's rows in a step.
+// The scales and zero points of a lane's rows, in one of the tiles of a step: of four lanes, which have the same rows, each loads another's.
 template <class W, class T>
 struct Numbers {
   static constexpr int SPANS = W::GROUPS ? STEP / W::SPAN : 1;
-  uint32_t scales[SPANS][T::I][2], zeros[SPANS][T::I][2];  // scales as they are stored
+  uint32_t scales[2 * T::I], zeros[2 * T::I];  // scales as they are stored
 
   __device__ void load(const Arguments& a, int row, int step) {
+    const int64_t run = W::GROUPS ? min((step * SPANS + int(threadIdx.x) % SPANS) / a.tiles_per_run, a.runs - 1) : 0;
 #pragma unroll
-    for (int span = 0; span < SPANS && W::GROUPS; ++span) {
-      const int64_t run = min((step * SPANS + span) / a.tiles_per_run, a.runs - 1);
-#pragma unroll
-      for (int i = 0; i < 2 * T::I; ++i) {
-        const int64_t at = run * a.n + min(row + 8 * i, a.n - 1);
-        scales[span][i / 2][i % 2] = stored(a.scales, at, a.scale_kind);
-        zeros[span][i / 2][i % 2] = a.zeros ? a.zeros[at] : a.zero;
-      }
+    for (int i = 0; i < 2 * T::I && W::GROUPS; ++i) {
+      const int64_t at = run * a.n + min(row + 8 * i, a.n - 1);
+      scales[i] = stored(a.scales, at, a.scale_kind);
+      zeros[i] = a.zeros ? a.zeros[at] : a.zero;
     }
+  }
+  // A scale, and a zero point in four bytes, from the lane that has that tile.
+  __device__ float scale(const Arguments& a, int i, int span) const { return of_tile(scale_of(scales[i], a.scale_kind), span); }
+  __device__ uint32_t zero(int i, int span) const { return of_tile(zeros[i] * 0x01010101, span); }
+
+ private:
+  template <class N>
+  __device__ static N of_tile(N mine, int span) {
+    return SPANS == 1 ? mine : __shfl_sync(~0u, mine, span, 4);
   }
 };
 
@@ -172,14 +178,13 @@ __device__ void add_step(Sums<W, T>& sums, const Arguments& a, uint32_t stage, i
 #pragma unroll
   for (int span = 0; span < STEP / W::SPAN; ++span) {
     uint32_t left[T::I][W::SPAN / 32][4];
-    float scales[T::I][2];
+    float scales[2 * T::I];
 #pragma unroll
     for (int i = 0; i < T::I; ++i) {
       uint32_t zero[2];
 #pragma unroll
       for (int h = 0; h < 2 && W::GROUPS; ++h) {
-        scales[i][h] = scale_of(numbers.scales[span][i][h], a.scale_kind);
-        zero[h] = numbers.zeros[span][i][h] * 0x01010101;
+        scales[2 * i + h] = numbers.scale(a, 2 * i + h, span), zero[h] = numbers.zero(2 * i + h, span);
       }
       W::template left<T>(left[i], a, stage + T::X, row + 16 * i, span, zero);
     }
@@ -203,7 +208,7 @@ __device__ void add_step(Sums<W, T>& sums, const Arguments& a, uint32_t stage, i
 #pragma unroll
         for (int p = 0; p < T::I * 8; ++p) {
           float& sum = sums[p / 8 * T::J + j + p / 4 % 2][p % 4];
-          sum = fmaf(__uint_as_float(parts[p / 4][p % 4]) - __uint_as_float(WHOLE), scales[p / 8][p % 4 / 2], sum);
+          sum = fmaf(__uint_as_float(parts[p / 4][p % 4]) - __uint_as_float(WHOLE), scales[p / 8 * 2 + p % 4 / 2], sum);
         }
       }
     }
@@ -259,34 +264,6 @@ __device__ void store(const Sums<W, T>& sums, const Arguments& a, int row, int t
 #pragma unroll
     for (int i = 0; i < 2 * T::I; ++i) put(a, token + 8 * j, row + 8 * i, y[i]);
   }
-}
-
-// Whether the sums are those of a whole tile: the block that has its last steps adds, in the order of K, what the others left.
-template <int COUNT, class Sum>
-__device__ bool complete(Sum (&sums)[COUNT][4], const Arguments& a, const StreamK& schedule, const Work& work, int threads) {
-  const int thread = threadIdx.x;
-  const auto part = [&](int block, int i) { return (int64_t(block) * COUNT + i) * threads; };
-  if (work.end < a.steps) {
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i) leave_sums(sums[i], a.parts, part(schedule.block(), i), thread, threads);
-    __threadfence();
-    __syncthreads();
-    if (thread == 0) raise_flag(a.flags + schedule.block());
-    return false;
-  }
-  if (work.begin == 0) return true;
-  const int first = schedule.first_helper(work), last = schedule.block();
-  for (int helper = first + thread; helper < last; helper += threads) {
-    wait_for_flag(a.flags + helper);
-    a.flags[helper] = 0;
-  }
-  __syncthreads();
-#pragma unroll 1
-  for (int helper = first; helper < last; ++helper) {
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i) add_sums(sums[i], a.parts, part(helper, i), thread, threads);
-  }
-  return true;
 }
 
 // -- the grid's work -------------------------------------------------------------------------------------------------------------------
@@ -348,7 +325,9 @@ __global__ void __launch_bounds__(T::THREADS) gemm(const __grid_constant__ Argum
       add_step<W, T>(sums, a, shared + stage * BYTES, row, token, numbers);
       stage = stage == STAGES - 1 ? 0 : stage + 1;
     }
-    if (complete(sums, a, schedule, work, T::THREADS)) store<W, T>(sums, a, n, work.m * T::TOKENS + token + lane % 4 * 2);
+    auto& parts = reinterpret_cast<std::remove_all_extents_t<Sums<W, T>>(&)[T::I * T::J * 4]>(sums);
+    if (!join_sums(parts, schedule, work, a.steps, a.parts, a.flags, threadIdx.x, T::THREADS)) continue;
+    store<W, T>(sums, a, n, work.m * T::TOKENS + token + lane % 4 * 2);
   }
 }
 

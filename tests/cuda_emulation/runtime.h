@@ -29,7 +29,7 @@
 
 // For tests: what decides the order of threads; memory that holds its contents only when the kernel before the next one has ended.
 #define EMULATED_FOR_TESTS extern "C" inline __attribute__((visibility("default"), used))
-EMULATED_FOR_TESTS void set_seed(unsigned seed) { emulated::seed = seed; }
+EMULATED_FOR_TESTS void set_seed(unsigned seed) { emulated::seed = seed, emulated::late.clear(); }  // a launch may have been refused
 EMULATED_FOR_TESTS void set_late(void* to, const void* from, size_t bytes) { emulated::late.push_back({to, from, bytes}); }
 
 // -- in a kernel -------------------------------------------------------------------------------------------------------------------------
@@ -53,6 +53,18 @@ T __shfl_xor_sync(unsigned, T value, int other) {
   } lane{value, value, other};
   emulated::together(lane, [](Lane* const* lanes) {
     for (int i = 0; i < 32; ++i) lanes[i]->result = lanes[i ^ lanes[i]->other]->value;
+  });
+  return lane.result;
+}
+
+template <class T>
+T __shfl_sync(unsigned, T value, int from, int width) {
+  struct Lane {
+    T value, result;
+    int from;
+  } lane{value, value, from + int(threadIdx.x) % 32 / width * width};
+  emulated::together(lane, [](Lane* const* lanes) {
+    for (int i = 0; i < 32; ++i) lanes[i]->result = lanes[lanes[i]->from]->value;
   });
   return lane.result;
 }
