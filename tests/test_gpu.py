@@ -5,7 +5,8 @@ import itertools
 
 import pytest
 import torch
-from cases import plain, random_quant
+from cases import equal_values, plain, random_quant
+from emulated_cuda import quantize
 from torch import nn
 
 import qkernels
@@ -79,8 +80,8 @@ def test_restore_and_dequantize(kernel, format):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_cuda_and_triton_quantize_alike(dtype):
-    """Rows of every kind: the same codes, scales and sums, bit for bit."""
+def test_rows_are_quantized(dtype):
+    """By CUDA as by torch, bit for bit; by Triton, whose divisions are not to the nearest, nearly so."""
     if reason := library.why_missing():
         pytest.skip(reason)
     for m, k in ((1, 64), (33, 515), (300, 4096), (7, 14336)):
@@ -88,10 +89,12 @@ def test_cuda_and_triton_quantize_alike(dtype):
         if m > 5:
             x[1], x[2, -1], x[3, 0], x[4] = 0, torch.inf, torch.nan, 2e-36
         padded = -(-k // 128) * 128
-        (codes, rows), (want_codes, want_rows) = s8_mma.quantize(x, padded), int8.quantize(x, padded, early=False)
-        finite = x.isfinite().all(1)
-        assert torch.equal(codes[finite], want_codes[finite]) and torch.equal(rows[:, finite], want_rows[:, finite])
-        assert rows[0, ~finite].isnan().all() and want_rows[0, ~finite].isnan().all()
+        (codes, rows), (want_codes, want_rows) = s8_mma.quantize(x, padded), quantize(x.cpu(), padded)
+        assert torch.equal(codes.cpu(), want_codes)
+        equal_values(rows.cpu(), want_rows)
+        other_codes, other_rows = int8.quantize(x, padded, early=False)
+        assert (other_codes.int() - codes.int()).abs()[x.isfinite().all(1)].max() <= 1
+        torch.testing.assert_close(other_rows[0], rows[0], rtol=1e-6, atol=0, equal_nan=True)
 
 
 def linear(n=512, k=1024, dtype=torch.bfloat16):

@@ -146,13 +146,6 @@ __device__ inline uint32_t choose_bits(uint32_t mask, uint32_t a, uint32_t b) {
   return result;
 }
 
-// a / b, off by two units in the last place at most: what Triton makes of a division.
-__device__ inline float quotient(float a, float b) {
-  float result;
-  asm("div.full.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
-  return result;
-}
-
 // Registers keep their value up to here: a product reads and writes them while the program goes on.
 __device__ inline void keep(uint32_t& r) { asm volatile("" : "+r"(r)::"memory"); }
 __device__ inline void keep(float& r) { asm volatile("" : "+f"(r)::"memory"); }

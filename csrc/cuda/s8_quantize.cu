@@ -1,8 +1,8 @@
 // Rows of activations become int8: codes, a scale each, and the sum of its codes; not yet run on a GPU.
 //
-// The numbers are those of qkernels/kernels/triton/jit/int8.py, bit for bit: the scale is the largest magnitude / 127, codes are to the
-// nearest, ties to even. A row that is not finite gets the scale NaN, and codes 0; one of at most 2^-118 counts as zeros, as its scale would
-// have lost bits. A block has a row.
+// As qkernels/kernels/triton/jit/int8.py has it: the scale is the largest magnitude / 127, codes are to the nearest, ties to even, and the
+// product that is rounded is exact. A row that is not finite gets the scale NaN, and codes 0; one of at most 2^-118 counts as zeros: its scale
+// would have lost bits. Divisions are to the nearest, too, which Triton's need not be: scales may differ in their last bits. A block has a row.
 
 #include "cuda/tile.cuh"
 
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(THREADS) quantize(const __grid_constant__ Argu
   largest = of_all(largest, shared, [](uint32_t a, uint32_t b) { return max(a, b); });
   const float amax = __uint_as_float(largest);
   const bool usable = amax > 3.0e-36f && largest < INFINITE;
-  const float inverse = usable ? quotient(127.0f, amax) : 0.0f;
+  const float inverse = usable ? 127.0f / amax : 0.0f;
   uint32_t total = 0;
   for (int first = threadIdx.x * EACH; first < a.padded; first += THREADS * EACH) {
     load<KIND>(x, a, row, first);
@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(THREADS) quantize(const __grid_constant__ Argu
   }
   total = of_all(total, shared + 4 * WARPS, [](uint32_t a, uint32_t b) { return a + b; });
   if (threadIdx.x == 0) {
-    a.rows[blockIdx.x] = usable ? quotient(amax, 127.0f) : largest < INFINITE ? 0.0f : __uint_as_float(0x7fc00000);
+    a.rows[blockIdx.x] = usable ? amax / 127.0f : largest < INFINITE ? 0.0f : __uint_as_float(0x7fc00000);
     a.rows[a.m + blockIdx.x] = float(int(total));
   }
 }

@@ -75,7 +75,6 @@ inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
   }
   return result;
 }
-inline float quotient(float a, float b) { return a / b; }
 template <class T>
 void keep(T&) {}
 
