@@ -172,6 +172,24 @@ def test_from_layer_to_result(compiled, quantizer, monkeypatch, name):
         assert_matmul_close(y, x, reference.decode(q, torch.float64), bias, int8=q, act_group=None)
 
 
+def test_refuses_what_does_not_fit(compiled, quantizer):
+    q, x, bias = problem("u4b8_g128_sf16", 70, 5, 300, torch.bfloat16, torch.float32)
+    with pytest.raises(RuntimeError, match="tiles have 64 rows and 16, 32 or 64 tokens, or 128 and 64, not 128 and 128"):
+        call(compiled, q, x, bias, Case(128, 128, True, 1))
+    with pytest.raises(RuntimeError, match="biases 70"):
+        call(compiled, q, x, bias[:69], Case(64, 16, True, 1))
+    s = s8_w4_gemm.prepare(q)
+    given = (*quantize(x, 384), s.weight, s.scales, s.zeros, bias, torch.empty(5, 70), None)
+    with pytest.raises(RuntimeError, match="parts hold 0 sums; 3072 are wanted"):
+        compiled.ops.s8_w4_mma(*given, torch.zeros(3, dtype=torch.int32), 1, 64, 16, 3, 1, False, True, 0)
+    with pytest.raises(RuntimeError, match="there are 1 flags for 2 blocks"):
+        compiled.ops.s8_w4_mma(*given, torch.zeros(1, dtype=torch.int32), 1, 64, 16, 2, 1, True, True, 0)
+    with pytest.raises(RuntimeError, match=r"weight .* does not fit"):
+        compiled.ops.s8_w4_mma(*quantize(x, 512), *given[2:], torch.zeros(3, dtype=torch.int32), 1, 64, 16, 2, 1, True, True, 0)
+    with pytest.raises(RuntimeError, match=r"codes \[5, 296\] and 10 numbers do not fit x \[5, 300\]"):
+        quantizer.ops.s8_quantize(x, torch.empty(5, 296, dtype=torch.int8), torch.empty(2, 5), True, 0)
+
+
 # -- quantising ------------------------------------------------------------------------------------------------------------------------
 
 
