@@ -30,16 +30,6 @@ def one_thread(_surroundings):
     torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session")
-def emulation(tmp_path_factory):
-    """A folder with what all of emulated_cuda.build's sources have in common, compiled once."""
-    from emulated_cuda import compile_begin
-
-    folder = tmp_path_factory.mktemp("emulated")
-    compile_begin(folder)
-    return folder
-
-
 def _forget_level():
     library.level.cache_clear()
     devices.current.cache_clear()

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from cases import random_quant
-from emulated_cuda import ROOT, Case, build, check, why_not
+from emulated_cuda import ROOT, Case, build, check, compile_begin, why_not
 
 from qkernels import formats
 
@@ -28,8 +28,15 @@ BIASES = (None, torch.float32, torch.float16, torch.bfloat16)
 
 
 @pytest.fixture(scope="module")
-def compiled(emulation):
-    return {source: build(source, emulation) for source in set(SOURCES.values())}
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("emulated")
+    compile_begin(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def compiled(folder):
+    return {source: build(source, folder) for source in set(SOURCES.values())}
 
 
 def problem(name, n, m, k, dtype, bias, seed=0):
@@ -116,8 +123,8 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_seen(emulation, fault):
+def test_a_fault_is_seen(folder, fault):
     kind, *change = FAULTS[fault]
-    broken = build(SOURCES[kind], emulation, [*FEWER[kind[:2]], change])
+    broken = build(SOURCES[kind], folder, [*FEWER[kind[:2]], change])
     with pytest.raises((AssertionError, RuntimeError)):
         check(broken, *cut(kind), seeds=range(30))

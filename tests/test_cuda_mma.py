@@ -1,19 +1,18 @@
 """csrc/cuda/w4_mma.cu on a processor that tests/cuda_emulation makes of the host: against fp64, and the faults that this sees."""
 
-import importlib.util
 import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import random_quant
-from emulated_cuda import build, late, why_not
+from emulated_cuda import build, compile_begin, late, why_not
 
 from qkernels import UnsupportedError, explain, formats, reference
 from qkernels.kernels.cuda import f16_w4_mma, library
 from qkernels.kernels.cuda.f16_w4_mma import numbers
 from qkernels.kernels.device import Device
-from qkernels.kernels.triton import launch, layout
+from qkernels.kernels.triton import layout
 from qkernels.testing import assert_matmul_close
 
 reason = why_not()
@@ -29,8 +28,15 @@ COUNTS = (1, 8, 16, 17, 64, 129)
 
 
 @pytest.fixture(scope="module")
-def compiled(emulation):
-    return build("w4_mma", emulation)
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("emulated_mma")
+    compile_begin(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def compiled(folder):
+    return build("w4_mma", folder)
 
 
 def problem(name, n, m, k, dtype, bias=None, seed=0):
@@ -112,7 +118,7 @@ def test_what_does_not_fit_is_refused(compiled):
         call(compiled, q, x[:, 1:], None, 16, 1)
 
 
-# -- the kernel as users have it, over the emulated operator -----------------------------------------------------------------------------
+# -- the kernel as users have it, over the emulated operator --------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -148,8 +154,6 @@ def test_a_row_of_many_is_as_if_it_were_alone():
 def test_without_triton(monkeypatch):
     """float32 activations, the weight itself and gradients need neither Triton nor the library."""
     monkeypatch.setattr(f16_w4_mma, "HAS_TRITON", False)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert launch.triton_version.__wrapped__() == (0, 0)
     kernel = f16_w4_mma.KERNEL
     q, x, bias = problem("int4_asym", 48, 5, 200, torch.float32, torch.float32)
     packed, weight = kernel.prepare(q), reference.decode(q, torch.float64)
@@ -231,8 +235,8 @@ WAYS = ({"tokens": 16, "blocks": 12}, {"tokens": 16, "blocks": 1, "whole": True}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_seen(emulation, right, fault):
-    broken = build("w4_mma", emulation, [*FEWER, FAULTS[fault]])
+def test_a_fault_is_seen(folder, right, fault):
+    broken = build("w4_mma", folder, [*FEWER, FAULTS[fault]])
     with pytest.raises((AssertionError, RuntimeError)):
         for seed in range(30):
             broken.set_seed(seed)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from cases import equal_values
-from emulated_cuda import INCLUDE, LINK, ROOT, compile, why_not
+from emulated_cuda import INCLUDE, LINK, ROOT, compile, compile_begin, why_not
 
 from qkernels import formats
 from qkernels.formats.format import SCALE_DTYPES
@@ -37,10 +37,12 @@ EXPORT void numbers(const void* from, int count, int kind, float* to) {
 
 
 @pytest.fixture(scope="module")
-def functions(emulation):
-    (emulation / "unpack.cpp").write_text(PROGRAM)
-    library = emulation / "unpack.so"
-    compile("-shared", *INCLUDE, f"-I{ROOT / 'csrc'}", emulation / "unpack.cpp", emulation / "machine.o", *LINK, "-o", library)
+def functions(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unpack")
+    compile_begin(folder)
+    (folder / "unpack.cpp").write_text(PROGRAM)
+    library = folder / "unpack.so"
+    compile("-shared", *INCLUDE, f"-I{ROOT / 'csrc'}", folder / "unpack.cpp", folder / "machine.o", *LINK, "-o", library)
     return ctypes.CDLL(str(library))
 
 
