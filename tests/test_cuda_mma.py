@@ -119,7 +119,7 @@ def test_what_does_not_fit_is_refused(compiled):
         call(compiled, q, x[:, 1:], None, 16, 1)
 
 
-# -- the kernel as users have it, over the emulated operator -----------------------------------------------------------------------------
+# -- the kernel as users have it, over the emulated operator -------------------------------------------------------------------------------
 
 
 @pytest.fixture
