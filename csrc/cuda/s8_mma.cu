@@ -135,9 +135,11 @@ struct Numbers {
   uint32_t scales[2 * T::I], zeros[2 * T::I];  // scales as they are stored
 
   __device__ void load(const Arguments& a, int row, int step) {
-    const int64_t run = W::GROUPS ? min((step * SPANS + int(threadIdx.x) % SPANS) / a.tiles_per_run, a.runs - 1) : 0;
+    if constexpr (!W::GROUPS) return;
+    const int tile = step * SPANS + int(threadIdx.x) % SPANS;
+    const int64_t run = min(a.tiles_per_run == 1 ? tile : tile / a.tiles_per_run, a.runs - 1);
 #pragma unroll
-    for (int i = 0; i < 2 * T::I && W::GROUPS; ++i) {
+    for (int i = 0; i < 2 * T::I; ++i) {
       const int64_t at = run * a.n + min(row + 8 * i, a.n - 1);
       scales[i] = stored(a.scales, at, a.scale_kind);
       zeros[i] = a.zeros ? a.zeros[at] : a.zero;
