@@ -1,5 +1,5 @@
 """Build the compiled kernels against the LibTorch stable ABI, one binary for every torch >= 2.10: qkernels/_C.abi3.so for CPUs and,
-where there is CUDA's compiler, qkernels/_CUDA.abi3.so for NVIDIA's Hopper.
+where there is CUDA's compiler, qkernels/_CUDA.abi3.so for NVIDIA's GPUs.
 
 A build that fails does not fail the install: the package then computes with its other kernels, the slow reference if there is nothing
 else, and `qkernels info` repeats the reason, which is kept in qkernels/_build_info.json. These environment variables are read here, and
@@ -11,6 +11,7 @@ only here:
     QKERNELS_EMULATE=1    the AVX-512 levels in plain C++ (csrc/emulated): slow, for tests on machines without those instructions
     CXX                   the compiler; c++ without it (GCC or Clang: the flags are theirs)
     CFLAGS, CXXFLAGS, QKERNELS_CXXFLAGS    appended, in this order, when compiling and when linking (sanitizers, -g); not for CUDA
+    TORCH_CUDA_ARCH_LIST  the GPUs to compile for, as torch takes them: "8.0;9.0+PTX"; without it those of ARCHITECTURES
     CUDA_HOME             where bin/nvcc is; without it PATH and /usr/local/cuda are searched. nvcc reads others itself: NVCC_CCBIN, say
 """
 
@@ -61,8 +62,10 @@ FLAGS = [
     *(["-DQKERNELS_X86"] if X86 else []),
     *(["-DQKERNELS_EMULATE"] if EMULATE else []),
 ]
-HOPPER = "-gencode=arch=compute_90a,code=sm_90a"
-CUDA_FLAGS = [*COMMON, HOPPER, "--expt-relaxed-constexpr", "-DUSE_CUDA", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+CUDA_FLAGS = [*COMMON, "--expt-relaxed-constexpr", "-DUSE_CUDA", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+# What is compiled for one runs on later ones of the same major version: 8.0's on 8.6 and 8.9. The newest brings PTX for those to come.
+ARCHITECTURES = ("7.5", "8.0", "9.0", "10.0", "12.0")
+OLDEST = {"w4_gemv": "7.5"}  # the GPUs that a source is written for; all others need Ampere's copies and products
 OLDEST_NVCC = (12, 5)  # has cudaGetDriverEntryPointByVersion
 
 
@@ -154,8 +157,48 @@ def cuda(found: list[str]) -> Recipe:
     if release < OLDEST_NVCC:
         raise RuntimeError(f"{nvcc} is too old: {version or 'of no known release'}; {'.'.join(map(str, OLDEST_NVCC))} or newer is wanted")
     torch = torch_build()
-    link = [nvcc, "-shared", "-cudart=static", HOPPER]
-    return Recipe(found, [nvcc, *CUDA_FLAGS, *torch.include], {}, link, torch.link, {"torch": torch.version, "cuda_compiler": version})
+    wanted = architectures(run([nvcc, "--list-gpu-code"]))
+    of = {stem: fitting for source in found if (fitting := for_source(stem := Path(source).stem, wanted))}
+    sources = [source for source in found if Path(source).stem in of]
+    info = {"torch": torch.version, "cuda_compiler": version, "cuda_architectures": of}
+    link = [nvcc, "-shared", "-cudart=static", "--no-device-link"]
+    return Recipe(sources, [nvcc, *CUDA_FLAGS, *torch.include], {s: gencodes(a) for s, a in of.items()}, link, torch.link, info)
+
+
+def architectures(known: str) -> list[str]:
+    """Return what the kernels are compiled for, oldest first: "8.0", or "9.0+PTX"; `known`: what nvcc says that it can."""
+    of_nvcc = {f"{digits[:-1]}.{digits[-1]}" for digits in re.findall(r"sm_(\d+)", known)}
+    asked = re.split(r"[;\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip())
+    if asked == [""]:
+        found = [one for one in ARCHITECTURES if one in of_nvcc]
+        return [*found[:-1], f"{found[-1]}+PTX"]
+    for one in asked:
+        parts = re.fullmatch(r"(\d+\.\d)[af]?(\+PTX)?", one)
+        if parts is None or parts[1] not in of_nvcc:
+            raise RuntimeError(
+                f"TORCH_CUDA_ARCH_LIST has {one!r}; numbers such as 8.0 or 9.0+PTX are taken, which nvcc knows: {known.split()}"
+            )
+    return sorted({re.sub("[af]", "", one) for one in asked}, key=version_of)
+
+
+def for_source(stem: str, wanted: list[str]) -> list[str]:
+    """Return those that a source is written for: Hopper alone, with its own instructions, or all from some on."""
+    oldest = OLDEST.get(stem, "8.0")
+    return ["9.0a"] if stem.endswith("_wgmma") else [one for one in wanted if version_of(one) >= version_of(oldest)]
+
+
+def version_of(architecture: str) -> tuple[int, int, bool]:
+    major, minor = re.findall(r"\d+", architecture)
+    return int(major), int(minor), "PTX" in architecture
+
+
+def gencodes(wanted: list[str]) -> list[str]:
+    """Return nvcc's flags."""
+    flags = []
+    for one in wanted:
+        digits, ptx, _ = one.replace(".", "").partition("+PTX")
+        flags.append(f"-gencode=arch=compute_{digits},code={f'[sm_{digits},compute_{digits}]' if ptx else f'sm_{digits}'}")
+    return flags
 
 
 PARTS = [

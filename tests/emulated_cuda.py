@@ -1,4 +1,4 @@
-"""The Hopper kernels without a GPU: csrc/cuda compiled for the host over tests/cuda_emulation, and calls of its operators on the CPU."""
+"""The CUDA kernels without a GPU: csrc/cuda compiled for the host over tests/cuda_emulation, and calls of its operators on the CPU."""
 
 import ctypes
 import itertools
@@ -72,7 +72,8 @@ def build(source, folder, changes=()):
     """Compile csrc/cuda/<source>.cu, after `compile_begin`; changes: (file, old, new), made in a copy of the sources."""
     name = f"emulated_{next(_COUNT)}"
     csrc = folder / name
-    shutil.copytree(ROOT / "csrc" / "cuda", csrc / "cuda")
+    for part in ("common", "cuda"):
+        shutil.copytree(ROOT / "csrc" / part, csrc / part)
     for file, old, new in changes:
         text = (csrc / "cuda" / file).read_text()
         assert text.count(old) == 1, f"{file} has {text.count(old)} times: {old}"
@@ -87,10 +88,13 @@ def build(source, folder, changes=()):
 
 
 def quantize(x, padded):
-    """Codes of x int8 [M, padded], and of every row the scale and the sum of codes, float32 [2, M]: jit/int8.py, in torch."""
+    """What s8_quantize.cu gives: codes int8 [M, padded], and of every row the scale and the sum of codes, float32 [2, M]."""
     amax = x.float().abs().amax(1)
-    codes = F.pad((x.float() * (127 / amax)[:, None]).round().to(torch.int8), (0, padded - x.shape[1]))
-    return codes, torch.stack([amax / 127, codes.sum(1).float()])
+    usable, most = (amax > 3.0e-36) & amax.isfinite(), torch.full_like(amax, 127)
+    inverse = torch.where(usable, most / amax, 0).double()[:, None]  # torch's 127 / amax is 127 · (1 / amax)
+    codes = torch.where(usable[:, None], (x.double() * inverse).round(), 0).to(torch.int8)
+    scales = torch.where(usable, amax / most, torch.where(amax.isfinite(), 0.0, torch.nan))
+    return F.pad(codes, (0, padded - x.shape[1])), torch.stack([scales, codes.sum(1).float()])
 
 
 def late(emulated, written):

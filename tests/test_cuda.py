@@ -1,6 +1,7 @@
 """The CUDA kernels without a GPU: a look at their machine code, and at how blocks share the tiles of a product."""
 
 import importlib.util
+import itertools
 import random
 import shutil
 import subprocess
@@ -8,33 +9,41 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+import setuptools
 import torch
 
-from benchmarks.gpu import static_cuda
+from benchmarks.gpu import static, static_cuda
+from qkernels import formats
 from qkernels.kernels import compiled as compiled_libraries
-from qkernels.kernels.cuda import f16_w4_gemm, library, s8_w4_gemm, s8_w8_gemm, wgmma
+from qkernels.kernels import registry
+from qkernels.kernels.cuda import f16_w4_gemm, library, s8_mma, s8_w4_gemm, s8_w8_gemm, wgmma
+from qkernels.kernels.device import Device
+from qkernels.kernels.registry import Problem
 
 CSRC = Path(__file__).parents[1] / "csrc"
-OPS = ("s8_w4_wgmma", "s8_w8_wgmma", "w4_wgmma")
+OPS = ("s8_quantize", "s8_w4_mma", "s8_w4_wgmma", "s8_w8_mma", "s8_w8_wgmma", "w4_mma", "w4_wgmma")
 
 # -- machine code ------------------------------------------------------------------------------------------------------------------
 
 VARIANTS = [
-    *(("w4_wgmma", dtype, False, tokens) for dtype in ("bf16", "fp16") for tokens in (128, 256)),
-    *(("s8_w8_wgmma", dtype, False, tokens) for dtype in ("bf16", "fp16") for tokens in (128, 256)),
-    *(("s8_w4_wgmma", dtype, False, tokens) for dtype in ("bf16", "fp16") for tokens in (128, 256)),
-    *(("s8_w4_wgmma", dtype, True, 128) for dtype in ("bf16", "fp16")),
+    *(("w4_wgmma", ("W4", dtype, tokens)) for dtype in ("bf16", "f16") for tokens in ("128", "256")),
+    *(("s8_wgmma", ("W8", wide, tokens)) for wide in "01" for tokens in ("128", "256")),
+    *(("s8_wgmma", ("W4", wide, tokens, "0")) for wide in "01" for tokens in ("128", "256")),
+    *(("s8_wgmma", ("W4", wide, "128", "1")) for wide in "01"),
 ]
 
 
 @pytest.fixture(scope="module")
 def compiled():
-    """Variant -> kernel."""
+    """(source, template arguments) -> architecture -> kernel."""
     if reason := library.why_missing():
         pytest.skip(reason)
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton brings the tools that read machine code")
-    return {(kernel.name, kernel.dtype, kernel.by_step, kernel.tokens): kernel for kernel in static_cuda.kernels()}
+    found = defaultdict(dict)
+    for kernel in static_cuda.kernels():
+        found[kernel.source, kernel.arguments][kernel.architecture] = kernel
+    return found
 
 
 def test_the_library_registers_its_operators():
@@ -53,25 +62,153 @@ def test_a_missing_library_has_a_reason(tmp_path, monkeypatch):
     assert compiled_libraries.load("_CUDA", "cuda_reason").startswith("the compiled library does not load: ")
 
 
-def test_no_kernel_goes_unlooked_at(compiled):
-    assert set(compiled) == set(VARIANTS)
+def test_every_kernel_is_there_for_every_gpu(compiled):
+    """And nothing of the library goes unlooked at: what is not for Hopper alone is looked at below."""
+    of_hopper = [variant for variant in compiled if variant[0].endswith("_wgmma")]
+    assert sorted(of_hopper) == sorted(VARIANTS)
+    for (source, _), kernels in compiled.items():
+        assert set(kernels) == {one.removesuffix("+PTX") for one in library.architectures(source)}, source
 
 
-@pytest.mark.parametrize(("name", "dtype", "by_step", "tokens"), VARIANTS)
-def test_machine_code(compiled, name, dtype, by_step, tokens):
-    kernel = compiled[name, dtype, by_step, tokens]
+@pytest.mark.parametrize(("source", "arguments"), VARIANTS)
+def test_machine_code_for_hopper(compiled, source, arguments):
+    kernel, tokens, by_step = compiled[source, arguments]["9.0a"], arguments[2], arguments[3:] == ("1",)
     loop = kernel.loop()
-    product, products = (f"HGMMA.64x{tokens}x16.F32", 8) if name == "w4_wgmma" else (f"IGMMA.64x{tokens}x32.S8.S8", 4)
+    product, products = (f"HGMMA.64x{tokens}x16.F32", 8) if source == "w4_wgmma" else (f"IGMMA.64x{tokens}x32.S8.S8", 4)
     assert static_cuda.count(loop, product) == len(kernel.all_of("HGMMA", "IGMMA")) == products
     at = [i for i, instruction in enumerate(loop) if instruction.startswith(product)]
     assert not static_cuda.count(loop, "STL") and not static_cuda.count(loop[at[0] : at[-1]], "LDL"), "registers are spilled"
     from_registers = [loop[i] for i in at if loop[i].split(", ")[1].startswith("R")]
-    assert len(from_registers) == (0 if name == "s8_w8_wgmma" else products), "weights come from where they should not"
+    assert len(from_registers) == (0 if arguments[0] == "W8" else products), "weights come from where they should not"
     # A compiler that sees registers of a running product touched waits after every one; it says so, but only while compiling.
     waits = [f.split()[-1] for f in loop if f.startswith("WARPGROUP.DEPBAR")]
-    assert waits == (["0x0"] if by_step else ["0x1"] if name == "s8_w8_wgmma" else ["0x1", "0x1"])
+    assert waits == (["0x0"] if by_step else ["0x1"] if arguments[0] == "W8" else ["0x1", "0x1"])
     roles = kernel.all_of("USETMAXREG")
     assert len(roles) == 2 and "TRY_ALLOC" in roles[0] + roles[1] and "DEALLOC" in roles[0] + roles[1]
+
+
+OF_WARPS = {"w4_mma": "HMMA.16816.F32", "s8_mma": "IMMA.16832.S8.S8"}
+
+
+def test_machine_code_for_all_gpus(compiled):
+    """The matrix instructions that a kernel is written for, if it has any, and no others; and no register of its loop is spilled."""
+    seen = 0
+    for (source, arguments), kernels in compiled.items():
+        if source.endswith("_wgmma"):
+            continue
+        for architecture, kernel in kernels.items():
+            where, loop, matrix = (source, arguments, architecture), kernel.loop(), kernel.all_of(*static.MATRIX)
+            assert bool(loop) == (source in OF_WARPS) and all(i.startswith(OF_WARPS[source]) for i in matrix), where
+            assert not static_cuda.count(loop or [i for _, i in kernel.code], "LDL", "STL"), f"{where}: registers are spilled"
+            seen += 1
+    assert seen
+
+
+@pytest.mark.parametrize("tokens", [16, 32, 64, 128])
+def test_machine_code_of_w4_mma(compiled, tokens):
+    """A turn of the loop is a step: its products, tokens that are copied past registers, weights that are loaded as 16 bytes."""
+    for dtype, architecture in itertools.product(("bf16", "f16"), ("8.0", "9.0", "12.0")):
+        loop = compiled["w4_mma", (dtype, "Int4", str(tokens))][architecture].loop()
+        blocks = 2 if tokens >= 64 else 1
+        assert static_cuda.count(loop, "HMMA") == 8 * blocks * tokens // 8
+        assert static_cuda.count(loop, "LDSM.16.M88.4") == 8 * tokens // 16
+        assert static_cuda.count(loop, "LDGSTS.E.BYPASS") == 2 * max(1, tokens * 8 // (256 // blocks))
+        assert sum(".128" in i for i in loop if i.startswith("LDG.")) == 2 * blocks
+
+
+S8_WEIGHTS = [("W8",), ("W4", "4", "0"), ("W4", "4", "1"), ("W4", "2", "1"), ("W4", "1", "1")]
+S8_VARIANTS = [
+    (*weights, "Tile", *tile.split())
+    for weights in S8_WEIGHTS
+    for tile in ("64 16 4 1", "64 32 4 1", "64 64 2 2", "128 64 4 2" if weights[2:] == ("1",) else "128 128 4 2")
+]
+
+
+def test_every_kernel_of_s8_mma_is_looked_at(compiled):
+    assert sorted(arguments for source, arguments in compiled if source == "s8_mma") == sorted(S8_VARIANTS)
+
+
+@pytest.mark.parametrize("arguments", S8_VARIANTS)
+def test_machine_code_of_s8_mma(compiled, arguments):
+    """For every GPU: products of 16 x 8 x 32, as many as a warp has in a step, and copies past registers."""
+    rows, tokens, *warps = map(int, arguments[-4:])
+    count = warps[0] * warps[1]
+    products = rows * tokens * 128 // (16 * 8 * 32) // count
+    copies = (rows * (128 if arguments[0] == "W8" else 64) + tokens * 128) // 16 // (32 * count)
+    for architecture, kernel in compiled["s8_mma", arguments].items():
+        loop = kernel.loop()
+        assert static_cuda.count(loop, "IMMA.16832.S8.S8") == products, architecture
+        assert static_cuda.count(loop, "LDGSTS") == copies, architecture
+
+
+# -- which GPUs: setup.py and library.py -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def setup():
+    """setup.py, without its call of setuptools."""
+    spec = importlib.util.spec_from_file_location("setup_of_qkernels", CSRC.parent / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setuptools, "setup", lambda **_: None)
+        spec.loader.exec_module(module)
+    return module
+
+
+KNOWN = "sm_75\nsm_80\nsm_86\nsm_90\nsm_100\nsm_120\n"
+
+
+@pytest.mark.parametrize(
+    ("asked", "known", "found"),
+    [
+        (None, KNOWN, ["7.5", "8.0", "9.0", "10.0", "12.0+PTX"]),
+        ("", KNOWN.replace("sm_100\nsm_120\n", ""), ["7.5", "8.0", "9.0+PTX"]),
+        ("12.0+PTX;8.6", KNOWN, ["8.6", "12.0+PTX"]),
+        (" 9.0a 8.0 ", KNOWN, ["8.0", "9.0"]),
+    ],
+)
+def test_architectures(setup, monkeypatch, asked, known, found):
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+    assert setup.architectures(known) == found
+
+
+@pytest.mark.parametrize("asked", ["Hopper", "90", "8.0,9.0", "5.0", "9.0+ptx"])
+def test_architectures_that_nobody_can_read(setup, monkeypatch, asked):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+    with pytest.raises(RuntimeError, match="TORCH_CUDA_ARCH_LIST has "):
+        setup.architectures(KNOWN)
+
+
+def test_architectures_of_a_source(setup):
+    wanted = ["7.5", "8.0", "12.0+PTX"]
+    assert setup.for_source("w4_wgmma", wanted) == ["9.0a"]
+    assert setup.for_source("w4_gemv", wanted) == wanted
+    assert setup.for_source("w4_mma", wanted) == wanted[1:]
+    assert setup.for_source("w4_mma", ["7.5"]) == []
+    assert setup.gencodes(["9.0a", "12.0+PTX"]) == [
+        "-gencode=arch=compute_90a,code=sm_90a", "-gencode=arch=compute_120,code=[sm_120,compute_120]",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("built", "sm", "reason"),
+    [
+        (["8.0", "9.0"], 80, None),
+        (["8.0", "9.0"], 89, None),
+        (["8.6"], 80, "is compiled for 8.6 (TORCH_CUDA_ARCH_LIST), not sm80"),
+        (["8.0", "9.0"], 120, "is compiled for 8.0, 9.0 (TORCH_CUDA_ARCH_LIST), not sm120"),
+        (["8.0+PTX"], 120, None),
+        (["12.0+PTX"], 90, "is compiled for 12.0+PTX (TORCH_CUDA_ARCH_LIST), not sm90"),
+        (None, 90, None),
+        (["8.0"], 75, "needs sm80, not sm75"),
+        ([], 80, "is compiled for no GPU that it could run on (TORCH_CUDA_ARCH_LIST), not sm80"),
+    ],
+)
+def test_a_gpu_that_was_not_compiled_for_has_a_reason(monkeypatch, built, sm, reason):
+    monkeypatch.setattr(library, "architectures", lambda source: built)
+    assert library.why_not(Problem(formats.get("int4"), 64, 64, device=Device("cuda", sm=sm)), "w4_mma", 80) == reason
 
 
 # -- how blocks share the tiles: csrc/cuda/stream_k.h is plain C++ -----------------------------------------------------------------
@@ -203,3 +340,39 @@ def test_a_launch_passes_what_the_op_takes(monkeypatch, whole):
     assert found[0] is x and found[2] is out and found[4] is flags
     assert found[3] is None if whole else found[3].shape == (132 * 128 * 256,)
     assert found[5:] == [8, 9, 256, 132, 4, whole, True, 7]
+
+
+AMPERE = s8_mma.Gpu(108, 164 << 10, early=False)
+
+
+@pytest.mark.parametrize("tiles", [s8_mma.TILES, s8_mma.TILES_OF_GROUPS])
+def test_a_plan_for_int8(tiles):
+    """Few tokens take the narrowest tile that holds them, many the largest where it keeps the GPU busy; a wave that is not full is cut."""
+    for m, t in ((1, tiles[0]), (16, tiles[0]), (17, tiles[1]), (64, tiles[2]), (65, tiles[2]), (8192, tiles[3])):
+        assert s8_mma.plan(tiles, 4096, m, 32, 64, AMPERE).tile == t
+    few = s8_mma.plan(tiles, 4096, 1, 32, 64, AMPERE)
+    assert not few.whole and few.blocks == 108 * 4 < s8_mma.count(few.tile, 4096, 1) * 32 // s8_mma.SHORTEST
+    assert s8_mma.plan(tiles, 64, 1, 32, 64, AMPERE).blocks == 32 // s8_mma.SHORTEST
+    assert s8_mma.plan(tiles, 64 * 108 * 4, 1, 32, 64, AMPERE).whole
+    assert not s8_mma.plan(tiles, 64 * 108 * 6, 1, 32, 64, AMPERE).whole
+
+
+@pytest.mark.parametrize("row_bytes", [64, 128])
+@pytest.mark.parametrize("shared", [100 << 10, 164 << 10, 228 << 10])
+def test_blocks_of_a_processor_fit_into_its_memory(row_bytes, shared):
+    for m in (1, 17, 33, 4096):
+        p = s8_mma.plan(s8_mma.TILES, 28672, m, 32, row_bytes, s8_mma.Gpu(100, shared, early=True))
+        assert p.blocks // 100 * s8_mma.shared_bytes(p.tile, row_bytes) <= shared
+
+
+@pytest.mark.parametrize(("name", "kernel"), [("int8", "cuda_s8_w8_mma"), ("int4", "cuda_s8_w4_mma"), ("int4_g32", "cuda_s8_w4_mma")])
+def test_int8_without_triton(name, kernel):
+    """There it is chosen; where Triton is, it has to be asked for."""
+    for sm in (80, 86, 89, 90, 120):
+        there, missing = (
+            Problem(formats.get(name), 4100, 4100, device=Device("cuda", sm=sm, triton=t), compute="int8") for t in (True, False)
+        )
+        assert registry.plan(missing).kernel.name == kernel
+        assert registry.plan(there).kernel.backend == "triton" and registry.plan(there, kernel).kernel.name == kernel
+    old = Problem(formats.get(name), 4100, 4100, device=Device("cuda", sm=75), compute="int8")
+    assert registry.plan(old).rejected[kernel] == "needs sm80, not sm75"

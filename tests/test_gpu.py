@@ -5,13 +5,16 @@ import itertools
 
 import pytest
 import torch
-from cases import plain, random_quant
+from cases import equal_values, plain, random_quant
+from emulated_cuda import quantize
 from torch import nn
 
 import qkernels
 from qkernels import QuantLinear, formats, kernels, reference
 from qkernels.kernels import device as devices
+from qkernels.kernels.cuda import library, s8_mma
 from qkernels.kernels.registry import Problem, why_not
+from qkernels.kernels.triton import int8
 from qkernels.testing import assert_matmul_close
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -76,6 +79,24 @@ def test_restore_and_dequantize(kernel, format):
             torch.testing.assert_close(kernel.dequantize(packed), reference.decode(q), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_rows_are_quantized(dtype):
+    """By CUDA as by torch, bit for bit; by Triton, whose divisions are not to the nearest, nearly so."""
+    if reason := library.why_missing():
+        pytest.skip(reason)
+    for m, k in ((1, 64), (33, 515), (300, 4096), (7, 14336)):
+        x = torch.randn(m, k, device="cuda", dtype=dtype) * torch.logspace(-3, 3, m, device="cuda")[:, None].to(dtype)
+        if m > 5:
+            x[1], x[2, -1], x[3, 0], x[4] = 0, torch.inf, torch.nan, 2e-36
+        padded = -(-k // 128) * 128
+        (codes, rows), (want_codes, want_rows) = s8_mma.quantize(x, padded), quantize(x.cpu(), padded)
+        assert torch.equal(codes.cpu(), want_codes)
+        equal_values(rows.cpu(), want_rows)
+        other_codes, other_rows = int8.quantize(x, padded, early=False)
+        assert (other_codes.int() - codes.int()).abs()[x.isfinite().all(1)].max() <= 1
+        torch.testing.assert_close(other_rows[0], rows[0], rtol=1e-6, atol=0, equal_nan=True)
+
+
 def linear(n=512, k=1024, dtype=torch.bfloat16):
     return nn.Linear(k, n, device="cuda", dtype=dtype)
 
@@ -124,9 +145,15 @@ def test_gradients(m):
 
 
 @pytest.mark.parametrize("m", [1, 40, 300])
-@pytest.mark.parametrize(("name", "compute"), [("int4", "float"), ("int8", "int8"), ("int4", "int8"), ("int4_g-1", "int8")])
-def test_cuda_graphs(name, compute, m):
-    layer = QuantLinear.from_linear(linear(2048, 2048), name, compute=compute)
+@pytest.mark.parametrize(
+    ("name", "compute", "kernel"),
+    [
+        ("int4", "float", None), ("int8", "int8", None), ("int4", "int8", None), ("int4_g-1", "int8", None),
+        ("int8", "int8", "cuda_s8_w8_mma"), ("int4", "int8", "cuda_s8_w4_mma"),
+    ],
+)  # fmt: skip
+def test_cuda_graphs(name, compute, kernel, m):
+    layer = QuantLinear.from_linear(linear(2048, 2048), name, compute=compute, kernel=kernel)
     assert kernels.get(layer.kernel).compute == compute
     x = torch.randn(m, 2048, device="cuda", dtype=torch.bfloat16)
     with torch.inference_mode():

@@ -5,47 +5,45 @@
 
 from __future__ import annotations
 
-import json
 import re
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import qkernels
+from qkernels.kernels import compiled
 
 from .static import MATRIX, Code, matrix_loop, parse, tool
 
-PACKAGE = Path(qkernels.__file__).parent
-LIBRARY = PACKAGE / "_CUDA.abi3.so"
-WEIGHTS = 128 * 128 // 256  # of a thread in a step of K, one turn of the loop: 128 rows and columns; 256 threads multiply
-NAMES = {("w4_wgmma", "W4"): "w4_wgmma", ("s8_wgmma", "W4"): "s8_w4_wgmma", ("s8_wgmma", "W8"): "s8_w8_wgmma"}
+LIBRARY = Path(qkernels.__file__).parent / "_CUDA.abi3.so"
 HEAD = [
     "Kernel",
-    "Results",
-    "Sums",
-    "Tokens",
+    "Template arguments",
+    "GPU",
     "Registers",
     "Stack, bytes",
+    "Static shared, bytes",
     "Spills: loop, elsewhere",
     "Matrix instructions",
-    "Instructions a weight",
+    "Instructions of the loop",
 ]
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel of the library; registers are those of a thread at its start, before setmaxnreg."""
+    """One kernel of the library for one architecture; registers are those of a thread at its start, before setmaxnreg."""
 
-    name: str
-    dtype: str
-    by_step: bool  # scales belong to the sums of a step: int32 becomes float in the loop
-    tokens: int
+    source: str  # csrc/cuda/<source>.cu
+    arguments: tuple[str, ...]  # of the template, in the order in which its name has them
+    architecture: str  # "8.0"; "9.0a"
     registers: int
     stack: int
+    shared: int
     code: Code
 
     def loop(self) -> list[str]:
-        """Instructions of the loop over K."""
+        """Instructions of the loop over K, if the kernel has matrix instructions."""
         return [instruction for _, instruction in matrix_loop(self.code)]
 
     def all_of(self, *names: str) -> list[str]:
@@ -62,23 +60,46 @@ def kernels() -> list[Kernel]:
     """Those of the compiled library, by name. Raises: FileNotFoundError where it is missing."""
     if not LIBRARY.exists():
         raise FileNotFoundError(LIBRARY)
-    usage = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", tool("cuobjdump", "-res-usage", LIBRARY))
-    resources = {mangled: (int(registers), int(stack)) for mangled, registers, stack in usage}
     with tempfile.TemporaryDirectory() as folder:
         tool("cuobjdump", "-xelf", "all", LIBRARY, cwd=Path(folder))
-        text = "".join(tool("nvdisasm", "-c", cubin) for cubin in sorted(Path(folder).glob("*.cubin")))
-    functions = re.split(r"^\s*\.section\s+\.text\.([^,\s]+),.*$", text, flags=re.MULTILINE)[1:]
-    found = [Kernel(*described(name), *resources[name], parse(code)) for name, code in zip(functions[::2], functions[1::2])]
-    return sorted(found, key=lambda kernel: (kernel.name, kernel.dtype, kernel.by_step, kernel.tokens))
+        found = [kernel for cubin in Path(folder).glob("*.cubin") for kernel in kernels_of(cubin)]
+    return sorted(found, key=lambda kernel: (kernel.source, len(kernel.architecture), kernel.architecture, kernel.arguments))
 
 
-def described(mangled: str) -> tuple[str, str, bool, int]:
-    """Name, type of the results, whether scales belong to steps, and tokens of a tile, from gemm's mangled name."""
-    made = re.search(r"_\d+_([a-z]\w*?)_cu_[0-9a-f]+_\d+(W\d)I(.+?E)EEE", mangled)
-    assert made is not None, f"not one of our kernels: {mangled}"
-    types, flags, tokens = (re.findall(pattern, made[3]) for pattern in (r"NS_\d+(b?f16)E", r"Lb([01])E", r"Li(\d+)E"))
-    wide = types == ["bf16"] or flags[:1] == ["1"]
-    return NAMES[made[1], made[2]], "bf16" if wide else "fp16", flags[1:] == ["1"], int(tokens[0])
+def kernels_of(cubin: Path) -> Iterator[Kernel]:
+    """Those for one GPU, of one source."""
+    digits, suffix = re.findall(r"\.sm_(\d+)([af]?)\.cubin$", cubin.name)[0]
+    usage = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", tool("cuobjdump", "-res-usage", cubin))
+    functions = re.split(r"^\s*\.section\s+\.text\.([^,\s]+),.*$", tool("nvdisasm", "-c", cubin), flags=re.MULTILINE)[1:]
+    code = dict(zip(functions[::2], functions[1::2]))
+    for mangled, *resources in usage:
+        source, arguments = described(mangled)
+        yield Kernel(source, arguments, f"{digits[:-1]}.{digits[-1]}{suffix}", *map(int, resources), parse(code[mangled]))
+
+
+def described(mangled: str) -> tuple[str, tuple[str, ...]]:
+    """The source, and the template's arguments: names of classes, numbers, 0 and 1; in this order in the kernel's mangled name."""
+    source, found, depth, at = "", [], 0, 2
+    while at < len(mangled):
+        if number := re.compile(r"\d+").match(mangled, at):
+            at = number.end() + int(number[0])
+            name = mangled[number.end() : at]
+            if made := re.search(r"_\d+_([a-z]\w*?)_cu_[0-9a-f]+", name):
+                source = made[1]
+            elif name != "qk":
+                found.append(name)
+        elif literal := re.compile(r"L(?:[a-z]|N.*?E|\d+[A-Za-z]+)(n?\d+)E").match(mangled, at):
+            found.append(literal[1])
+            at = literal.end()
+        elif other := re.compile(r"S[0-9A-Z]*_").match(mangled, at):  # a name that was there before
+            at = other.end()
+        else:
+            depth += {"N": 1, "I": 1, "E": -1}.get(mangled[at], 0)
+            at += 1
+            if depth == 0:
+                break
+    assert source, f"not one of our kernels: {mangled}"
+    return source, tuple(found[1:])
 
 
 def row(kernel: Kernel) -> list[str]:
@@ -87,27 +108,26 @@ def row(kernel: Kernel) -> list[str]:
     inside = count(loop, "LDL", "STL")
     matrix = ", ".join(f"{count(loop, name)} {name}" for name in MATRIX if count(loop, name))
     return [
-        kernel.name,
-        kernel.dtype,
-        "float, by steps" if kernel.by_step else "float" if count(loop, "HGMMA") else "int32",
-        str(kernel.tokens),
+        kernel.source,
+        ", ".join(kernel.arguments),
+        kernel.architecture,
         str(kernel.registers),
         str(kernel.stack),
+        str(kernel.shared),
         f"{inside}, {spills - inside}",
-        matrix,
-        f"{len(loop) / WEIGHTS:.2f}",
+        matrix or "–",
+        str(len(loop) or "–"),
     ]
 
 
 def markdown() -> str:
     """The table. Raises: FileNotFoundError where the library is missing."""
     lines = ["| " + " | ".join(cells) + " |" for cells in (HEAD, ["---"] * len(HEAD), *(row(kernel) for kernel in kernels()))]
-    compiler = json.loads((PACKAGE / "_build_info.json").read_text())["cuda_compiler"]
     note = (
-        "Registers: of a thread at its start; those that multiply take more, from those that copy. Shared memory: as many stages as\n"
-        "fit into 227 KiB, 12 at most. Spills: instructions. Matrix instructions, and instructions a weight: of the loop over K, a thread."
+        "Registers: of a thread at its start; on Hopper, those that multiply take more, from those that copy. Shared memory is given to a\n"
+        "launch, but for the static part. Spills, and instructions: of a thread, where there is a loop over K with matrix instructions."
     )
-    return f"{compiler}, for sm_90a.\n{note}\n\n" + "\n".join(lines)
+    return f"{compiled.built()['cuda_compiler']}.\n{note}\n\n" + "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,12 @@
 // Hopper's own instructions (sm_90a), a function each: barriers in shared memory, the copy engine, warpgroup products, registers by role.
-// No other file has a line of PTX: tests/cuda_emulation has the same functions in plain C++.
+// Those of older GPUs, too, are in common/ptx.h; tests/cuda_emulation has the same functions in plain C++.
 #pragma once
 
-#include <cuda.h>
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
+#include "common/ptx.h"
 
-#include <cstdint>
+#include <cuda.h>
 
 namespace qk {
-
-__device__ inline uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
 // -- barriers: addresses are those of shared memory ------------------------------------------------------------------------------------
 
@@ -37,29 +33,7 @@ __device__ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
       : "memory");
 }
 
-// Of some warps of a block; barrier 0 is __syncthreads's.
-__device__ inline void sync_warps(int barrier, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory"); }
-
-// -- shared memory, by address ---------------------------------------------------------------------------------------------------------
-
-__device__ inline void load_shared(uint32_t (&to)[4], uint32_t at) {
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(at) : "memory");
-}
-__device__ inline uint32_t load_shared_u8(uint32_t at) {
-  uint32_t value;
-  asm volatile("ld.shared.u8 %0, [%1];" : "=r"(value) : "r"(at));
-  return value;
-}
-__device__ inline uint16_t load_shared_u16(uint32_t at) {
-  uint16_t value;
-  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(value) : "r"(at));
-  return value;
-}
-__device__ inline float load_shared_f32(uint32_t at) {
-  float value;
-  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(at));
-  return value;
-}
+// -- shared memory -----------------------------------------------------------------------------------------------------------------------
 
 // Of a warp: four 8 x 8 matrices of 16 bits, held as products hold their sums, each turned over. Lane 8 j + r says where row r of the
 // turned matrix j goes, 16 bytes.
@@ -67,16 +41,6 @@ __device__ inline void store_turned(uint32_t to, const uint32_t (&pairs)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(pairs[0]), "r"(pairs[1]),
                "r"(pairs[2]), "r"(pairs[3])
                : "memory");
-}
-
-// -- flags in global memory: what was written before one is raised is seen by those that waited for it -------------------------------------
-
-__device__ inline void raise_flag(int* flag) { asm volatile("st.release.gpu.global.s32 [%0], 1;" ::"l"(flag) : "memory"); }
-
-__device__ inline void wait_for_flag(const int* flag) {
-  int raised;
-  do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(raised) : "l"(flag) : "memory");
-  while (raised == 0);
 }
 
 // -- the copy engine: global to shared memory, counted in bytes by a barrier -------------------------------------------------------------
@@ -95,23 +59,6 @@ __device__ inline void copy_bytes(uint32_t to, const void* from, uint32_t bytes,
                : "memory");
 }
 
-// What the L2 cache does with bytes that are read: keeps them like any others, or drops them first.
-__device__ inline uint64_t cache_policy(bool once) {
-  uint64_t policy;
-  if (once) {
-    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  } else {
-    asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
-  }
-  return policy;
-}
-
-// -- launches that overlap --------------------------------------------------------------------------------------------------------------
-
-// Wait until the kernel before this one has ended and its writes are seen; let the next one begin.
-__device__ inline void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-__device__ inline void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-
 // -- registers by role: all warps of a warpgroup ask together ------------------------------------------------------------------------------
 
 template <int COUNT>
@@ -121,14 +68,6 @@ __device__ inline void take_registers() {
 template <int COUNT>
 __device__ inline void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
-}
-
-// (word & MASK) | BITS, which the compiler makes two instructions of.
-template <uint32_t MASK, uint32_t BITS>
-__device__ inline uint32_t masked(uint32_t word) {
-  uint32_t result;
-  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(word), "n"(MASK), "n"(BITS));
-  return result;
 }
 
 // -- products of a warpgroup: d [64, N] += a · b, a [64, 16 or 32] in registers or shared memory, b [16 or 32, N] in shared memory ----------
@@ -144,11 +83,6 @@ template <int PENDING>
 __device__ inline void product_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
-
-// Registers keep their value up to here: the tensor core reads and writes them while the program goes on.
-__device__ inline void keep(uint32_t& r) { asm volatile("" : "+r"(r)::"memory"); }
-__device__ inline void keep(float& r) { asm volatile("" : "+f"(r)::"memory"); }
-__device__ inline void keep(int& r) { asm volatile("" : "+r"(r)::"memory"); }
 
 // PTX wants every register named. SIZE sums of a thread belong to products with 2 SIZE tokens; the operands after them have the next numbers.
 #define QK_D4(C, i) C(d[i]), C(d[i + 1]), C(d[i + 2]), C(d[i + 3])
@@ -170,9 +104,6 @@ __device__ inline void keep(int& r) { asm volatile("" : "+r"(r)::"memory"); }
                : D                                                                                                             \
                : __VA_ARGS__, "l"(b), "n"(ADD))
 #define QK_REGISTERS "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])
-
-struct bf16 {};  // names of types, by which a product is chosen
-struct f16 {};
 
 // ADD: to the sums that are there; else they begin.
 #define QK_FLOATS(T, NAME, SIZE, N, A, B, LAST)                                                                                    \

@@ -13,12 +13,7 @@
 #pragma once
 
 #include "cuda/hopper.cuh"
-#include "cuda/stream_k.h"
-
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
+#include "cuda/tile.cuh"
 
 #include <algorithm>
 #include <optional>
@@ -34,26 +29,6 @@ constexpr int WORKERS = 256;       // threads that multiply
 constexpr int THREADS = WORKERS + 128;
 constexpr int WARPS = WORKERS / 32;
 constexpr int ROWS = WORKERS / 2;  // of the weight, in a tile
-
-// A number of any of the types that scales and biases have.
-enum class Kind { f32, f16, bf16 };
-
-__device__ inline float number(const void* p, int64_t i, Kind kind) {
-  if (kind == Kind::f32) return static_cast<const float*>(p)[i];
-  return kind == Kind::f16 ? __half2float(static_cast<const __half*>(p)[i]) : __bfloat162float(static_cast<const __nv_bfloat16*>(p)[i]);
-}
-
-// Two results as they are stored.
-template <bool WIDE>
-__device__ uint32_t pair_of(float a, float b) {
-  if constexpr (WIDE) {
-    const __nv_bfloat162 both = __floats2bfloat162_rn(a, b);
-    return reinterpret_cast<const uint32_t&>(both);
-  } else {
-    const __half2 both = __floats2half2_rn(a, b);
-    return reinterpret_cast<const uint32_t&>(both);
-  }
-}
 
 struct Common {
   void* out;         // [M, N]
@@ -82,29 +57,6 @@ struct Ring {
     if (++stage == stages) stage = 0, parity ^= 1;
   }
 };
-
-// -- where parts of a tile meet --------------------------------------------------------------------------------------------------------
-
-// Sums lie as the threads hold them: 16 bytes of every thread, then the next 16.
-__device__ inline float4 four(const float* s) { return make_float4(s[0], s[1], s[2], s[3]); }
-__device__ inline int4 four(const int* s) { return make_int4(s[0], s[1], s[2], s[3]); }
-
-template <int SIZE, class Sum>
-__device__ void leave_sums(const Sum (&sums)[SIZE], void* parts, int64_t at, int thread, int threads) {
-  using Four = decltype(four(sums));
-#pragma unroll
-  for (int i = 0; i < SIZE; i += 4) __stcg(static_cast<Four*>(parts) + at + i / 4 * threads + thread, four(sums + i));
-}
-
-template <int SIZE, class Sum>
-__device__ void add_sums(Sum (&sums)[SIZE], const void* parts, int64_t at, int thread, int threads) {
-  using Four = decltype(four(sums));
-#pragma unroll
-  for (int i = 0; i < SIZE; i += 4) {
-    const Four left = __ldcg(static_cast<const Four*>(parts) + at + i / 4 * threads + thread);
-    sums[i] += left.x, sums[i + 1] += left.y, sums[i + 2] += left.z, sums[i + 3] += left.w;
-  }
-}
 
 // -- the two roles -----------------------------------------------------------------------------------------------------------------------
 
@@ -171,8 +123,7 @@ __device__ void store(const typename P::Sum (&sums)[P::TOKENS / 2], const typena
 template <class P>
 __device__ void multiply_all(const typename P::Arguments& a, StreamK schedule, uint32_t base, uint32_t full, uint32_t empty, uint32_t scratch) {
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-  const int row = warp * 16;               // of the tile: the first of 16
-  constexpr int PART = ROWS * P::TOKENS / 4;  // fours of sums of a tile
+  const int row = warp * 16;  // of the tile: the first of 16
   typename P::Sum sums[P::TOKENS / 2];
   Ring ring{a.stages};
   int held = -1;  // the stage before this one, which products may still read
@@ -195,23 +146,7 @@ __device__ void multiply_all(const typename P::Arguments& a, StreamK schedule, u
 #pragma unroll
     for (int i = 0; i < P::TOKENS / 2; ++i) keep(sums[i]);
 
-    if (work.end < a.steps) {
-      leave_sums(sums, a.parts, int64_t(schedule.block()) * PART, thread, WORKERS);
-      __threadfence();
-      sync_warps(1, WORKERS);
-      if (thread == 0) raise_flag(a.flags + schedule.block());
-      continue;
-    }
-    if (work.begin > 0) {
-      const int first = schedule.first_helper(work), last = schedule.block();
-      for (int helper = first + thread; helper < last; helper += WORKERS) {
-        wait_for_flag(a.flags + helper);
-        a.flags[helper] = 0;
-      }
-      sync_warps(1, WORKERS);
-#pragma unroll 1
-      for (int helper = first; helper < last; ++helper) add_sums(sums, a.parts, int64_t(helper) * PART, thread, WORKERS);
-    }
+    if (!join_sums(sums, schedule, work, a.steps, a.parts, a.flags, thread, WORKERS)) continue;
     store<P>(sums, a, work.n * ROWS + row, work.m * P::TOKENS, scratch + warp * SCRATCH);
   }
 }
@@ -244,23 +179,9 @@ __global__ void __launch_bounds__(THREADS, 1) gemm(const __grid_constant__ Maps 
 
 // -- the host's side ---------------------------------------------------------------------------------------------------------------------
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-inline Kind kind_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float: return Kind::f32;
-    case ScalarType::Half: return Kind::f16;
-    case ScalarType::BFloat16: return Kind::bf16;
-    default: STD_TORCH_CHECK(false, "numbers are float32, float16 or bfloat16");
-  }
-}
-
 inline void set_bias(Common& a, const std::optional<Tensor>& bias) {
   if (bias) a.bias = bias->const_data_ptr(), a.bias_kind = kind_of(*bias);
 }
-
-inline void check(cudaError_t error) { STD_TORCH_CHECK(error == cudaSuccess, "CUDA says: ", cudaGetErrorString(error)); }
 
 // The driver's function, found once: nothing of ours is linked with the driver.
 inline auto encode_tiled() {

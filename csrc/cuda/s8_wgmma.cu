@@ -77,7 +77,7 @@ struct W8 : Finish<int, false, true> {
     product_wait<1>();
     released();
   }
-  __device__ static uint32_t pair(float a, float b) { return pair_of<WIDE>(a, b); }
+  __device__ static uint32_t pair(float a, float b) { return Pair<std::conditional_t<WIDE, bf16, f16>>::of(a, b); }
 };
 
 // BY_STEP: scales belong to the sums of a step, and those over the steps are float32.
@@ -174,7 +174,7 @@ struct W4 : Finish<std::conditional_t<BY_STEP, float, int>, BY_STEP, false> {
       }
     }
   }
-  __device__ static uint32_t pair(float a, float b) { return pair_of<WIDE>(a, b); }
+  __device__ static uint32_t pair(float a, float b) { return Pair<std::conditional_t<WIDE, bf16, f16>>::of(a, b); }
 };
 
 template <bool WIDE>

@@ -151,7 +151,7 @@ struct W4 {
     }
     __device__ float value(int h, float sum, Token) const { return sum + bias[h]; }
   };
-  __device__ static uint32_t pair(float a, float b) { return pair_of<std::is_same_v<T, bf16>>(a, b); }
+  __device__ static uint32_t pair(float a, float b) { return Pair<T>::of(a, b); }
 };
 
 template <class T>

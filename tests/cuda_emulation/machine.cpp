@@ -44,15 +44,22 @@ void fail(const char* why) {
 
 // -- what threads do -------------------------------------------------------------------------------------------------------------------
 
-void meet(int where, int count) {
+bool came_last(int where, int count) {
   Meeting& m = current->block->meetings[where];
   const int times = m.times;
   ++progress;
-  if (++m.came == count) {
-    m.came = 0, ++m.times;
-  } else {
-    wait_until([&] { return m.times != times; });
-  }
+  if (++m.came == count) return true;
+  wait_until([&] { return m.times != times; });
+  return false;
+}
+
+void part(int where) {
+  Meeting& m = current->block->meetings[where];
+  m.came = 0, ++m.times;
+}
+
+void meet(int where, int count) {
+  if (came_last(where, count)) current->doing = nullptr, part(where);
 }
 
 uint8_t* shared(uint32_t at, uint32_t bytes) {
@@ -79,6 +86,37 @@ void begin_copy(uint32_t to, uint32_t bytes, uint32_t barrier, std::function<voi
   if (bytes % 16) fail("a copy of bytes that are no multiple of 16");
   std::memset(shared(to, bytes), GARBAGE, bytes);
   current->block->copies.push_back({to, bytes, barrier, std::move(arrive)});
+}
+
+void begin_piece(uint32_t to, const void* from) {
+  std::memset(shared(to, 16), GARBAGE, 16);
+  current->pieces.push_back({to, from, current->piece_groups});
+}
+
+namespace {
+
+void land(Block& block, const Piece& p) {
+  uint8_t* to = &block.shared[p.to - BASE];
+  if (p.from) std::memcpy(to, p.from, 16);
+  else std::memset(to, 0, 16);
+}
+
+// Some piece of some lane may arrive at any time after its commit.
+void land_some(Fibre& f, unsigned draw) {
+  if (f.pieces.empty()) return;
+  const auto piece = f.pieces.begin() + draw % f.pieces.size();
+  if (piece->group >= f.piece_groups) return;
+  land(*f.block, *piece);
+  f.pieces.erase(piece);
+}
+
+}  // namespace
+
+void finish_pieces(int pending) {
+  while (!current->pieces.empty() && current->pieces.front().group < current->piece_groups - pending) {
+    land(*current->block, current->pieces.front());
+    current->pieces.pop_front();
+  }
 }
 
 void begin_product(Product p) {
@@ -119,6 +157,7 @@ void run_thread() {
   entry();
   let_stores_be_seen();
   if (!current->products.empty()) fail("a thread ends before its products");
+  if (!current->pieces.empty()) fail("a thread ends before its copies");
   current->ended = true, ++progress;
   _longjmp(host, 1);
 }
@@ -188,6 +227,7 @@ void run_grid(unsigned count, unsigned per_block, size_t shared_bytes, std::func
       if (!block.copies.empty() && draw() % 4 == 0) finish_copy(block, draw() % block.copies.size());
       if (draw() % pace[warp]) continue;
       const unsigned first = draw() % 32;
+      land_some(lanes[draw() % 32], draw());
       for (unsigned i = 0; i < 32 && error.empty(); ++i) {
         Fibre& f = lanes[i ^ first];
         if (f.ended) continue;

@@ -6,6 +6,8 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <utility>
+
 // One frame holds all of a thread's variables, and each has its place for itself, as registers have: products still read them afterwards.
 #define __device__ __attribute__((always_inline))
 #define __host__
@@ -14,6 +16,7 @@
 #define __align__(n) __attribute__((aligned(n)))
 #define __grid_constant__
 #define __launch_bounds__(...)
+#define __forceinline__
 #define __CUDA_ARCH_FEAT_SM90_ALL 1
 
 // The operators are the CPU's, in a namespace of their own.
@@ -26,7 +29,7 @@
 
 // For tests: what decides the order of threads; memory that holds its contents only when the kernel before the next one has ended.
 #define EMULATED_FOR_TESTS extern "C" inline __attribute__((visibility("default"), used))
-EMULATED_FOR_TESTS void set_seed(unsigned seed) { emulated::seed = seed; }
+EMULATED_FOR_TESTS void set_seed(unsigned seed) { emulated::seed = seed, emulated::late.clear(); }  // a launch may have been refused
 EMULATED_FOR_TESTS void set_late(void* to, const void* from, size_t bytes) { emulated::late.push_back({to, from, bytes}); }
 
 // -- in a kernel -------------------------------------------------------------------------------------------------------------------------
@@ -34,13 +37,47 @@ EMULATED_FOR_TESTS void set_late(void* to, const void* from, size_t bytes) { emu
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
 };
-inline dim3 threadIdx, blockIdx, gridDim;
+inline dim3 threadIdx, blockIdx, gridDim, blockDim;
+using std::max;
 using std::min;
 
 inline void __syncthreads() { emulated::meet(0, int(emulated::threads)); }
 inline void __syncwarp() { emulated::meet(16 + int(threadIdx.x) / 32, 32); }
 inline void __threadfence() { emulated::let_stores_be_seen(); }
 
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int other) {
+  struct Lane {
+    T value, result;
+    int other;
+  } lane{value, value, other};
+  emulated::together(lane, [](Lane* const* lanes) {
+    for (int i = 0; i < 32; ++i) lanes[i]->result = lanes[i ^ lanes[i]->other]->value;
+  });
+  return lane.result;
+}
+
+template <class T>
+T __shfl_sync(unsigned, T value, int from, int width) {
+  struct Lane {
+    T value, result;
+    int from;
+  } lane{value, value, from + int(threadIdx.x) % 32 / width * width};
+  emulated::together(lane, [](Lane* const* lanes) {
+    for (int i = 0; i < 32; ++i) lanes[i]->result = lanes[lanes[i]->from]->value;
+  });
+  return lane.result;
+}
+
+inline int atomicAdd(int* p, int value) {
+  ++emulated::progress;
+  return std::exchange(*p, *p + value);
+}
+
+template <class T>
+T __ldg(const T* p) {
+  return *p;
+}
 template <class T>
 T __ldcg(const T* p) {
   return *p;
@@ -78,9 +115,12 @@ cudaError_t cudaFuncSetAttribute(F, int, int) {
 
 template <class... P, class... A>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...), const A&... arguments) {
-  gridDim = config->gridDim;
-  const auto set_place = [](const emulated::Fibre& f) { threadIdx.x = f.thread, blockIdx.x = f.block->index; };
-  emulated::run_grid(gridDim.x, config->blockDim.x, config->dynamicSmemBytes, [&] { kernel(arguments...); }, set_place);
+  gridDim = config->gridDim, blockDim = config->blockDim;
+  const auto set_place = [](const emulated::Fibre& f) {
+    const unsigned i = f.block->index;
+    threadIdx.x = f.thread, blockIdx = {i % gridDim.x, i / gridDim.x % gridDim.y, i / gridDim.x / gridDim.y};
+  };
+  emulated::run_grid(gridDim.x * gridDim.y * gridDim.z, blockDim.x, config->dynamicSmemBytes, [&] { kernel(arguments...); }, set_place);
   return emulated::error.empty() ? cudaSuccess : cudaErrorLaunchFailure;
 }
 
@@ -97,7 +137,7 @@ constexpr int cudaEnableDefault = 0;
 struct CUtensorMap {
   const uint8_t* from = nullptr;
   int columns = 0, rows = 0, size = 0, box_rows = 0;  // columns of `size` bytes; a box has 128 bytes of a row
-  int64_t stride = 0;                                 // bytes
+  int64_t stride = 0;  // bytes
 };
 
 inline CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* from, const cuuint64_t* sizes,

@@ -160,7 +160,7 @@ def dequantize(packed: Packed) -> Tensor:
     return w if perm is None else torch.empty_like(w).index_copy_(1, perm.long(), w)
 
 
-def _format_why_not(f: QuantFormat, n: int, k: int) -> str | None:
+def format_why_not(f: QuantFormat, n: int, k: int) -> str | None:
     if f.block is not None:
         return f"{f.name} keeps its blocks; 8-bit integers with one scale a row are taken"
     if not isinstance(f.code, Int) or f.bits != 8:
@@ -187,7 +187,7 @@ KERNEL = register(
         backend="triton",
         source=__doc__.rpartition("Source: ")[2],
         compute="int8",
-        why_not=lambda p: why_not(p) or _format_why_not(p.format, p.n, p.k),
+        why_not=lambda p: why_not(p) or format_why_not(p.format, p.n, p.k),
         cost=_cost,
         prepare=prepare,
         restore=restore,

@@ -1,22 +1,9 @@
-// The functions of csrc/cuda/hopper.cuh in plain C++, on the machine of ../machine.h: with this folder first on the include path the
-// kernels' sources are compiled unchanged for the host. Fragments and swizzles are those of the PTX manual.
+// The functions of csrc/cuda/hopper.cuh in plain C++, on the machine of ../machine.h. Fragments and swizzles are those of the PTX manual.
 #pragma once
 
-#include "../runtime.h"
-
-#include <type_traits>
+#include "../common/ptx.h"
 
 namespace qk {
-
-inline uint8_t shared[1] __attribute__((aligned(1024)));  // what a kernel declares; it is used by its address alone
-inline uint32_t shared_address(const void*) { return emulated::BASE; }
-
-// -- shared memory and flags -------------------------------------------------------------------------------------------------------------
-
-inline void load_shared(uint32_t (&to)[4], uint32_t at) { std::memcpy(to, emulated::shared(at, 16), 16); }
-inline uint32_t load_shared_u8(uint32_t at) { return emulated::load<uint8_t>(at); }
-inline uint16_t load_shared_u16(uint32_t at) { return emulated::load<uint16_t>(at); }
-inline float load_shared_f32(uint32_t at) { return emulated::load<float>(at); }
 
 inline void store_turned(uint32_t to, const uint32_t (&pairs)[4]) {
   emulated::current->address = to;
@@ -31,15 +18,6 @@ inline void store_turned(uint32_t to, const uint32_t (&pairs)[4]) {
   }
 }
 
-inline void raise_flag(int* flag) { *flag = 1, ++emulated::progress; }
-inline void wait_for_flag(const int* flag) {
-  emulated::wait_until([&] { return *static_cast<const volatile int*>(flag) != 0; });
-}
-
-inline void wait_for_previous() {
-  emulated::wait_until([] { return emulated::previous_ended; });
-}
-
 // -- barriers and copies -----------------------------------------------------------------------------------------------------------------
 
 inline void barrier_init(uint32_t barrier, uint32_t arrivals) { emulated::make_barrier(barrier, int(arrivals)); }
@@ -50,8 +28,6 @@ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
   const emulated::Barrier& b = emulated::barrier(barrier);
   emulated::wait_until([&] { return b.parity != parity; });
 }
-inline void sync_warps(int barrier, int threads) { emulated::meet(barrier, threads); }
-
 inline uint32_t swizzled(uint32_t at) { return at ^ (at >> 7 & 7) << 4; }
 
 inline void copy_box(uint32_t to, const CUtensorMap& from, int column, int row, uint32_t barrier) {
@@ -70,46 +46,22 @@ inline void copy_bytes(uint32_t to, const void* from, uint32_t bytes, uint32_t b
   if (reinterpret_cast<uintptr_t>(from) % 16) emulated::fail("a copy of bytes begins at a multiple of 16");
   emulated::begin_copy(to, bytes, barrier, [=](uint8_t* there) { std::memcpy(there, from, bytes); });
 }
-inline uint64_t cache_policy(bool) { return 0; }
 
 // -- what changes no result here --------------------------------------------------------------------------------------------------------
 
-inline void let_next_begin() {}
 template <int COUNT>
 void take_registers() {}
 template <int COUNT>
 void give_registers() {}
 inline void product_fence() {}
-template <class T>
-void keep(T&) {}
-
-template <uint32_t MASK, uint32_t BITS>
-uint32_t masked(uint32_t word) {
-  return (word & MASK) | BITS;
-}
 
 // -- products: operands have 32 bytes of a row ------------------------------------------------------------------------------------------
-
-struct bf16 {};
-struct f16 {};
 
 inline uint64_t swizzled_rows(uint32_t address) { return address; }
 inline void product_commit() { ++emulated::current->groups; }
 template <int PENDING>
 void product_wait() {
   emulated::finish_products(PENDING);
-}
-
-template <class T>
-auto number_at(const uint8_t* p) {
-  if constexpr (std::is_same_v<T, int8_t>) {
-    return int(int8_t(*p));
-  } else {
-    uint16_t bits;
-    std::memcpy(&bits, p, 2);
-    if constexpr (std::is_same_v<T, bf16>) return __bfloat162float(__ushort_as_bfloat16(bits));
-    else return __half2float(__ushort_as_half(bits));
-  }
 }
 
 // Row `row` of an operand in shared memory.
