@@ -21,6 +21,7 @@ inline void load_shared(uint32_t (&to)[4], uint32_t at) { std::memcpy(to, emulat
 inline uint32_t load_shared_u8(uint32_t at) { return emulated::load<uint8_t>(at); }
 inline uint16_t load_shared_u16(uint32_t at) { return emulated::load<uint16_t>(at); }
 inline float load_shared_f32(uint32_t at) { return emulated::load<float>(at); }
+inline void store_shared(uint32_t at, const uint32_t (&from)[4]) { std::memcpy(emulated::shared(at, 16), from, 16); }
 inline void store_shared_f32(uint32_t at, float value) { std::memcpy(emulated::shared(at, 4), &value, 4); }
 inline void sync_warps(int barrier, int threads) { emulated::meet(barrier, threads); }
 

@@ -1,0 +1,344 @@
+// y = x · Ŵᵀ with 16-bit activations, at most eight rows of them, and codes of 4 and 8 bits; from sm_75 on, bfloat16 from sm_80.
+//
+// The weight is the left operand of a warp's products, unpacked in registers from the layout of qkernels/kernels/triton/layout.py; the rows
+// of x, eight or fewer, are the right one's eight columns. So a product costs less than unpacking for it, and its sums are float32 of exact
+// products; what columns beyond the last row of x give is left. Scales are applied to the sums of their columns, a float zero point to the
+// sum of x there, for which there is one more product, with ones.
+//
+// A block has 32 rows of the weight and a run of K. Its warps take the run's tiles in turns, 16 bytes of four rows a lane: the words of two
+// tiles are on their way before anything else is done, and of one while another is multiplied. Rows of x and scales wait in shared memory.
+// Sums of warps are added in their order, and those of blocks by the last one to come, in theirs: how K is cut depends on the weight's shape
+// and the GPU alone, so that a row's result is the same whatever other rows there are.
+//
+// Source: weights as the left operand: Machete and humming; the last block adds up: the threadFenceReduction sample. Written from scratch.
+
+#include "cuda/tile.cuh"
+#include "cuda/unpack.cuh"
+
+#include <algorithm>
+#include <optional>
+
+namespace qk {
+namespace {
+
+constexpr int WARPS = 8, THREADS = 32 * WARPS;
+constexpr int ROWS = 32;       // of the weight, in a block
+constexpr int TOKENS = 8;      // rows of x
+constexpr int ROW_BYTES = 64;  // of the weight, in a tile
+constexpr int DEPTH = 2;       // tiles of a warp that are on their way
+constexpr int NUMBERS = 4 * ROWS;                   // bytes of a number of every row
+constexpr int APART = ROWS + 4;                     // sums of two tokens lie so far apart: in other banks of shared memory
+constexpr int WARP_SUMS = 4 * TOKENS * APART;       // bytes
+
+struct Arguments {
+  const uint8_t* weight;                            // [tiles, N, 64]
+  const void *scales, *zeros;                       // [runs, rows_of_scales, per_tile]; zeros of 8 bits, or in the type of the scales, or null
+  const float *tensor_scale, *table;                // [1], [16], or null
+  const uint16_t* x;                                // [M, K]
+  const void* bias;                                 // [N] or null
+  uint16_t* out;                                    // [M, N]
+  float* parts;                                     // [blocks of K, M, N], or null where K is whole
+  int* counters;                                    // of every 32 rows: blocks that came; 0 before and after
+  int64_t stride;                                   // of x
+  int m, n, k, tiles, run, blocks_n, blocks_k;      // run: tiles of a block
+  int rows_of_scales, per_tile, rows_per_scale, tiles_per_scale;
+  int zero;                                         // of all codes, where zeros is null or what is taken away afterwards
+  Kind scale_kind, bias_kind;
+  bool aligned;                                     // 16 bytes of x can be copied at a time
+};
+
+// Where a block has what, in shared memory.
+struct Room {
+  uint32_t x, row_bytes, scales, zeros, bytes;
+
+  // parts: scales of a tile, as they are stored here
+  __host__ __device__ Room(const Arguments& a, int columns, int parts, uint32_t base) {
+    x = base, row_bytes = a.run * columns * 2 + 16;  // rows begin in different banks
+    scales = x + a.m * row_bytes, zeros = scales + a.run * parts * NUMBERS;
+    bytes = max(zeros + (a.zeros ? a.run * parts * NUMBERS : 0) - base, uint32_t(WARPS * WARP_SUMS));
+  }
+};
+
+// Scales and zero points of the block, as its warps take them: of a tile, a part of it and g those of rows g, g + 8, g + 16 and g + 24.
+template <class Codes, int PARTS, bool FLOAT_ZERO>
+__device__ void stage_numbers(const Arguments& a, const Room& room, int row, int begin, int count) {
+  for (int i = threadIdx.x; i < count * PARTS * ROWS; i += THREADS) {
+    const int r = i % ROWS, part = i / ROWS % PARTS, tile = begin + i / ROWS / PARTS;
+    const int64_t run = int64_t(tile / a.tiles_per_scale) * a.rows_of_scales + min(row + r, a.n - 1) / a.rows_per_scale;
+    const int64_t at = run * a.per_tile + part * a.per_tile / PARTS;
+    const uint32_t to = i / ROWS * NUMBERS + r % 8 * 16 + r / 8 * 4;
+    store_shared_f32(room.scales + to, number(a.scales, at, a.scale_kind));
+    if (!a.zeros) continue;
+    if constexpr (FLOAT_ZERO) store_shared_f32(room.zeros + to, number(a.zeros, at, a.scale_kind));
+    else store_shared_f32(room.zeros + to, __uint_as_float(Codes::zero(static_cast<const uint8_t*>(a.zeros)[at])));
+  }
+}
+
+// The run's columns of x, and zeros beyond the last one.
+__device__ inline void stage_x(const Arguments& a, const Room& room, int begin, int columns) {
+  for (int token = 0; token < a.m; ++token) {
+    for (int i = 8 * threadIdx.x; i < columns; i += 8 * THREADS) {
+      const uint16_t* from = a.x + token * a.stride + begin + i;
+      const uint32_t to = room.x + token * room.row_bytes + 2 * i;
+      const int there = a.k - begin - i;
+      if (a.aligned && (there >= 8 || there <= 0)) {
+        copy_async(to, from, there > 0);
+      } else {
+        uint32_t pairs[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) pairs[j] = (2 * j < there ? from[2 * j] : 0) | (2 * j + 1 < there ? from[2 * j + 1] : 0) << 16;
+        store_shared(to, pairs);
+      }
+    }
+  }
+  copy_async_commit();
+  copy_async_wait<0>();
+}
+
+// The lane's 16 bytes of rows g, g + 8, g + 16 and g + 24, as far as there are rows.
+__device__ inline void load_words(uint32_t (&words)[4][4], const uint8_t* from, int rows) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (8 * i >= rows) continue;
+    const uint4 v = load_once(from + 8 * i * ROW_BYTES);
+    words[i][0] = v.x, words[i][1] = v.y, words[i][2] = v.z, words[i][3] = v.w;
+  }
+}
+
+// Those of four rows.
+__device__ inline void load_numbers(float (&to)[4], uint32_t at) {
+  uint32_t raw[4];
+  load_shared(raw, at);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) to[i] = __uint_as_float(raw[i]);
+}
+
+template <class T, class Codes, int PARTS, bool FLOAT_ZERO>
+struct Gemv {
+  static constexpr int COLUMNS = Codes::COLUMNS, STEPS = COLUMNS / 16, PER_WORD = STEPS / 4, EACH = STEPS / PARTS;
+
+  // sums [2][4] += the products of a tile: of rows g, g + 8 and g + 16, g + 24, each for tokens 2 c and 2 c + 1.
+  // x, scales, zeros: the tile's, for this lane; zero_of: of the four rows, what `zeros` changes.
+  __device__ static void add_tile(float (&sums)[2][4], const Codes& codes, const uint32_t (&words)[4][4], uint32_t (&zero_of)[4], uint32_t x,
+                                  uint32_t scales, uint32_t zeros, bool has_zeros) {
+    float parts[2][4], total[4];
+    uint32_t right[4];
+    const uint32_t one = Pair<T>::of(1, 1), ones[4] = {one, one, one, one};
+#pragma unroll
+    for (int j = 0; j < STEPS; ++j) {  // 16 columns
+      if (j % EACH == 0) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) parts[0][i] = parts[1][i] = total[i] = 0;
+        if (!FLOAT_ZERO && has_zeros) load_shared(zero_of, zeros + j / EACH * NUMBERS);
+      }
+      if (j % 2 == 0) load_matrices(right, x + 32 * j);
+      const uint32_t columns[2] = {right[j % 2 * 2], right[j % 2 * 2 + 1]};
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        uint32_t upper[Codes::PAIRS], lower[Codes::PAIRS];
+        codes.unpack(upper, words[2 * half][j / PER_WORD], zero_of[2 * half]);
+        codes.unpack(lower, words[2 * half + 1][j / PER_WORD], zero_of[2 * half + 1]);
+        const int s = 2 * (j % PER_WORD);
+        const uint32_t left[4] = {upper[s], lower[s], upper[s + 1], lower[s + 1]};
+        multiply(parts[half], left, columns, T());
+      }
+      if (FLOAT_ZERO) multiply(total, ones, columns, T());
+      if (j % EACH == EACH - 1) apply(sums, parts, total, scales + j / EACH * NUMBERS, zeros + j / EACH * NUMBERS);
+    }
+  }
+
+  // The scales, and float zero points, of some columns.
+  __device__ static void apply(float (&sums)[2][4], const float (&parts)[2][4], const float (&total)[4], uint32_t scales, uint32_t zeros) {
+    float scale[4], zero[4];
+    load_numbers(scale, scales);
+    if (FLOAT_ZERO) load_numbers(zero, zeros);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int half = i / 4, r = i / 2, e = i % 2;
+      const float part = FLOAT_ZERO ? parts[half][i % 4] - zero[r] * total[e] : parts[half][i % 4];
+      sums[half][i % 4] += scale[r] * part;
+    }
+  }
+};
+
+// Leaves the warps' sums where all can read them, and adds up those of row `lane` of the block and of one token a warp.
+__device__ inline float sum_of_warps(const float (&sums)[2][4], uint32_t base) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const int r = 8 * (i / 2) + lane / 4, token = lane % 4 * 2 + i % 2;
+    store_shared_f32(base + warp * WARP_SUMS + 4 * (token * APART + r), sums[i / 4][i % 4]);
+  }
+  __syncthreads();
+  float sum = 0;
+#pragma unroll
+  for (int w = 0; w < WARPS; ++w) sum += load_shared_f32(base + w * WARP_SUMS + 4 * (warp * APART + lane));
+  return sum;
+}
+
+// Leaves a block's sum; whether it is the last to do so, which then has that of all blocks.
+__device__ inline bool sum_of_blocks(float& sum, const Arguments& a, int block_n, int block_k, int64_t at, bool inside) {
+  const int64_t all = int64_t(a.m) * a.n;
+  if (inside) __stcg(a.parts + block_k * all + at, sum);
+  __threadfence();
+  __syncthreads();
+  int* counter = a.counters + block_n;
+  if (!__syncthreads_or(threadIdx.x == 0 && atomicAdd(counter, 1) == a.blocks_k - 1)) return false;
+  __threadfence();
+  if (threadIdx.x == 0) *counter = 0;
+  sum = 0;
+  for (int i = 0; inside && i < a.blocks_k; ++i) sum += __ldcg(a.parts + i * all + at);
+  return true;
+}
+
+template <class T, class Codes, int PARTS, bool FLOAT_ZERO>
+__device__ void run(const Arguments& a) {
+  using G = Gemv<T, Codes, PARTS, FLOAT_ZERO>;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int block_n = blockIdx.x % a.blocks_n, block_k = blockIdx.x / a.blocks_n;
+  const int row = block_n * ROWS, begin = block_k * a.run, count = min(a.run, a.tiles - begin);
+  const Room room(a, Codes::COLUMNS, PARTS, shared_memory());
+
+  uint32_t words[DEPTH][4][4] = {};
+  const int rows = a.n - row - lane / 4;
+  const uint8_t* from = a.weight + (int64_t(begin + warp) * a.n + row) * ROW_BYTES + lane * 16;
+  const int64_t turn = int64_t(WARPS) * a.n * ROW_BYTES;
+#pragma unroll
+  for (int d = 0; d < DEPTH; ++d, from += turn) {
+    if (warp + d * WARPS < count) load_words(words[d], from, rows);
+  }
+  let_next_begin();
+  stage_numbers<Codes, PARTS, FLOAT_ZERO>(a, room, row, begin, count);
+  const Codes codes = [&] {
+    if constexpr (std::is_constructible_v<Codes, const float*>) return Codes(a.table);
+    else return Codes();
+  }();
+  wait_for_previous();
+  stage_x(a, room, begin * Codes::COLUMNS, count * Codes::COLUMNS);
+  __syncthreads();
+
+  float sums[2][4] = {};
+  uint32_t zero_of[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) zero_of[i] = Codes::zero(a.zero);
+  const uint32_t x = room.x + min(lane % 8, a.m - 1) * room.row_bytes + lane / 8 * 16;
+#pragma unroll 1
+  for (int tile = warp; tile < count;) {
+#pragma unroll
+    for (int d = 0; d < DEPTH; ++d, tile += WARPS, from += turn) {
+      if (tile >= count) break;
+      const uint32_t numbers = tile * PARTS * NUMBERS + lane / 4 * 16;
+      G::add_tile(sums, codes, words[d], zero_of, x + tile * Codes::COLUMNS * 2, room.scales + numbers, room.zeros + numbers, a.zeros);
+      if (tile + DEPTH * WARPS < count) load_words(words[d], from, rows);
+    }
+  }
+
+  __syncthreads();
+  float sum = sum_of_warps(sums, room.x);
+  const int n = row + lane, token = warp;
+  const bool inside = n < a.n && token < a.m;
+  const int64_t at = int64_t(token) * a.n + n;
+  if (a.parts && !sum_of_blocks(sum, a, block_n, block_k, at, inside)) return;
+  if (!inside) return;
+  if (a.tensor_scale) sum *= *a.tensor_scale;
+  if (a.bias) sum += number(a.bias, n, a.bias_kind);
+  a.out[at] = uint16_t(Pair<T>::of(sum, 0));
+}
+
+template <class T, class Codes, int PARTS, bool FLOAT_ZERO>
+__global__ void __launch_bounds__(THREADS, 2) gemv(const __grid_constant__ Arguments a) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+  if constexpr (std::is_same_v<T, f16>)
+#endif
+    run<T, Codes, PARTS, FLOAT_ZERO>(a);
+}
+
+// -- the host's side ---------------------------------------------------------------------------------------------------------------------
+
+// shared: bytes that a block may have; early: the launch begins while the kernel before it ends.
+struct How {
+  int64_t shared;
+  bool early;
+  cudaStream_t stream;
+};
+
+template <class T, class Codes, int PARTS, bool FLOAT_ZERO>
+void launch(const Arguments& a, const How& how) {
+  const auto kernel = gemv<T, Codes, PARTS, FLOAT_ZERO>;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(unsigned(a.blocks_n * a.blocks_k)), config.blockDim = dim3(THREADS);
+  config.dynamicSmemBytes = Room(a, Codes::COLUMNS, PARTS, 0).bytes;
+  config.stream = how.stream;
+  STD_TORCH_CHECK(int64_t(config.dynamicSmemBytes) <= how.shared, "w4_gemv: runs of ", a.run, " tiles want ", config.dynamicSmemBytes,
+                  " bytes of shared memory; a block may have ", how.shared);
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute, config.numAttrs = how.early;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(how.shared)));
+  check(cudaLaunchKernelEx(&config, kernel, a));
+}
+
+template <class T, class Codes, bool FLOAT_ZERO>
+void launch_parts(const Arguments& a, const How& how) {
+  if (a.per_tile == 1) return launch<T, Codes, 1, FLOAT_ZERO>(a, how);
+  if constexpr (Codes::COLUMNS == 128) {
+    if (a.per_tile == 8) return launch<T, Codes, 8, FLOAT_ZERO>(a, how);
+  }
+  STD_TORCH_CHECK(a.per_tile == 2 || a.per_tile == 4, "w4_gemv: a row has ", a.per_tile, " scales in a tile");
+  launch<T, Codes, 4, FLOAT_ZERO>(a, how);
+}
+
+template <class T>
+void launch_codes(const Arguments& a, int64_t bits, bool float_zero, const How& how) {
+  if (a.table) return launch_parts<T, Table<T>, false>(a, how);
+  const auto of_4 = float_zero ? launch_parts<T, Int4<T>, true> : launch_parts<T, Int4<T>, false>;
+  const auto of_8 = float_zero ? launch_parts<T, Int8<T>, true> : launch_parts<T, Int8<T>, false>;
+  (bits == 4 ? of_4 : of_8)(a, how);
+}
+
+const void* data_of(const std::optional<Tensor>& t) { return t ? t->const_data_ptr() : nullptr; }
+
+// out [M, N] = x [M, K] · Ŵᵀ + bias. Shapes: weight [tiles, 16 N] int32, scales [runs, rows, per_tile], zeros likewise, table [16] and
+// tensor_scale [1] float32, parts [blocks of K, M, N] float32, counters int32, a 0 for every 32 rows.
+void w4_gemv(Tensor x, Tensor weight, Tensor scales, std::optional<Tensor> zeros, std::optional<Tensor> tensor_scale,
+             std::optional<Tensor> table, std::optional<Tensor> bias, Tensor out, std::optional<Tensor> parts, std::optional<Tensor> counters,
+             int64_t bits, int64_t scale_kind, int64_t zero, int64_t rows_per_scale, int64_t tiles_per_scale, int64_t run, int64_t shared,
+             bool early, int64_t stream) {
+  const int64_t m = x.size(0), k = x.size(1), n = out.size(1), tiles = weight.size(0), columns = bits == 4 ? 128 : 64;
+  STD_TORCH_CHECK(bits == 4 || (bits == 8 && !table), "w4_gemv: codes have 4 or 8 bits, those of a table 4; not ", bits);
+  STD_TORCH_CHECK(0 < m && m <= TOKENS && out.size(0) == m, "w4_gemv: x has ", m, " rows, out ", out.size(0), "; at most 8 are taken");
+  STD_TORCH_CHECK(weight.is_contiguous() && weight.size(1) == n * 16 && k <= tiles * columns && k > (tiles - 1) * columns,
+                  "w4_gemv: weight [", tiles, ", ", weight.size(1), "] does not fit x [", m, ", ", k, "] and out [", m, ", ", n, "]");
+  STD_TORCH_CHECK(x.stride(1) == 1 && out.is_contiguous(), "w4_gemv: rows of x and out have to be dense");
+  Arguments a{};
+  a.weight = static_cast<const uint8_t*>(weight.const_data_ptr());
+  a.scales = scales.const_data_ptr(), a.zeros = data_of(zeros), a.bias = data_of(bias);
+  a.tensor_scale = static_cast<const float*>(data_of(tensor_scale)), a.table = static_cast<const float*>(data_of(table));
+  a.x = static_cast<const uint16_t*>(x.const_data_ptr()), a.out = static_cast<uint16_t*>(out.mutable_data_ptr());
+  a.stride = x.stride(0), a.aligned = x.stride(0) % 8 == 0 && reinterpret_cast<uintptr_t>(a.x) % 16 == 0;
+  a.m = int(m), a.n = int(n), a.k = int(k), a.tiles = int(tiles), a.run = int(std::min(run, tiles)), a.zero = int(zero);
+  a.blocks_n = (a.n + ROWS - 1) / ROWS, a.blocks_k = (a.tiles + a.run - 1) / a.run;
+  a.rows_of_scales = int(scales.size(1)), a.per_tile = int(scales.size(2));
+  a.rows_per_scale = int(rows_per_scale), a.tiles_per_scale = int(tiles_per_scale), a.scale_kind = Kind(scale_kind);
+  if (bias) a.bias_kind = kind_of(*bias);
+  if (a.blocks_k > 1) {
+    STD_TORCH_CHECK(parts && parts->numel() >= a.blocks_k * m * n && counters && counters->numel() >= a.blocks_n,
+                    "w4_gemv: ", a.blocks_k, " blocks of K want parts of as many results, and ", a.blocks_n, " counters");
+    a.parts = static_cast<float*>(parts->mutable_data_ptr()), a.counters = static_cast<int*>(counters->mutable_data_ptr());
+  }
+  const bool float_zero = zeros && zeros->scalar_type() != ScalarType::Byte;
+  const auto launch = x.scalar_type() == ScalarType::BFloat16 ? launch_codes<bf16> : launch_codes<f16>;
+  launch(a, bits, float_zero, {shared, early, reinterpret_cast<cudaStream_t>(stream)});
+}
+
+}  // namespace
+}  // namespace qk
+
+STABLE_TORCH_LIBRARY_FRAGMENT(qkernels, m) {
+  m.def(
+      "w4_gemv(Tensor x, Tensor weight, Tensor scales, Tensor? zeros, Tensor? tensor_scale, Tensor? table, Tensor? bias, Tensor(a!) out,"
+      " Tensor(b!)? parts, Tensor(c!)? counters, int bits, int scale_kind, int zero, int rows_per_scale, int tiles_per_scale, int run,"
+      " int shared, bool early, int stream) -> ()");
+}
+STABLE_TORCH_LIBRARY_IMPL(qkernels, CUDA, m) { m.impl("w4_gemv", TORCH_BOX(&qk::w4_gemv)); }
