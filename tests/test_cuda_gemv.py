@@ -154,12 +154,13 @@ def test_blocks_fill_the_gpu_and_its_shared_memory_holds_them(gpu):
 
 
 def test_reasons():
-    def reason(name, dtype=torch.bfloat16, sm=90, **more):
-        return w4_gemv.why_not(Problem(formats.get(name), 512, 1024, dtype=dtype, device=Device("cuda", sm=sm, **more)))
+    def reason(name, dtype=torch.bfloat16, sm=90):
+        return w4_gemv.why_not(Problem(formats.get(name), 512, 1024, dtype=dtype, device=Device("cuda", sm=sm)))
 
-    assert reason("int4", compiled=False)
-    assert "need sm80" in reason("int4", sm=75) and "need sm75" in reason("int4", torch.float16, sm=70)
-    assert "u3b4" in reason("int3") and "e4m3" in reason("fp8")
+    assert reason("int4") is reason("nf4", torch.float16) is reason("int8_asym") is reason("int4", torch.float16, sm=75) is None
+    assert "bfloat16 activations" in reason("int4", sm=75) and "float32 activations" in reason("int4", torch.float32)
+    assert "needs sm75" in reason("int4", torch.float16, sm=70)
+    assert "u3b4" in reason("int3") and "e4m3" in reason("fp8") and "groups of 8" in reason("u4b8_g8_sf16")
 
 
 # -- the emulation sees faults -------------------------------------------------------------------------------------------------------
@@ -167,6 +168,7 @@ def test_reasons():
 SOURCE = "w4_gemv.cu"
 FEWER = [  # of a kernel that is broken one variant is enough, and compiled sooner
     (SOURCE, "x.scalar_type() == ScalarType::BFloat16 ? launch_codes<bf16> : launch_codes<f16>", "launch_codes<f16>"),
+    (SOURCE, "if (a.table && mirrored) return launch_parts<T, Table<T, true>, false>(a, how);", ""),
     (SOURCE, "if (a.table) return launch_parts<T, Table<T>, false>(a, how);", ""),
     (SOURCE, "float_zero ? launch_parts<T, Int4<T>, true> : launch_parts<T, Int4<T>, false>;", "launch_parts<T, Int4<T>, false>;"),
     (SOURCE, "(bits == 4 ? of_4 : of_8)(a, how);", "of_4(a, how);"),

@@ -7,8 +7,11 @@
 //
 // A block has 32 rows of the weight and a run of K. Its warps take the run's tiles in turns, 16 bytes of four rows a lane: the words of two
 // tiles are on their way before anything else is done, and of one while another is multiplied. Rows of x and scales wait in shared memory.
-// Sums of warps are added in their order, and those of blocks by the last one to come, in theirs: how K is cut depends on the weight's shape
-// and the GPU alone, so that a row's result is the same whatever other rows there are.
+// Sums of warps are added in their order, and those of blocks by the last one to come, in theirs: how K is cut depends on the weight's
+// shape and the GPU alone, so that a row's result is the same whatever other rows there are.
+//
+// An H200's memory brings 36 weights of 4 bits in a clock of one processor: 3.6 instructions of a lane for each. Here they are 1.9, of floats
+// 2.6 and of codebooks 3.4, where a scale serves a tile (benchmarks/results/static/cuda.md); unpacking alone takes 1.4, 2.1 and 2.9.
 //
 // Source: weights as the left operand: Machete and humming; the last block adds up: the threadFenceReduction sample. Written from scratch.
 
@@ -22,29 +25,29 @@ namespace qk {
 namespace {
 
 constexpr int WARPS = 8, THREADS = 32 * WARPS;
-constexpr int ROWS = 32;       // of the weight, in a block
-constexpr int TOKENS = 8;      // rows of x
+constexpr int ROWS = 32;  // of the weight, in a block
+constexpr int TOKENS = 8;  // rows of x
 constexpr int ROW_BYTES = 64;  // of the weight, in a tile
-constexpr int DEPTH = 2;       // tiles of a warp that are on their way
-constexpr int NUMBERS = 4 * ROWS;                   // bytes of a number of every row
-constexpr int APART = ROWS + 4;                     // sums of two tokens lie so far apart: in other banks of shared memory
-constexpr int WARP_SUMS = 4 * TOKENS * APART;       // bytes
+constexpr int DEPTH = 2;  // tiles of a warp that are on their way
+constexpr int NUMBERS = 4 * ROWS;  // bytes of a number of every row
+constexpr int APART = ROWS + 4;  // sums of two tokens lie so far apart: in other banks of shared memory
+constexpr int WARP_SUMS = 4 * TOKENS * APART;  // bytes
 
 struct Arguments {
-  const uint8_t* weight;                            // [tiles, N, 64]
-  const void *scales, *zeros;                       // [runs, rows_of_scales, per_tile]; zeros of 8 bits, or in the type of the scales, or null
-  const float *tensor_scale, *table;                // [1], [16], or null
-  const uint16_t* x;                                // [M, K]
-  const void* bias;                                 // [N] or null
-  uint16_t* out;                                    // [M, N]
-  float* parts;                                     // [blocks of K, M, N], or null where K is whole
-  int* counters;                                    // of every 32 rows: blocks that came; 0 before and after
-  int64_t stride;                                   // of x
-  int m, n, k, tiles, run, blocks_n, blocks_k;      // run: tiles of a block
+  const uint8_t* weight;  // [tiles, N, 64]
+  const void *scales, *zeros;  // [runs, rows_of_scales, per_tile]; zeros of 8 bits, or in the type of the scales, or null
+  const float *tensor_scale, *table;  // [1], [16], or null
+  const uint16_t* x;  // [M, K]
+  const void* bias;  // [N] or null
+  uint16_t* out;  // [M, N]
+  float* parts;  // [blocks of K, M, N], or null where K is whole
+  int* counters;  // of every 32 rows: blocks that came; 0 before and after
+  int64_t stride;  // of x
+  int m, n, k, tiles, run, blocks_n, blocks_k;  // run: tiles of a block
   int rows_of_scales, per_tile, rows_per_scale, tiles_per_scale;
-  int zero;                                         // of all codes, where zeros is null or what is taken away afterwards
+  int zero;  // of all codes, where zeros is null or what is taken away afterwards
   Kind scale_kind, bias_kind;
-  bool aligned;                                     // 16 bytes of x can be copied at a time
+  bool aligned;  // 16 bytes of x can be copied at a time
 };
 
 // Where a block has what, in shared memory.
@@ -115,12 +118,15 @@ __device__ inline void load_numbers(float (&to)[4], uint32_t at) {
 
 template <class T, class Codes, int PARTS, bool FLOAT_ZERO>
 struct Gemv {
-  static constexpr int COLUMNS = Codes::COLUMNS, STEPS = COLUMNS / 16, PER_WORD = STEPS / 4, EACH = STEPS / PARTS;
+  static constexpr bool LOOKED_UP = std::is_constructible_v<Codes, const float*>;
+  // Blocks on a processor: as many as do not make the compiler spill registers.
+  static constexpr int RESIDENT = PARTS == 1 && !FLOAT_ZERO && !LOOKED_UP ? 3 : PARTS == 8 && (FLOAT_ZERO || LOOKED_UP) ? 1 : 2;
 
   // sums [2][4] += the products of a tile: of rows g, g + 8 and g + 16, g + 24, each for tokens 2 c and 2 c + 1.
   // x, scales, zeros: the tile's, for this lane; zero_of: of the four rows, what `zeros` changes.
-  __device__ static void add_tile(float (&sums)[2][4], const Codes& codes, const uint32_t (&words)[4][4], uint32_t (&zero_of)[4], uint32_t x,
-                                  uint32_t scales, uint32_t zeros, bool has_zeros) {
+  __device__ static void add_tile(float (&sums)[2][4], const Codes& codes, const uint32_t (&words)[4][4], uint32_t (&zero_of)[4],
+                                  uint32_t x, uint32_t scales, uint32_t zeros, bool has_zeros) {
+    constexpr int STEPS = Codes::COLUMNS / 16, PER_WORD = STEPS / 4, EACH = STEPS / PARTS;
     float parts[2][4], total[4];
     uint32_t right[4];
     const uint32_t one = Pair<T>::of(1, 1), ones[4] = {one, one, one, one};
@@ -210,7 +216,7 @@ __device__ void run(const Arguments& a) {
   let_next_begin();
   stage_numbers<Codes, PARTS, FLOAT_ZERO>(a, room, row, begin, count);
   const Codes codes = [&] {
-    if constexpr (std::is_constructible_v<Codes, const float*>) return Codes(a.table);
+    if constexpr (G::LOOKED_UP) return Codes(a.table);
     else return Codes();
   }();
   wait_for_previous();
@@ -246,11 +252,11 @@ __device__ void run(const Arguments& a) {
 }
 
 template <class T, class Codes, int PARTS, bool FLOAT_ZERO>
-__global__ void __launch_bounds__(THREADS, 2) gemv(const __grid_constant__ Arguments a) {
+__global__ void __launch_bounds__(THREADS, Gemv<T, Codes, PARTS, FLOAT_ZERO>::RESIDENT) gemv(const __grid_constant__ Arguments a) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-  if constexpr (std::is_same_v<T, f16>)
+  if constexpr (std::is_same_v<T, bf16>) return __trap();  // Turing has no products of bfloat16
 #endif
-    run<T, Codes, PARTS, FLOAT_ZERO>(a);
+  run<T, Codes, PARTS, FLOAT_ZERO>(a);
 }
 
 // -- the host's side ---------------------------------------------------------------------------------------------------------------------
@@ -290,7 +296,8 @@ void launch_parts(const Arguments& a, const How& how) {
 }
 
 template <class T>
-void launch_codes(const Arguments& a, int64_t bits, bool float_zero, const How& how) {
+void launch_codes(const Arguments& a, int64_t bits, bool mirrored, bool float_zero, const How& how) {
+  if (a.table && mirrored) return launch_parts<T, Table<T, true>, false>(a, how);
   if (a.table) return launch_parts<T, Table<T>, false>(a, how);
   const auto of_4 = float_zero ? launch_parts<T, Int4<T>, true> : launch_parts<T, Int4<T>, false>;
   const auto of_8 = float_zero ? launch_parts<T, Int8<T>, true> : launch_parts<T, Int8<T>, false>;
@@ -300,11 +307,12 @@ void launch_codes(const Arguments& a, int64_t bits, bool float_zero, const How& 
 const void* data_of(const std::optional<Tensor>& t) { return t ? t->const_data_ptr() : nullptr; }
 
 // out [M, N] = x [M, K] · Ŵᵀ + bias. Shapes: weight [tiles, 16 N] int32, scales [runs, rows, per_tile], zeros likewise, table [16] and
-// tensor_scale [1] float32, parts [blocks of K, M, N] float32, counters int32, a 0 for every 32 rows.
+// tensor_scale [1] float32, parts [blocks of K, M, N] float32, counters int32, a 0 for every 32 rows. mirrored: the table's second half is
+// minus the first.
 void w4_gemv(Tensor x, Tensor weight, Tensor scales, std::optional<Tensor> zeros, std::optional<Tensor> tensor_scale,
-             std::optional<Tensor> table, std::optional<Tensor> bias, Tensor out, std::optional<Tensor> parts, std::optional<Tensor> counters,
-             int64_t bits, int64_t scale_kind, int64_t zero, int64_t rows_per_scale, int64_t tiles_per_scale, int64_t run, int64_t shared,
-             bool early, int64_t stream) {
+             std::optional<Tensor> table, std::optional<Tensor> bias, Tensor out, std::optional<Tensor> parts,
+             std::optional<Tensor> counters, int64_t bits, bool mirrored, int64_t scale_kind, int64_t zero, int64_t rows_per_scale,
+             int64_t tiles_per_scale, int64_t run, int64_t shared, bool early, int64_t stream) {
   const int64_t m = x.size(0), k = x.size(1), n = out.size(1), tiles = weight.size(0), columns = bits == 4 ? 128 : 64;
   STD_TORCH_CHECK(bits == 4 || (bits == 8 && !table), "w4_gemv: codes have 4 or 8 bits, those of a table 4; not ", bits);
   STD_TORCH_CHECK(0 < m && m <= TOKENS && out.size(0) == m, "w4_gemv: x has ", m, " rows, out ", out.size(0), "; at most 8 are taken");
@@ -329,7 +337,7 @@ void w4_gemv(Tensor x, Tensor weight, Tensor scales, std::optional<Tensor> zeros
   }
   const bool float_zero = zeros && zeros->scalar_type() != ScalarType::Byte;
   const auto launch = x.scalar_type() == ScalarType::BFloat16 ? launch_codes<bf16> : launch_codes<f16>;
-  launch(a, bits, float_zero, {shared, early, reinterpret_cast<cudaStream_t>(stream)});
+  launch(a, bits, mirrored, float_zero, {shared, early, reinterpret_cast<cudaStream_t>(stream)});
 }
 
 }  // namespace
@@ -338,7 +346,7 @@ void w4_gemv(Tensor x, Tensor weight, Tensor scales, std::optional<Tensor> zeros
 STABLE_TORCH_LIBRARY_FRAGMENT(qkernels, m) {
   m.def(
       "w4_gemv(Tensor x, Tensor weight, Tensor scales, Tensor? zeros, Tensor? tensor_scale, Tensor? table, Tensor? bias, Tensor(a!) out,"
-      " Tensor(b!)? parts, Tensor(c!)? counters, int bits, int scale_kind, int zero, int rows_per_scale, int tiles_per_scale, int run,"
-      " int shared, bool early, int stream) -> ()");
+      " Tensor(b!)? parts, Tensor(c!)? counters, int bits, bool mirrored, int scale_kind, int zero, int rows_per_scale,"
+      " int tiles_per_scale, int run, int shared, bool early, int stream) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(qkernels, CUDA, m) { m.impl("w4_gemv", TORCH_BOX(&qk::w4_gemv)); }

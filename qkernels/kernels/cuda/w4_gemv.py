@@ -35,11 +35,13 @@ def multiply(x: Tensor, stored: Stored, bias: Tensor | None, format: QuantFormat
 
 
 @functools.lru_cache(maxsize=1024)
-def numbers(format: QuantFormat, n: int, k: int) -> tuple[int, int, int, int, int]:
-    """What the op wants to know of a format: bits, type of the scales, zero of all codes, rows and tiles that share scales."""
-    shared = constants(format, n, k)
-    zero = format.code.bias if isinstance(format.code, Int) else 0
-    return format.bits, SCALES.index(format.scale), zero, shared["GROUP_ROWS"], shared["GROUP_TILES"]
+def numbers(format: QuantFormat, n: int, k: int) -> tuple[int, bool, int, int, int, int]:
+    """What the op wants to know of a format: bits; whether the second half of its table is minus the first; type of the scales; zero of all
+    codes; rows and tiles that share scales."""
+    shared, code = constants(format, n, k), format.code
+    mirrored = layout.is_table(code) and all(-a == b for a, b in zip(code.values[:8], code.values[8:]))
+    zero = code.bias if isinstance(code, Int) else 0
+    return format.bits, mirrored, SCALES.index(format.scale), zero, shared["GROUP_ROWS"], shared["GROUP_TILES"]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -62,13 +64,10 @@ def scales_of_a_tile(format: QuantFormat, n: int, k: int) -> int:
 
 def why_not(p: Problem) -> str | None:
     """What the kernel cannot do, whatever the number of rows; float32 activations are not its business either."""
-    least = 80 if p.dtype == torch.bfloat16 else 75
-    if p.device.type != "cuda" or p.device.sm < least:
-        return f"{str(p.dtype).removeprefix('torch.')} activations need sm{least}, not {p.device}"
-    if not p.device.compiled:
-        return library.why_missing() or "the compiled library is missing"
-    if reason := layout.why_not(p):
+    if reason := library.why_not(p, "w4_gemv", 75) or layout.why_not(p):
         return reason
-    if p.format.bits not in (4, 8) or not (isinstance(p.format.code, Int) or layout.is_table(p.format.code)):
-        return f"code {p.format.code.name}: integers of 4 and 8 bits and tables of 4 bits are taken"
-    return None if p.dtype != torch.float32 else "float32 activations; float16 and bfloat16 are taken"
+    if p.dtype == torch.float32 or (p.dtype == torch.bfloat16 and p.device.sm < 80):
+        return f"{p.dtype} activations; torch.float16 is taken, from sm80 on torch.bfloat16"
+    if p.format.bits in (4, 8) and (isinstance(p.format.code, Int) or layout.is_table(p.format.code)):
+        return None
+    return f"code {p.format.code.name}: integers of 4 and 8 bits and tables of 4 bits are taken"
