@@ -9,10 +9,12 @@ import torch.nn.functional as F
 from cases import random_quant
 from emulated_cuda import build, compile_begin, late, why_not
 
-from qkernels import formats, reference
+from qkernels import explain, formats, reference
+from qkernels.kernels import device as devices
 from qkernels.kernels.cuda import w4_gemv
 from qkernels.kernels.device import Device
 from qkernels.kernels.registry import Problem
+from qkernels.kernels.registry import why_not as why_not_of
 from qkernels.kernels.triton import layout
 from qkernels.kernels.triton.f16_format import table
 from qkernels.kernels.triton.launch import Gpu
@@ -155,12 +157,33 @@ def test_blocks_fill_the_gpu_and_its_shared_memory_holds_them(gpu):
 
 def test_reasons():
     def reason(name, dtype=torch.bfloat16, sm=90):
-        return w4_gemv.why_not(Problem(formats.get(name), 512, 1024, dtype=dtype, device=Device("cuda", sm=sm)))
+        return why_not_of(w4_gemv.KERNEL, Problem(formats.get(name), 512, 1024, dtype=dtype, device=Device("cuda", sm=sm)))
 
-    assert reason("int4") is reason("nf4", torch.float16) is reason("int8_asym") is reason("int4", torch.float16, sm=75) is None
-    assert "bfloat16 activations" in reason("int4", sm=75) and "float32 activations" in reason("int4", torch.float32)
+    taken = [("int4", 90), ("nf4", 80), ("int8_asym", 120)]
+    assert not any(reason(name, sm=sm) for name, sm in taken) and not reason("int4", torch.float16, sm=75)
+    assert "bfloat16 activations on sm75" in reason("int4", sm=75) and "float32 activations" in reason("int4", torch.float32)
     assert "needs sm75" in reason("int4", torch.float16, sm=70)
     assert "u3b4" in reason("int3") and "e4m3" in reason("fp8") and "groups of 8" in reason("u4b8_g8_sf16")
+
+
+def test_it_is_taken_where_nothing_else_runs_until_it_is_measured():
+    def chosen(**more):
+        return explain("int4", (4096, 4096), **more).kernel.name
+
+    assert chosen(device="cuda:sm75", dtype=torch.float16) == w4_gemv.KERNEL.name
+    assert chosen(device="cuda:sm80", m=1) != w4_gemv.KERNEL.name != chosen(device="cuda:sm90", m=8, batch_invariant=True)
+
+
+def test_more_rows_are_multiplied_eight_by_eight(compiled, monkeypatch):
+    """The launcher, whole, on the CPU: every launch gets what the op takes."""
+    monkeypatch.setattr(torch.ops.qkernels, "w4_gemv", compiled.ops.w4_gemv, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
+    monkeypatch.setattr(devices, "current", lambda device: Device("cuda", sm=90))
+    for name, k in (("u4b8_g128_sf16", 4504), ("u8_g128_zf_sf16", 515)):
+        q, x, bias = problem(name, Case(70, k, 19, 8), torch.bfloat16, torch.float32)
+        y = w4_gemv.run(x.view(1, 19, k), layout.prepare(q), bias)
+        assert y.shape == (1, 19, 70)
+        assert_matmul_close(y[0], x, reference.decode(q, torch.float64), bias)
 
 
 # -- the emulation sees faults -------------------------------------------------------------------------------------------------------
