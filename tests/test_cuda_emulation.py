@@ -92,7 +92,7 @@ FEWER = {
         ("s8_wgmma.cu", "  launch<W4<WIDE, 256, false>>(a, maps, out, parts, flags, how);\n", ""),
     ],
 }
-SHARED, W4, S8 = "persistent.cuh", "w4_wgmma.cu", "s8_wgmma.cu"
+SHARED, TILE, W4, S8 = "persistent.cuh", "tile.cuh", "w4_wgmma.cu", "s8_wgmma.cu"
 TOKENS_OF_A_STAGE = "P::copy_tokens(maps, work.m * P::TOKENS, step, stage,"
 WAITING = "product_commit();\n    product_wait<1>();\n    released();"
 FAULTS = {
@@ -111,12 +111,12 @@ FAULTS = {
     "rows beyond the last": ("w4", SHARED, "m < a.m && n < a.n", "n < a.n"),
     "columns beyond the last": ("w4", SHARED, "m < a.m && n < a.n", "m < a.m"),
     "results turned while others still read": ("w4", SHARED, "store_turned(to, pairs);\n    __syncwarp();", "store_turned(to, pairs);"),
-    "parts of another block": ("w4", SHARED, "int64_t(helper) * PART", "int64_t(helper + 1) * PART"),
-    "a part left out": ("w4", SHARED, "schedule.first_helper(work), last", "schedule.block() - 1, last"),
-    "parts not waited for": ("w4", SHARED, "wait_for_flag(a.flags + helper);", ""),
-    "parts not yet seen by others": ("w4", SHARED, "__threadfence();\n", ""),
-    "a flag before all have left their sums": ("w4", SHARED, "sync_warps(1, WORKERS);\n      if", "if"),
-    "flags left raised": ("w4", SHARED, "a.flags[helper] = 0;", ""),
+    "parts of another block": ("w4", TILE, "helper * part", "(helper + 1) * part"),
+    "a part left out": ("w4", TILE, "schedule.first_helper(work), last", "schedule.block() - 1, last"),
+    "parts not waited for": ("w4", TILE, "wait_for_flag(flags + helper);", ""),
+    "parts not yet seen by others": ("w4", TILE, "__threadfence();\n", ""),
+    "a flag before all have left their sums": ("w4", TILE, "sync_warps(1, threads);\n    if", "if"),
+    "flags left raised": ("w4", TILE, "flags[helper] = 0;", ""),
     "zero points left out": ("s8_w8", S8, "sum -= zero[h] * token.sum;", ";"),
     "a subtraction that borrows": ("s8_w4", S8, "(word & 0x0f0f0f0f | 0x80808080)", "(word & 0x0f0f0f0f)"),
 }

@@ -10,6 +10,7 @@ from emulated_cuda import INCLUDE, LINK, ROOT, compile, compile_begin, why_not
 
 from qkernels import formats
 from qkernels.formats.format import SCALE_DTYPES
+from qkernels.kernels.cuda.f16_w4_mma import KINDS
 
 reason = why_not()
 pytestmark = pytest.mark.skipif(reason is not None, reason=str(reason))
@@ -24,8 +25,8 @@ void unpack_all(const C& codes, const uint32_t* words, int count, uint32_t zero,
   for (int i = 0; i < count; ++i) codes.unpack(reinterpret_cast<uint32_t(&)[C::PAIRS]>(to[i * C::PAIRS]), words[i], C::zero(zero));
 }
 #define UNPACK(T) \\
-  EXPORT void int4_##T(const uint32_t* w, int n, uint32_t z, uint32_t* to) { unpack_all(qk::Int4<qk::T>{}, w, n, z, to); } \\
-  EXPORT void int8_##T(const uint32_t* w, int n, uint32_t z, uint32_t* to) { unpack_all(qk::Int8<qk::T>{}, w, n, z, to); } \\
+  EXPORT void int4_##T(const uint32_t* w, int n, uint32_t z, uint32_t* to) { unpack_all(qk::Int4<qk::T>(nullptr), w, n, z, to); } \\
+  EXPORT void int8_##T(const uint32_t* w, int n, uint32_t z, uint32_t* to) { unpack_all(qk::Int8<qk::T>(nullptr), w, n, z, to); } \\
   EXPORT void table_##T(const uint32_t* w, int n, const float* v, uint32_t* to) { unpack_all(qk::Table<qk::T>(v), w, n, 0, to); } \\
   EXPORT void mirrored_##T(const uint32_t* w, int n, const float* v, uint32_t* to) { unpack_all(qk::Table<qk::T, true>(v), w, n, 0, to); }
 UNPACK(bf16)
@@ -90,9 +91,9 @@ def test_tables(functions, kind, name, dtype):
     assert torch.equal(found.flatten(1), values.to(DTYPES[dtype]).float()[np.concatenate([codes, codes[::-1]], 1)])
 
 
-@pytest.mark.parametrize(("kind", "scale"), enumerate(["f32", "f16", "bf16", "e4m3", "e8m0"]))
+@pytest.mark.parametrize(("kind", "scale"), enumerate([*KINDS, "u8"]))
 def test_numbers(functions, kind, scale):
-    dtype = SCALE_DTYPES[scale]
+    dtype = SCALE_DTYPES.get(scale, torch.uint8)
     raw = torch.arange(2 ** (16 if dtype.itemsize > 1 else 8), dtype=torch.int32)
     raw = {1: raw.to(torch.uint8), 2: raw.to(torch.int16), 4: raw << 16 | 0x5A5A}[dtype.itemsize]
     found = torch.empty(len(raw))

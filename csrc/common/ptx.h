@@ -40,11 +40,10 @@ __device__ inline float load_shared_f32(uint32_t at) {
   asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(at));
   return value;
 }
-__device__ inline void store_shared_f32(uint32_t at, float value) { asm volatile("st.shared.f32 [%0], %1;" ::"r"(at), "f"(value) : "memory"); }
-
 __device__ inline void store_shared(uint32_t at, const uint32_t (&from)[4]) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(from[0]), "r"(from[1]), "r"(from[2]), "r"(from[3]) : "memory");
 }
+__device__ inline void store_shared_f32(uint32_t at, float value) { asm volatile("st.shared.f32 [%0], %1;" ::"r"(at), "f"(value) : "memory"); }
 
 // Of some warps of a block; barrier 0 is __syncthreads's.
 __device__ inline void sync_warps(int barrier, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory"); }

@@ -8,31 +8,33 @@
 namespace qk {
 
 // The types that scales, zero points and biases have.
-enum class Kind { f32, f16, bf16, e4m3, e8m0 };
+enum class Kind { f32, f16, bf16, e4m3, e8m0, u8 };
 
 __host__ __device__ inline int bytes_of(Kind kind) { return kind == Kind::f32 ? 4 : kind == Kind::f16 || kind == Kind::bf16 ? 2 : 1; }
 
-// A number from its bits.
+// A number from its bits, the lowest of a word.
 __device__ inline float number_of(uint32_t raw, Kind kind) {
+  const uint32_t byte = raw & 0xff;
   switch (kind) {
     case Kind::f32: return __uint_as_float(raw);
     case Kind::bf16: return __uint_as_float(raw << 16);
-    case Kind::e8m0: return __uint_as_float(raw == 0xff ? 0x7fc00000 : raw == 0 ? 0x00400000 : raw << 23);
     case Kind::f16: return __half2float(__ushort_as_half(uint16_t(raw)));
+    case Kind::e8m0: return __uint_as_float(byte == 0xff ? 0x7fc00000 : byte == 0 ? 0x00400000 : byte << 23);
+    case Kind::u8: return float(byte);
     default: break;
   }
   // e4m3: sign, exponent and mantissa moved to fp16's place are the value over 2^8; its one NaN has all other bits set
-  const float value = 256 * __half2float(__ushort_as_half(uint16_t((raw & 0x80) << 8 | (raw & 0x7f) << 7)));
-  return (raw & 0x7f) == 0x7f ? __uint_as_float(0x7fc00000) : value;
+  const float value = 256 * __half2float(__ushort_as_half(uint16_t((byte & 0x80) << 8 | (byte & 0x7f) << 7)));
+  return (byte & 0x7f) == 0x7f ? __uint_as_float(0x7fc00000) : value;
 }
 
-__device__ inline float number(const void* p, int64_t i, Kind kind) {
-  switch (bytes_of(kind)) {
-    case 4: return number_of(static_cast<const uint32_t*>(p)[i], kind);
-    case 2: return number_of(static_cast<const uint16_t*>(p)[i], kind);
-    default: return number_of(static_cast<const uint8_t*>(p)[i], kind);
-  }
+// Bits of number i, the lowest of what it returns: of the aligned word that has them, lest there be a load for every size.
+__device__ inline uint32_t raw_at(const void* p, int64_t i, Kind kind) {
+  const uintptr_t at = reinterpret_cast<uintptr_t>(p) + i * bytes_of(kind);
+  return *reinterpret_cast<const uint32_t*>(at & ~uintptr_t(3)) >> (at & 3) * 8;
 }
+
+__device__ inline float number(const void* p, int64_t i, Kind kind) { return number_of(raw_at(p, i, kind), kind); }
 
 // -- two numbers of 16 bits in a register --------------------------------------------------------------------------------------------------
 

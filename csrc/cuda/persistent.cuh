@@ -123,8 +123,7 @@ __device__ void store(const typename P::Sum (&sums)[P::TOKENS / 2], const typena
 template <class P>
 __device__ void multiply_all(const typename P::Arguments& a, StreamK schedule, uint32_t base, uint32_t full, uint32_t empty, uint32_t scratch) {
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-  const int row = warp * 16;               // of the tile: the first of 16
-  constexpr int PART = ROWS * P::TOKENS / 4;  // fours of sums of a tile
+  const int row = warp * 16;  // of the tile: the first of 16
   typename P::Sum sums[P::TOKENS / 2];
   Ring ring{a.stages};
   int held = -1;  // the stage before this one, which products may still read
@@ -147,23 +146,7 @@ __device__ void multiply_all(const typename P::Arguments& a, StreamK schedule, u
 #pragma unroll
     for (int i = 0; i < P::TOKENS / 2; ++i) keep(sums[i]);
 
-    if (work.end < a.steps) {
-      leave_sums(sums, a.parts, int64_t(schedule.block()) * PART, thread, WORKERS);
-      __threadfence();
-      sync_warps(1, WORKERS);
-      if (thread == 0) raise_flag(a.flags + schedule.block());
-      continue;
-    }
-    if (work.begin > 0) {
-      const int first = schedule.first_helper(work), last = schedule.block();
-      for (int helper = first + thread; helper < last; helper += WORKERS) {
-        wait_for_flag(a.flags + helper);
-        a.flags[helper] = 0;
-      }
-      sync_warps(1, WORKERS);
-#pragma unroll 1
-      for (int helper = first; helper < last; ++helper) add_sums(sums, a.parts, int64_t(helper) * PART, thread, WORKERS);
-    }
+    if (!join_sums(sums, schedule, work, a.steps, a.parts, a.flags, thread, WORKERS)) continue;
     store<P>(sums, a, work.n * ROWS + row, work.m * P::TOKENS, scratch + warp * SCRATCH);
   }
 }

@@ -6,6 +6,7 @@
 //
 // A kind of codes K<T>, T bf16 or f16, has
 //     COLUMNS, PAIRS        columns of a tile; pairs of a word
+//     K<T>(values)          what `unpack` needs besides, in registers: of a table, which is given as 16 floats
 //     zero(z)               a zero point of codes as `unpack` takes it
 //     unpack(to, word, z)   the pairs of code - zero, exactly; of a table: of its entries
 //
@@ -25,6 +26,7 @@ namespace qk {
 template <class T>
 struct Int4 {
   static constexpr int COLUMNS = 128, PAIRS = 4;
+  __device__ explicit Int4(const float*) {}
   __device__ static uint32_t zero(uint32_t z) { return Pair<T>::MAGIC + z * 0x10001; }
   __device__ void unpack(uint32_t (&to)[PAIRS], uint32_t word, uint32_t z) const {
 #pragma unroll
@@ -36,6 +38,7 @@ template <class T>
 struct Int8 {
   static constexpr int COLUMNS = 64, PAIRS = 2;
   static constexpr bool NARROW = std::is_same_v<T, bf16>;  // its mantissa holds 7 of the 8 bits
+  __device__ explicit Int8(const float*) {}
   __device__ static uint32_t zero(uint32_t z) { return NARROW ? Pair<T>::of(float(z) - 128, float(z) - 128) : Pair<T>::MAGIC + z * 0x10001; }
   __device__ void unpack(uint32_t (&to)[PAIRS], uint32_t word, uint32_t z) const {
 #pragma unroll

@@ -118,7 +118,7 @@ __device__ inline void load_numbers(float (&to)[4], uint32_t at) {
 
 template <class T, class Codes, int PARTS, bool FLOAT_ZERO>
 struct Gemv {
-  static constexpr bool LOOKED_UP = std::is_constructible_v<Codes, const float*>;
+  static constexpr bool LOOKED_UP = !std::is_same_v<Codes, Int4<T>> && !std::is_same_v<Codes, Int8<T>>;
   // Blocks on a processor: as many as do not make the compiler spill registers.
   static constexpr int RESIDENT = PARTS == 1 && !FLOAT_ZERO && !LOOKED_UP ? 3 : PARTS == 8 && (FLOAT_ZERO || LOOKED_UP) ? 1 : 2;
 
@@ -215,10 +215,7 @@ __device__ void run(const Arguments& a) {
   }
   let_next_begin();
   stage_numbers<Codes, PARTS, FLOAT_ZERO>(a, room, row, begin, count);
-  const Codes codes = [&] {
-    if constexpr (G::LOOKED_UP) return Codes(a.table);
-    else return Codes();
-  }();
+  const Codes codes(a.table);
   wait_for_previous();
   stage_x(a, room, begin * Codes::COLUMNS, count * Codes::COLUMNS);
   __syncthreads();

@@ -29,7 +29,7 @@
 
 // For tests: what decides the order of threads; memory that holds its contents only when the kernel before the next one has ended.
 #define EMULATED_FOR_TESTS extern "C" inline __attribute__((visibility("default"), used))
-EMULATED_FOR_TESTS void set_seed(unsigned seed) { emulated::seed = seed; }
+EMULATED_FOR_TESTS void set_seed(unsigned seed) { emulated::seed = seed, emulated::late.clear(); }  // a launch may have been refused
 EMULATED_FOR_TESTS void set_late(void* to, const void* from, size_t bytes) { emulated::late.push_back({to, from, bytes}); }
 
 // -- in a kernel -------------------------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from qkernels.kernels.triton.layout import Packed
 FEW = 8  # rows of x, a launch
 ROWS, WARPS = 32, 8  # of a block
 MOST_TILES = 32  # of a block: longer runs of K gain nothing
-SCALES = ("f32", "f16", "bf16", "e4m3", "e8m0")  # in the order of Kind in csrc/cuda/numbers.cuh
+KINDS = ("f32", "f16", "bf16", "e4m3", "e8m0")  # types of scales, as csrc/cuda/numbers.cuh counts them
 
 
 def multiply(x: Tensor, stored: Stored, bias: Tensor | None, format: QuantFormat, out: Tensor) -> None:
@@ -40,7 +40,13 @@ def multiply(x: Tensor, stored: Stored, bias: Tensor | None, format: QuantFormat
     run = tiles_of_a_block(format, n, k, gpu)
     parts, counters = workspace(-(-stored.weight.shape[0] // run), m, n, -(-n // ROWS), device, stream)
     operands = (x, *stored, table(format.code, device), bias, out, parts, counters)
-    torch.ops.qkernels.w4_gemv.default(*operands, *numbers(format, n, k), run, gpu.shared_bytes, gpu.early, stream)
+    torch.ops.qkernels.w4_gemv.default(*operands, *numbers(format, n, k), run, gpu.shared_bytes, begins_early(device), stream)
+
+
+@functools.lru_cache(maxsize=16)
+def begins_early(device: torch.device) -> bool:
+    """Whether a kernel can begin while the one before it ends."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -50,7 +56,7 @@ def numbers(format: QuantFormat, n: int, k: int) -> tuple[int, bool, int, int, i
     shared, code = constants(format, n, k), format.code
     mirrored = layout.is_table(code) and all(-a == b for a, b in zip(code.values[:8], code.values[8:]))
     zero = code.bias if isinstance(code, Int) else 0
-    return format.bits, mirrored, SCALES.index(format.scale), zero, shared["GROUP_ROWS"], shared["GROUP_TILES"]
+    return format.bits, mirrored, KINDS.index(format.scale), zero, shared["GROUP_ROWS"], shared["GROUP_TILES"]
 
 
 @functools.lru_cache(maxsize=1024)

@@ -174,7 +174,7 @@ def multiply(x: Tensor, stored: Stored, bias: Tensor | None, format: QuantFormat
 def _invariant(x: Tensor, stored: Stored, bias: Tensor | None, format: QuantFormat, out: Tensor) -> None:
     """out [M, N] = x [M, K] · Ŵᵀ + bias, each row as if it were alone."""
     if x.dtype == torch.float32:
-        raise UnsupportedError("no kernel multiplies float32 activations batch-invariantly on a GPU", {"x.dtype": _FLOAT32})
+        raise UnsupportedError("no kernel multiplies float32 activations batch-invariantly on a GPU", {"x.dtype": FLOAT32})
     (m, k), n, gpu = x.shape, out.shape[1], gpu_of(x.device)
     tile = choose_invariant(format, n, k, m, gpu)
     if tile.split_k == 1 or m <= ROWS_INVARIANT:
@@ -284,8 +284,9 @@ def run(x: Tensor, packed: Packed, bias: Tensor | None, batch_invariant: bool = 
     return bind(packed.format, packed.shape, batch_invariant)(x, *packed[2:], bias)
 
 
-def _why_not(p: Problem) -> str | None:
-    if reason := why_not(p) or layout.why_not(p):
+def why_not_format(p: Problem) -> str | None:
+    """What neither this kernel nor others over the layout can do, whatever they are written in."""
+    if reason := layout.why_not(p):
         return reason
     if isinstance(p.format.code, Int) and p.format.zero == "none" and p.format.code.bias != base(p.format.code):
         return f"code {p.format.code.name}: without zero points, integers of {p.format.bits} bits have the bias {base(p.format.code)}"
@@ -294,11 +295,15 @@ def _why_not(p: Problem) -> str | None:
     return None
 
 
-_FLOAT32 = "float32 goes through torch's matmul, of which the order of sums is not known; give bfloat16 or float16"
+def _why_not(p: Problem) -> str | None:
+    return why_not(p) or why_not_format(p)
+
+
+FLOAT32 = "float32 goes through torch's matmul, of which the order of sums is not known; give bfloat16 or float16"
 
 
 def _why_not_invariant(p: Problem) -> str | None:
-    return _why_not(p) or (_FLOAT32 if p.dtype == torch.float32 else None)
+    return _why_not(p) or (FLOAT32 if p.dtype == torch.float32 else None)
 
 
 def _cost(p: Problem) -> float:

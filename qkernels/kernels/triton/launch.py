@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -38,7 +39,9 @@ def gpu_of(device: torch.device) -> Gpu:
 
 @functools.lru_cache(maxsize=1)
 def triton_version() -> tuple[int, int]:
-    """Major and minor: tiles that pay, and some details of what is compiled, differ from one to the next."""
+    """Major and minor: tiles that pay, and some details of what is compiled, differ from one to the next. (0, 0) where there is none."""
+    if importlib.util.find_spec("triton") is None:
+        return 0, 0
     import triton
 
     major, minor = triton.__version__.split(".")[:2]

@@ -1,0 +1,170 @@
+"""csrc/cuda/w4_mma.cu on a processor that tests/cuda_emulation makes of the host: against fp64, and the faults that this sees."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import random_quant
+from emulated_cuda import build, compile_begin, late, why_not
+
+from qkernels import formats, reference
+from qkernels.kernels.cuda.f16_w4_mma import numbers
+from qkernels.kernels.triton import layout
+from qkernels.testing import assert_matmul_close
+
+reason = why_not()
+pytestmark = [pytest.mark.skipif(reason is not None, reason=str(reason)), pytest.mark.usefixtures("one_thread")]
+ROWS = 128
+FORMATS = [
+    "u4b8_g128_sf16", "u4b8_g32_sf16", "u4b8_g64_sbf16", "u4b8_g16_sf32", "u4b8_g256_sf16", "u4b8_g-1_sf32",
+    "u4_g128_zi_sf16", "u4_g32_zi_sbf16", "u4_g-1_zi_sf16", "u4_g64_zf_sf16", "u4_g128_zf_sbf16", "nf4", "fp4", "mxfp4", "nvfp4",
+    "int8", "int8_g32", "u8_g16_zi_sf16", "u8_g64_zf_sf16", "u8_g-1_zi_sf32",
+]  # fmt: skip
+SHAPES = [(16, 264), (144, 136), (129, 520), (200, 1032), (7, 392), (257, 128)]
+COUNTS = (1, 8, 16, 17, 64, 129)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("emulated_mma")
+    compile_begin(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def compiled(folder):
+    return build("w4_mma", folder)
+
+
+def problem(name, n, m, k, dtype, bias=None, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    q, x = random_quant(formats.get(name), n, k, seed), torch.randn(m, k, generator=g).to(dtype)
+    return q, x, None if bias is None else torch.randn(n, generator=g).to(bias)
+
+
+def call(emulated, q, x, bias, tokens, blocks, whole=False, alike=False, raster=2):
+    """Launch between canaries, and return what it gives; parts are garbage, flags have to be 0 again."""
+    (m, k), n = x.shape, q.shape[0]
+    grids = -(-m // tokens) if alike else 1
+    around = torch.full((3, m, n), torch.nan, dtype=x.dtype)
+    parts = None if whole else torch.full((grids * blocks * ROWS * tokens,), torch.nan)
+    flags = torch.zeros(grids * blocks, dtype=torch.int32)
+    packed = layout.prepare(q)
+    written = F.pad(x, (0, 8), value=torch.nan)
+    operands = (late(emulated, written)[:, :k], packed.weight, packed.scales, packed.zeros, packed.tensor_scale)
+    table = torch.tensor(q.format.code.values, dtype=torch.float32) if layout.is_table(q.format.code) else None
+    emulated.ops.w4_mma(
+        *operands, table, bias, around[1], parts, flags, *numbers(q.format, n, k), tokens, blocks, raster, whole, alike, True, 0
+    )
+    assert not flags.any(), "flags are left raised"
+    assert around[0].isnan().all() and around[2].isnan().all(), "results beside their place"
+    return around[1].clone()
+
+
+def check(emulated, q, x, bias, seeds, **how):
+    """Against fp64, and the same bits with every seed."""
+    first = None
+    for seed in seeds:
+        emulated.set_seed(seed)
+        y = call(emulated, q, x, bias, **how)
+        if first is None:
+            assert_matmul_close(y, x, reference.decode(q, torch.float64), bias)
+            first = y
+        assert torch.equal(y, first), f"other bits with seed {seed}"
+
+
+def tiles(q):
+    return (16, 32, 64, 128) if q.format.bits == 4 and not layout.is_table(q.format.code) else (16, 64)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_against_fp64(compiled, name):
+    for i, dtype in itertools.product(range(3), (torch.bfloat16, torch.float16)):
+        turn = FORMATS.index(name) + 7 * i + 3 * (dtype == torch.float16)
+        (n, k), m = SHAPES[turn % len(SHAPES)], COUNTS[(turn + i) % len(COUNTS)]
+        q, x, bias = problem(name, n, m, k, dtype, (None, torch.float32, dtype)[turn % 3], seed=turn)
+        tokens, ways = tiles(q)[turn % len(tiles(q))], {"whole": turn % 5 == 0, "alike": turn % 3 == 0}
+        check(compiled, q, x, bias, (turn, turn + 1), tokens=tokens, blocks=1 + turn % 7, raster=1 + turn % 3, **ways)
+
+
+@pytest.mark.parametrize(("name", "tokens"), [("u4_g32_zi_sf16", 16), ("u4_g64_zf_sbf16", 64), ("nvfp4", 64), ("u8_g16_zi_sf16", 16)])
+def test_any_order_of_threads_gives_the_same_bits(compiled, name, tokens):
+    q, x, bias = problem(name, 144, 20, 776, torch.float16, torch.float32)
+    check(compiled, q, x, bias, range(6), tokens=tokens, blocks=7)
+
+
+@pytest.mark.parametrize("name", ["u4b8_g128_sf16", "nf4", "u8_g-1_zi_sf32"])
+def test_rows_do_not_depend_on_the_batch(compiled, name):
+    """Where all tiles of tokens are cut alike, whatever their size, a row is what it would be alone."""
+    q, x, _ = problem(name, 136, 70, 520, torch.bfloat16)
+    first = None
+    for (start, m), tokens in zip(((0, 70), (0, 70), (69, 1), (3, 40), (17, 16)), itertools.cycle(tiles(q))):
+        for whole in (False, True):
+            y = call(compiled, q, x[start : start + m], None, tokens, 5, whole, alike=True)
+            first = {whole: y} | (first or {}) if start == 0 and tokens == 16 else first
+            assert torch.equal(y, first[whole][start : start + m]), (start, m, tokens, whole)
+
+
+def test_what_does_not_fit_is_refused(compiled):
+    q, x, _ = problem("u4b8_g128_sf16", 16, 3, 136, torch.float16)
+    with pytest.raises(RuntimeError, match="no tile of 48 tokens for 4 bits"):
+        call(compiled, q, x, None, 48, 1)
+    with pytest.raises(RuntimeError, match="does not fit x"):
+        call(compiled, q, torch.zeros(3, 264, dtype=torch.float16), None, 16, 1)
+    with pytest.raises(RuntimeError, match="in pieces of 16 bytes"):
+        call(compiled, q, x[:, 1:], None, 16, 1)
+
+
+# -- the emulation sees faults -----------------------------------------------------------------------------------------------------------
+
+# Of a kernel that is broken one variant is enough, and compiled sooner.
+FEWER = [
+    ("w4_mma.cu", "launch_of<bf16>(bits, bool(table), tokens)", "launch_of<f16>(bits, bool(table), tokens)"),
+    ("w4_mma.cu", "if (table) return tokens == 16 ? launch<T, Table<T>, 16> : launch<T, Table<T>, 64>;", ""),
+    ("w4_mma.cu", "if (bits == 8) return tokens == 16 ? launch<T, Int8<T>, 16> : launch<T, Int8<T>, 64>;", ""),
+    ("w4_mma.cu", "    case 32: return launch<T, Int4<T>, 32>;\n", ""),
+    ("w4_mma.cu", "    case 64: return launch<T, Int4<T>, 64>;\n", ""),
+    ("w4_mma.cu", "    default: return launch<T, Int4<T>, 128>;\n", "    default: return nullptr;\n"),
+]
+MMA, TILE = "w4_mma.cu", "tile.cuh"
+FAULTS = {
+    "fragments in another order": (MMA, "left[i / 2][2 * h + i % 2] =", "left[i / 2][2 * (i % 2) + h] ="),
+    "pieces that are not swizzled back": (MMA, "(piece ^ lane % 8) * 16", "piece * 16"),
+    "one copy too few waited for": (MMA, "copy_async_wait<STAGES - 2>();", "copy_async_wait<STAGES - 1>();"),
+    "a stage that others still fill": (MMA, "__syncthreads();  // the stage", "// the stage"),
+    "a stage that others still read": (MMA, "i < STAGES - 1; ++i) begin_stage", "i < STAGES; ++i) begin_stage"),
+    "the wrong stage": (MMA, "(left, shared + uint32_t(stage) %", "(left, shared + uint32_t(stage + 1) %"),
+    "numbers of the step before": (MMA, "store_numbers(raw, step + 1);", "store_numbers(raw, step);"),
+    "a tile begun while others still read": (MMA, "copy_async_wait<0>();\n    __syncthreads();", "copy_async_wait<0>();"),
+    "columns beyond the last": (MMA, "token + i / 8 < a.m && at < a.k", "token + i / 8 < a.m"),
+    "rows of the weight beyond the last": (MMA, "if (m < a.m && n < a.n)", "if (m < a.m)"),
+    "the kernel before not waited for": (MMA, "    wait_for_previous();\n", ""),
+    "parts added in the order in which they come": (TILE, "helper * part, thread", "(last - 1 - (helper - first)) * part, thread"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def right(compiled):
+    """What a kernel without a fault makes of `cut`, cut or whole."""
+    compiled.set_seed(0)
+    return [call(compiled, *cut(), **way) for way in WAYS]
+
+
+def cut():
+    """A product whose tiles end beside the matrix; the bias takes almost all of it away, so that the last bits of sums are seen."""
+    q, x, _ = problem("u4_g64_zi_sf16", 200, 20, 1048, torch.float16)
+    return q, x[:1] + x / 64, -(reference.decode(q) @ x[0].float())
+
+
+# Some tiles are cut in three or more; one block works at a tile after the other. Either way it has more steps than stages.
+WAYS = ({"tokens": 16, "blocks": 12}, {"tokens": 16, "blocks": 1, "whole": True})
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_seen(folder, right, fault):
+    broken = build("w4_mma", folder, [*FEWER, FAULTS[fault]])
+    with pytest.raises((AssertionError, RuntimeError)):
+        for seed in range(30):
+            broken.set_seed(seed)
+            assert torch.equal(call(broken, *cut(), **WAYS[seed % 2]), right[seed % 2])
