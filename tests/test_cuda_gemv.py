@@ -23,7 +23,7 @@ from qkernels.testing import assert_matmul_close
 reason = why_not()
 pytestmark = [pytest.mark.skipif(reason is not None, reason=str(reason)), pytest.mark.usefixtures("one_thread")]
 FORMATS = [
-    "u4b8_g128_sf16", "u4b8_g32_sbf16", "u4b8_g16_sf32", "u4b8_g256_sf16", "u4b8_g-1_sf16", "u4b8_g-1x-1_sf32", "u4b8_g64x4_sf16",
+    "u4b8_g128_sf16", "u4b8_g32_sbf16", "u4b8_g16_sf32", "u4b8_g384_sf16", "u4b8_g-1_sf16", "u4b8_g-1x-1_sf32", "u4b8_g64x4_sf16",
     "u4_g128_zi_sf16", "u4_g64_zi_sbf16", "u4_g16_zi_sf16", "u4_g-1_zi_sf32", "u4_g64_zf_sf16", "u4_g16_zf_sbf16", "u4_g256_zf_sf32",
     "nf4_g64_sf32", "fp4_g64_sbf16", "nf4_g16_sf16", "e2m1_g32_se8m0", "e2m1_g16_se4m3_t", "nf4_g128_sf16",
     "u8b128_g-1_sf32", "u8b128_g32_sf16", "u8b128_g64_sbf16", "u8_g16_zi_sf16", "u8_g-1_zi_sbf16", "u8_g128_zf_sf16", "u8_g32_zf_sbf16",
@@ -209,7 +209,7 @@ FAULTS = {
     "the wrong tile": ("< count) load_words(words[d], from, rows);\n    }", "< count) load_words(words[d], from - turn, rows);\n    }"),
     "the kernel before not waited for": ("  wait_for_previous();\n", ""),
     "copies not waited for": ("  copy_async_wait<0>();\n", ""),
-    "x used before all of it is there": ("count * Codes::COLUMNS);\n  __syncthreads();", "count * Codes::COLUMNS);"),
+    "x used before all of it is there": ("copy_async_wait<0>();\n  __syncthreads();", "copy_async_wait<0>();"),
     "sums over what others still read": ("  __syncthreads();\n  float sum = sum_of_warps", "  float sum = sum_of_warps"),
     "sums of warps not yet there": ("  __syncthreads();\n  float sum = 0;", "  float sum = 0;"),
     "columns beyond the last": ("const int there = a.k - begin - i;", "const int there = a.k - begin - i + 8;"),

@@ -10,8 +10,8 @@
 // Sums of warps are added in their order, and those of blocks by the last one to come, in theirs: how K is cut depends on the weight's
 // shape and the GPU alone, so that a row's result is the same whatever other rows there are.
 //
-// An H200's memory brings 36 weights of 4 bits in a clock of one processor: 3.6 instructions of a lane for each. Here they are 1.9, of floats
-// 2.6 and of codebooks 3.4, where a scale serves a tile (benchmarks/results/static/cuda.md); unpacking alone takes 1.4, 2.1 and 2.9.
+// An H200's memory brings 36 weights of 4 bits in a clock of one processor: 3.6 instructions of a lane for each. Here they are 1.9, of
+// floats 2.6 and of codebooks 3.4, where a scale serves a tile (benchmarks/results/static/cuda.md); unpacking alone takes 1.4, 2.1 and 2.9.
 //
 // Source: weights as the left operand: Machete and humming; the last block adds up: the threadFenceReduction sample. Written from scratch.
 
@@ -33,9 +33,15 @@ constexpr int NUMBERS = 4 * ROWS;  // bytes of a number of every row
 constexpr int APART = ROWS + 4;  // sums of two tokens lie so far apart: in other banks of shared memory
 constexpr int WARP_SUMS = 4 * TOKENS * APART;  // bytes
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr bool TURING = true;
+#else
+constexpr bool TURING = false;
+#endif
+
 struct Arguments {
   const uint8_t* weight;  // [tiles, N, 64]
-  const void *scales, *zeros;  // [runs, rows_of_scales, per_tile]; zeros of 8 bits, or in the type of the scales, or null
+  const void *scales, *zeros;  // [runs, rows_of_scales, per_tile]; zeros of 8 bits, in the type of the scales, or null
   const float *tensor_scale, *table;  // [1], [16], or null
   const uint16_t* x;  // [M, K]
   const void* bias;  // [N] or null
@@ -44,7 +50,8 @@ struct Arguments {
   int* counters;  // of every 32 rows: blocks that came; 0 before and after
   int64_t stride;  // of x
   int m, n, k, tiles, run, blocks_n, blocks_k;  // run: tiles of a block
-  int rows_of_scales, per_tile, rows_per_scale, tiles_per_scale;
+  int rows_of_scales, per_tile, rows_per_scale;
+  uint64_t runs_of_tile;  // tile t has run t · runs_of_tile / 2^32 of the scales, without the fraction
   int zero;  // of all codes, where zeros is null or what is taken away afterwards
   Kind scale_kind, bias_kind;
   bool aligned;  // 16 bytes of x can be copied at a time
@@ -62,40 +69,68 @@ struct Room {
   }
 };
 
-// Scales and zero points of the block, as its warps take them: of a tile, a part of it and g those of rows g, g + 8, g + 16 and g + 24.
+// Scales and zero points of the block, on their way to where its warps take them: of a tile, a part of it and g those of rows g, g + 8,
+// g + 16 and g + 24. Integer zero points lie there as Codes wants them, others times the scale. A lane loads some numbers of one row, all at
+// once, and stores them later: it waits for memory once.
 template <class Codes, int PARTS, bool FLOAT_ZERO>
-__device__ void stage_numbers(const Arguments& a, const Room& room, int row, int begin, int count) {
-  for (int i = threadIdx.x; i < count * PARTS * ROWS; i += THREADS) {
-    const int r = i % ROWS, part = i / ROWS % PARTS, tile = begin + i / ROWS / PARTS;
-    const int64_t run = int64_t(tile / a.tiles_per_scale) * a.rows_of_scales + min(row + r, a.n - 1) / a.rows_per_scale;
-    const int64_t at = run * a.per_tile + part * a.per_tile / PARTS;
-    const uint32_t to = i / ROWS * NUMBERS + r % 8 * 16 + r / 8 * 4;
-    store_shared_f32(room.scales + to, number(a.scales, at, a.scale_kind));
-    if (!a.zeros) continue;
-    if constexpr (FLOAT_ZERO) store_shared_f32(room.zeros + to, number(a.zeros, at, a.scale_kind));
-    else store_shared_f32(room.zeros + to, __uint_as_float(Codes::zero(static_cast<const uint8_t*>(a.zeros)[at])));
-  }
-}
+struct Numbers {
+  static constexpr int BATCH = PARTS == 1 ? 4 : 8;  // of a lane; every warp has one part, of every so many tiles
+  static constexpr int STEP = BATCH * WARPS;
+  uint32_t scales[BATCH], zeros[BATCH];
 
-// The run's columns of x, and zeros beyond the last one.
-__device__ inline void stage_x(const Arguments& a, const Room& room, int begin, int columns) {
-  for (int token = 0; token < a.m; ++token) {
-    for (int i = 8 * threadIdx.x; i < columns; i += 8 * THREADS) {
-      const uint16_t* from = a.x + token * a.stride + begin + i;
-      const uint32_t to = room.x + token * room.row_bytes + 2 * i;
-      const int there = a.k - begin - i;
-      if (a.aligned && (there >= 8 || there <= 0)) {
-        copy_async(to, from, there > 0);
-      } else {
-        uint32_t pairs[4];
+  // Of the block's parts from `first` on; where there are no more, of the last one again, so that nothing stands between the loads.
+  __device__ void load(const Arguments& a, int row, int begin, int parts, int first) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const uint32_t every = a.rows_of_scales * a.per_tile;
+    const uint32_t own = min(row + lane, a.n - 1) / a.rows_per_scale * a.per_tile + warp % PARTS * a.per_tile / PARTS;
 #pragma unroll
-        for (int j = 0; j < 4; ++j) pairs[j] = (2 * j < there ? from[2 * j] : 0) | (2 * j + 1 < there ? from[2 * j + 1] : 0) << 16;
-        store_shared(to, pairs);
+    for (int b = 0; b < BATCH; ++b) {
+      const uint32_t tile = begin + min(first + b * WARPS + warp, parts - 1) / PARTS;
+      const uint64_t at = (tile * a.runs_of_tile >> 32) * every + own;
+      scales[b] = raw_at(a.scales, at, a.scale_kind);
+      if (a.zeros) zeros[b] = raw_at(a.zeros, at, FLOAT_ZERO ? a.scale_kind : Kind::u8);
+    }
+  }
+  __device__ void store(const Arguments& a, const Room& room, int parts, int first) const {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, to = (first + warp) * NUMBERS + lane % 8 * 16 + lane / 8 * 4;
+    const int count = (parts - first - warp + WARPS - 1) / WARPS;  // of this lane
+    of_kind(a.scale_kind, [&](auto kind) {
+#pragma unroll
+      for (int b = 0; b < BATCH; ++b) {
+        if (b >= count) break;
+        const float scale = number_of(scales[b], kind);
+        store_shared_f32(room.scales + to + b * WARPS * NUMBERS, scale);
+        if constexpr (FLOAT_ZERO) store_shared_f32(room.zeros + to + b * WARPS * NUMBERS, scale * number_of(zeros[b], kind));
+      }
+    });
+    if constexpr (!FLOAT_ZERO) {
+      if (!a.zeros) return;
+#pragma unroll
+      for (int b = 0; b < BATCH; ++b) {
+        if (b < count) store_shared_f32(room.zeros + to + b * WARPS * NUMBERS, __uint_as_float(Codes::zero(zeros[b] & 0xff)));
       }
     }
   }
+};
+
+// Begins to copy the run's columns of x, and zeros beyond the last one.
+__device__ inline void copy_x(const Arguments& a, const Room& room, int begin, int columns) {
+  for (int i = 8 * threadIdx.x; i < columns; i += 8 * THREADS) {
+    const uint16_t* from = a.x + begin + i;
+    uint32_t to = room.x + 2 * i;
+    const int there = a.k - begin - i;
+    if (a.aligned && (there >= 8 || there <= 0)) {
+      for (int token = 0; token < a.m; ++token, from += a.stride, to += room.row_bytes) copy_async(to, from, there > 0);
+      continue;
+    }
+    for (int token = 0; token < a.m; ++token, from += a.stride, to += room.row_bytes) {
+      uint32_t pairs[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) pairs[j] = (2 * j < there ? from[2 * j] : 0) | (2 * j + 1 < there ? from[2 * j + 1] : 0) << 16;
+      store_shared(to, pairs);
+    }
+  }
   copy_async_commit();
-  copy_async_wait<0>();
 }
 
 // The lane's 16 bytes of rows g, g + 8, g + 16 and g + 24, as far as there are rows.
@@ -120,7 +155,8 @@ template <class T, class Codes, int PARTS, bool FLOAT_ZERO>
 struct Gemv {
   static constexpr bool LOOKED_UP = !std::is_same_v<Codes, Int4<T>> && !std::is_same_v<Codes, Int8<T>>;
   // Blocks on a processor: as many as do not make the compiler spill registers.
-  static constexpr int RESIDENT = PARTS == 1 && !FLOAT_ZERO && !LOOKED_UP ? 3 : PARTS == 8 && (FLOAT_ZERO || LOOKED_UP) ? 1 : 2;
+  static constexpr bool HEAVY = FLOAT_ZERO || LOOKED_UP;
+  static constexpr int RESIDENT = PARTS == 1 && !HEAVY ? 3 : HEAVY && PARTS > (TURING ? 1 : 4) ? 1 : 2;
 
   // sums [2][4] += the products of a tile: of rows g, g + 8 and g + 16, g + 24, each for tokens 2 c and 2 c + 1.
   // x, scales, zeros: the tile's, for this lane; zero_of: of the four rows, what `zeros` changes.
@@ -155,14 +191,14 @@ struct Gemv {
 
   // The scales, and float zero points, of some columns.
   __device__ static void apply(float (&sums)[2][4], const float (&parts)[2][4], const float (&total)[4], uint32_t scales, uint32_t zeros) {
-    float scale[4], zero[4];
-    load_numbers(scale, scales);
-    if (FLOAT_ZERO) load_numbers(zero, zeros);
+    float of_row[4];
+    load_numbers(of_row, scales);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const int half = i / 4, r = i / 2, e = i % 2;
-      const float part = FLOAT_ZERO ? parts[half][i % 4] - zero[r] * total[e] : parts[half][i % 4];
-      sums[half][i % 4] += scale[r] * part;
+    for (int i = 0; i < 8; ++i) sums[i / 4][i % 4] += of_row[i / 2] * parts[i / 4][i % 4];
+    if constexpr (FLOAT_ZERO) {
+      load_numbers(of_row, zeros);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) sums[i / 4][i % 4] -= of_row[i / 2] * total[i % 2];
     }
   }
 };
@@ -214,10 +250,17 @@ __device__ void run(const Arguments& a) {
     if (warp + d * WARPS < count) load_words(words[d], from, rows);
   }
   let_next_begin();
-  stage_numbers<Codes, PARTS, FLOAT_ZERO>(a, room, row, begin, count);
+  Numbers<Codes, PARTS, FLOAT_ZERO> numbers;
+  numbers.load(a, row, begin, count * PARTS, 0);
   const Codes codes(a.table);
   wait_for_previous();
-  stage_x(a, room, begin * Codes::COLUMNS, count * Codes::COLUMNS);
+  copy_x(a, room, begin * Codes::COLUMNS, count * Codes::COLUMNS);
+  numbers.store(a, room, count * PARTS, 0);
+  for (int first = numbers.STEP; first < count * PARTS; first += numbers.STEP) {
+    numbers.load(a, row, begin, count * PARTS, first);
+    numbers.store(a, room, count * PARTS, first);
+  }
+  copy_async_wait<0>();
   __syncthreads();
 
   float sums[2][4] = {};
@@ -230,8 +273,8 @@ __device__ void run(const Arguments& a) {
 #pragma unroll
     for (int d = 0; d < DEPTH; ++d, tile += WARPS, from += turn) {
       if (tile >= count) break;
-      const uint32_t numbers = tile * PARTS * NUMBERS + lane / 4 * 16;
-      G::add_tile(sums, codes, words[d], zero_of, x + tile * Codes::COLUMNS * 2, room.scales + numbers, room.zeros + numbers, a.zeros);
+      const uint32_t at = tile * PARTS * NUMBERS + lane / 4 * 16;
+      G::add_tile(sums, codes, words[d], zero_of, x + tile * Codes::COLUMNS * 2, room.scales + at, room.zeros + at, a.zeros);
       if (tile + DEPTH * WARPS < count) load_words(words[d], from, rows);
     }
   }
@@ -250,10 +293,8 @@ __device__ void run(const Arguments& a) {
 
 template <class T, class Codes, int PARTS, bool FLOAT_ZERO>
 __global__ void __launch_bounds__(THREADS, Gemv<T, Codes, PARTS, FLOAT_ZERO>::RESIDENT) gemv(const __grid_constant__ Arguments a) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-  if constexpr (std::is_same_v<T, bf16>) return __trap();  // Turing has no products of bfloat16
-#endif
-  run<T, Codes, PARTS, FLOAT_ZERO>(a);
+  if constexpr (TURING && std::is_same_v<T, bf16>) __trap();  // it has no such products
+  else run<T, Codes, PARTS, FLOAT_ZERO>(a);
 }
 
 // -- the host's side ---------------------------------------------------------------------------------------------------------------------
@@ -315,6 +356,7 @@ void w4_gemv(Tensor x, Tensor weight, Tensor scales, std::optional<Tensor> zeros
   STD_TORCH_CHECK(0 < m && m <= TOKENS && out.size(0) == m, "w4_gemv: x has ", m, " rows, out ", out.size(0), "; at most 8 are taken");
   STD_TORCH_CHECK(weight.is_contiguous() && weight.size(1) == n * 16 && k <= tiles * columns && k > (tiles - 1) * columns,
                   "w4_gemv: weight [", tiles, ", ", weight.size(1), "] does not fit x [", m, ", ", k, "] and out [", m, ", ", n, "]");
+  STD_TORCH_CHECK(tiles < 1 << 16, "w4_gemv: K = ", k, " are too many columns");
   STD_TORCH_CHECK(x.stride(1) == 1 && out.is_contiguous(), "w4_gemv: rows of x and out have to be dense");
   Arguments a{};
   a.weight = static_cast<const uint8_t*>(weight.const_data_ptr());
@@ -325,7 +367,8 @@ void w4_gemv(Tensor x, Tensor weight, Tensor scales, std::optional<Tensor> zeros
   a.m = int(m), a.n = int(n), a.k = int(k), a.tiles = int(tiles), a.run = int(std::min(run, tiles)), a.zero = int(zero);
   a.blocks_n = (a.n + ROWS - 1) / ROWS, a.blocks_k = (a.tiles + a.run - 1) / a.run;
   a.rows_of_scales = int(scales.size(1)), a.per_tile = int(scales.size(2));
-  a.rows_per_scale = int(rows_per_scale), a.tiles_per_scale = int(tiles_per_scale), a.scale_kind = Kind(scale_kind);
+  a.rows_per_scale = int(rows_per_scale), a.scale_kind = Kind(scale_kind);
+  a.runs_of_tile = (int64_t(1) << 32) / std::min(tiles_per_scale, tiles) + 1;  // a little more, for fewer than 2^16 tiles not by much
   if (bias) a.bias_kind = kind_of(*bias);
   if (a.blocks_k > 1) {
     STD_TORCH_CHECK(parts && parts->numel() >= a.blocks_k * m * n && counters && counters->numel() >= a.blocks_n,

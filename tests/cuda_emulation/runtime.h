@@ -43,6 +43,7 @@ using std::min;
 
 inline void __syncthreads() { emulated::meet(0, int(emulated::threads)); }
 inline void __syncwarp() { emulated::meet(16 + int(threadIdx.x) / 32, 32); }
+inline void __trap() { emulated::fail("a trap"); }
 inline bool __syncthreads_or(bool given) {
   bool& any = emulated::current->block->any;
   any |= given;
