@@ -57,7 +57,7 @@ def info() -> None:
     table.add_row("cpu kernels", library.why_missing() or f"at level {library.level()}")
     for level in config.ISA_LEVELS if library.why_missing() is None else ():
         table.add_row(f"  {level}", "yes" if torch.ops.qkernels.cpu_has_level(level) else "not on this machine")
-    table.add_row("cuda kernels", cuda_library.why_missing() or "for sm90")
+    table.add_row("cuda kernels", cuda_library.why_missing() or f"for compute capability {cuda_library.for_all()}")
     table.add_row("triton kernels", _gpus())
     table.add_row("QKERNELS_ISA", config.forced_isa() or "not set")
     console.print(table)
@@ -79,7 +79,7 @@ def list_formats() -> None:
     """Every registered format, and which kernels run it here: on the CPU, and on the GPU if there is one."""
     cpu = devices.current("cpu")
     gpu = devices.current("cuda") if torch.cuda.is_available() else cpu
-    table = Table("format", "short names", "bits / weight", *(k.name for k in kernels.all_kernels()))
+    table = Table(Column("format", no_wrap=True), "short names", "bits / weight", *(k.name for k in kernels.all_kernels()))
     for f in formats.all_formats():
         short = ", ".join(alias for alias, name in formats.aliases().items() if name == f.name)
         here = {k.name: gpu if k.backend in ("triton", "cuda") else cpu for k in kernels.all_kernels()}

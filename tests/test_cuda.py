@@ -1,6 +1,7 @@
 """The CUDA kernels without a GPU: a look at their machine code, and at how blocks share the tiles of a product."""
 
 import importlib.util
+import itertools
 import random
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 import setuptools
 import torch
 
-from benchmarks.gpu import static_cuda
+from benchmarks.gpu import static, static_cuda
 from qkernels import formats
 from qkernels.kernels import compiled as compiled_libraries
 from qkernels.kernels.cuda import f16_w4_gemm, library, s8_w4_gemm, s8_w8_gemm, wgmma
@@ -19,7 +20,7 @@ from qkernels.kernels.device import Device
 from qkernels.kernels.registry import Problem
 
 CSRC = Path(__file__).parents[1] / "csrc"
-OPS = ("s8_w4_wgmma", "s8_w8_wgmma", "w4_gemv", "w4_wgmma")
+OPS = ("s8_w4_wgmma", "s8_w8_wgmma", "w4_gemv", "w4_mma", "w4_wgmma")
 
 # -- machine code ------------------------------------------------------------------------------------------------------------------
 
@@ -83,6 +84,35 @@ def test_machine_code_for_hopper(compiled, source, arguments):
     assert waits == (["0x0"] if by_step else ["0x1"] if arguments[0] == "W8" else ["0x1", "0x1"])
     roles = kernel.all_of("USETMAXREG")
     assert len(roles) == 2 and "TRY_ALLOC" in roles[0] + roles[1] and "DEALLOC" in roles[0] + roles[1]
+
+
+OF_WARPS = {"w4_mma": "HMMA.16816.F32", "s8_mma": "IMMA.16832.S8.S8"}
+
+
+def test_machine_code_for_all_gpus(compiled):
+    """The matrix instructions that a kernel is written for, if it has any, and no others; and no register of its loop is spilled."""
+    seen = 0
+    for (source, arguments), kernels in compiled.items():
+        if source.endswith("_wgmma") or source == "w4_gemv":
+            continue
+        for architecture, kernel in kernels.items():
+            where, loop, matrix = (source, arguments, architecture), kernel.loop(), kernel.all_of(*static.MATRIX)
+            assert bool(loop) == (source in OF_WARPS) and all(i.startswith(OF_WARPS[source]) for i in matrix), where
+            assert not static_cuda.count(loop or [i for _, i in kernel.code], "LDL", "STL"), f"{where}: registers are spilled"
+            seen += 1
+    assert seen
+
+
+@pytest.mark.parametrize("tokens", [16, 32, 64, 128])
+def test_machine_code_of_w4_mma(compiled, tokens):
+    """A turn of the loop is a step: its products, tokens that are copied past registers, weights that are loaded as 16 bytes."""
+    for dtype, architecture in itertools.product(("bf16", "f16"), ("8.0", "9.0", "12.0")):
+        loop = compiled["w4_mma", (dtype, "Int4", str(tokens))][architecture].loop()
+        blocks = 2 if tokens >= 64 else 1
+        assert static_cuda.count(loop, "HMMA") == 8 * blocks * tokens // 8
+        assert static_cuda.count(loop, "LDSM.16.M88.4") == 8 * tokens // 16
+        assert static_cuda.count(loop, "LDGSTS.E.BYPASS") == 2 * max(1, tokens * 8 // (256 // blocks))
+        assert sum(".128" in i for i in loop if i.startswith("LDG.")) == 2 * blocks
 
 
 GEMV = [

@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from cases import random_quant
 from emulated_cuda import build, compile_begin, late, why_not
 
-from qkernels import formats, reference
+from qkernels import UnsupportedError, explain, formats, reference
+from qkernels.kernels.cuda import f16_w4_mma, library
 from qkernels.kernels.cuda.f16_w4_mma import numbers
+from qkernels.kernels.device import Device
 from qkernels.kernels.triton import layout
 from qkernels.testing import assert_matmul_close
 
@@ -114,6 +116,77 @@ def test_what_does_not_fit_is_refused(compiled):
         call(compiled, q, torch.zeros(3, 264, dtype=torch.float16), None, 16, 1)
     with pytest.raises(RuntimeError, match="in pieces of 16 bytes"):
         call(compiled, q, x[:, 1:], None, 16, 1)
+
+
+# -- the kernel as users have it, over the emulated operator -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def emulated(compiled, monkeypatch):
+    compiled.set_seed(1)
+    monkeypatch.setattr(torch.ops.qkernels, "w4_mma", compiled.ops.w4_mma, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
+    monkeypatch.setattr(f16_w4_mma, "begins_early", lambda device: False)
+
+
+@pytest.mark.parametrize(("name", "k"), [("int4", 128), ("int4_g32", 300), ("u4_g64_zi_sbf16", 131), ("nf4", 264), ("int8", 200)])
+@pytest.mark.usefixtures("emulated")
+def test_run(name, k):
+    """K that is no multiple of 8, x that is not dense, a permutation, no rows."""
+    for m, kernel in itertools.product((0, 1, 20), (f16_w4_mma.KERNEL, f16_w4_mma.INVARIANT)):
+        q, x, bias = random_quant(formats.get(name), 70, k, perm=m == 20), torch.randn(2, m, 2 * k).bfloat16(), torch.randn(70).bfloat16()
+        y = kernel.run(x[..., ::2], kernel.prepare(q), bias)
+        assert_matmul_close(y, x[..., ::2], reference.decode(q, torch.float64), bias)
+
+
+@pytest.mark.usefixtures("emulated")
+def test_a_row_of_many_is_as_if_it_were_alone():
+    q, x, _ = problem("int4", 136, 300, 520, torch.float16)
+    kernel = f16_w4_mma.INVARIANT
+    packed = kernel.prepare(q)
+    y = kernel.run(x, packed, None)
+    for row in (0, 17, 255, 256, 299):
+        assert torch.equal(kernel.run(x[row : row + 1], packed, None)[0], y[row])
+    with pytest.raises(UnsupportedError, match="float32 activations batch-invariantly"):
+        kernel.run(x.float(), packed, None)
+
+
+def test_without_triton(monkeypatch):
+    """float32 activations, the weight itself and gradients need neither Triton nor the library."""
+    monkeypatch.setattr(f16_w4_mma, "HAS_TRITON", False)
+    kernel = f16_w4_mma.KERNEL
+    q, x, bias = problem("int4_asym", 48, 5, 200, torch.float32, torch.float32)
+    packed, weight = kernel.prepare(q), reference.decode(q, torch.float64)
+    assert_matmul_close(kernel.run(x, packed, bias), x, weight, bias)
+    assert torch.equal(kernel.dequantize(packed), reference.decode(q))
+    grad = torch.randn(5, 48)
+    assert_matmul_close(kernel.backward(grad, packed), grad, weight.t())
+
+
+def test_who_serves(monkeypatch):
+    """Triton's kernels where they are, this one where they are not; and a reason where it cannot."""
+    monkeypatch.setattr(library, "architectures", lambda source: None)
+    assert explain("int4", m=64, device="cuda:sm80").kernel.name == "triton_f16_wN_gemm"
+    assert explain("int4", m=64, device=Device("cuda", sm=89, triton=False)).kernel.name == "cuda_f16_w4_mma"
+    alone = explain("int4", device=Device("cuda", sm=80, triton=False), batch_invariant=True)
+    assert alone.kernel.name == "cuda_f16_w4_mma_invariant"
+    for name, nk, reason in (
+        ("int3", (64, 64), "integers of 4 and 8 bits and tables of 4 bits are taken"),
+        ("fp8", (64, 64), "code e4m3"),
+        ("u4b8_g128x2_sf16", (64, 128), "scales for 2 x 128 weights"),
+        ("int4_g12", (64, 64), "groups of 12"),
+    ):
+        assert reason in explain(name, nk, device="cuda:sm80").rejected["cuda_f16_w4_mma"]
+    assert "needs sm80" in explain("int4", device="cuda:sm75").rejected["cuda_f16_w4_mma"]
+
+
+def test_the_plan():
+    """One wave that is nearly full stays whole, one and a half are cut; where batches must not matter, m changes only the tile."""
+    plan, launches = f16_w4_mma.plan, f16_w4_mma.OF_INTEGERS
+    assert plan(launches, 128 * 132 * 2, 32, 32, 132) == (32, 264, True)
+    assert plan(launches, 128 * 132 * 3, 32, 32, 132) == (32, 264, False)
+    assert plan(launches, 128, 1, 32, 132) == (16, 8, False) and plan(launches, 128, 1, 1, 132) == (16, 1, False)
+    assert len({plan(launches, 4096, m, 32, 132, invariant=True)[1:] for m in (1, 16, 17, 64, 256)}) == 1
 
 
 # -- the emulation sees faults -----------------------------------------------------------------------------------------------------------

@@ -43,7 +43,9 @@ __device__ inline float load_shared_f32(uint32_t at) {
 __device__ inline void store_shared(uint32_t at, const uint32_t (&from)[4]) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(from[0]), "r"(from[1]), "r"(from[2]), "r"(from[3]) : "memory");
 }
-__device__ inline void store_shared_f32(uint32_t at, float value) { asm volatile("st.shared.f32 [%0], %1;" ::"r"(at), "f"(value) : "memory"); }
+__device__ inline void store_shared_f32(uint32_t at, float value) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(at), "f"(value) : "memory");
+}
 
 // Of some warps of a block; barrier 0 is __syncthreads's.
 __device__ inline void sync_warps(int barrier, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory"); }
@@ -168,13 +170,13 @@ __device__ inline uint32_t turn(uint32_t pair) {
   return turned;
 }
 
-// d [16, 8] += a [16, 16] · b [16, 8] (bf16: sm_80). Lane 4 g + c: a[2 h + r] has row g + 8 r, b[h] column g, both numbers 8 h + 2 c and the next.
-#define QK_MULTIPLY(T, NAME)                                                                          \
-  __device__ inline void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], T) { \
-    asm("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME                                        \
-        ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                        \
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                              \
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                          \
+// d [16, 8] += a [16, 16] · b [16, 8] (bf16: sm_80). Lane 4 g + c: a[2 h + r] has row g + 8 r, b[h] column g, both numbers 8 h + 2 c
+// and the next.
+#define QK_MULTIPLY(T, NAME)                                                                                                          \
+  __device__ inline void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], T) {                                 \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                                              \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                                                          \
   }
 QK_MULTIPLY(bf16, "bf16")
 #if __CUDA_ARCH__ >= 800

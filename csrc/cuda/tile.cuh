@@ -37,7 +37,8 @@ __device__ void add_sums(Sum (&sums)[SIZE], const void* parts, int64_t at, int t
 // What is left of a tile that is cut: leaves the sums of its first steps in memory, or adds what others left, in the order of K. True: the
 // sums are the tile's. parts: room for a tile of every block; flags: 0 of every block, before and after.
 template <int SIZE, class Sum>
-__device__ bool join_sums(Sum (&sums)[SIZE], const StreamK& schedule, const Work& work, int steps, void* parts, int* flags, int thread, int threads) {
+__device__ bool join_sums(Sum (&sums)[SIZE], const StreamK& schedule, const Work& work, int steps, void* parts, int* flags, int thread,
+                          int threads) {
   const int64_t part = SIZE / 4 * threads;  // fours of sums of a tile
   if (work.end < steps) {
     leave_sums(sums, parts, schedule.block() * part, thread, threads);

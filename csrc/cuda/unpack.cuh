@@ -39,7 +39,9 @@ struct Int8 {
   static constexpr int COLUMNS = 64, PAIRS = 2;
   static constexpr bool NARROW = std::is_same_v<T, bf16>;  // its mantissa holds 7 of the 8 bits
   __device__ explicit Int8(const float*) {}
-  __device__ static uint32_t zero(uint32_t z) { return NARROW ? Pair<T>::of(float(z) - 128, float(z) - 128) : Pair<T>::MAGIC + z * 0x10001; }
+  __device__ static uint32_t zero(uint32_t z) {
+    return NARROW ? Pair<T>::of(float(z) - 128, float(z) - 128) : Pair<T>::MAGIC + z * 0x10001;
+  }
   __device__ void unpack(uint32_t (&to)[PAIRS], uint32_t word, uint32_t z) const {
 #pragma unroll
     for (int i = 0; i < PAIRS; ++i) {

@@ -18,27 +18,27 @@
 namespace qk {
 namespace {
 
-constexpr int ROWS = 128;          // of the weight, in a tile
-constexpr int ROW_BYTES = 64;      // of the weight, in a step
-constexpr int STAGES = 4;          // of tokens, 64 columns each
+constexpr int ROWS = 128;  // of the weight, in a tile
+constexpr int ROW_BYTES = 64;  // of the weight, in a step
+constexpr int STAGES = 4;  // of tokens, 64 columns each
 constexpr int STAGE_COLUMNS = 64;  // 128 bytes of a token, in pieces of 16 that are swizzled: no bank is asked twice at a time
 constexpr int TOKEN_BYTES = 128;
 
 struct Arguments {
-  const uint8_t* x;                 // [M, K] of 16 bits
-  const uint8_t* weight;            // [steps, N, 64]
-  const void *scales, *zeros;       // [runs, N, per_step]; zeros or null
+  const uint8_t* x;  // [M, K] of 16 bits
+  const uint8_t* weight;  // [steps, N, 64]
+  const void *scales, *zeros;  // [runs, N, 1 << shift]; zeros or null
   const float *tensor_scale, *table;  // or null
-  const void* bias;                 // [N] or null
-  uint16_t* out;                    // [M, N]
+  const void* bias;  // [N] or null
+  uint16_t* out;  // [M, N]
   float* parts;
   int* flags;
-  int64_t x_bytes;                  // from one token to the next
+  int64_t x_bytes;  // from one token to the next
   Kind scale_kind, zero_kind, bias_kind;
-  int zero;                         // of all codes, where zeros is null
+  int zero;  // of all codes, where zeros is null
   int m, n, k, steps, tiles_n, tiles_m, raster;
-  int shift, steps_per_run;         // a row has 1 << shift scales in a step; steps that share one
-  bool whole, alike;                // no tile is cut; all tiles of tokens are cut alike, each by a row of the grid
+  int shift, steps_per_run;  // a row has 1 << shift scales in a step; steps that share one
+  bool whole, alike;  // no tile is cut; all tiles of tokens are cut alike, each by a row of the grid
 };
 
 // What turns the codes of a group into weights: (code - zero) · (scale + rest) + shift, with one rounding of the 16-bit type that counts.
@@ -64,11 +64,11 @@ __device__ uint32_t weights_of(uint32_t codes, const Numbers& of) {
 
 template <class T, class Codes, int TOKENS>
 struct Tile {
-  static constexpr int BLOCKS = TOKENS >= 64 ? 2 : 1;  // of 16 rows, for a warp: with many tokens each is read from shared memory half as often
+  static constexpr int BLOCKS = TOKENS >= 64 ? 2 : 1;  // of 16 rows, for a warp: with two, tokens are read half as often
   static constexpr int THREADS = ROWS / (16 * BLOCKS) * 32;
   static constexpr int PIECES = Codes::COLUMNS / STAGE_COLUMNS;  // stages of a step
-  static constexpr int X = TOKENS * TOKEN_BYTES;                 // bytes of a stage
-  static constexpr int SUMS = BLOCKS * TOKENS / 8;               // products that run side by side
+  static constexpr int X = TOKENS * TOKEN_BYTES;  // bytes of a stage
+  static constexpr int SUMS = BLOCKS * TOKENS / 8;  // products that run side by side
 
   const Arguments& a;
   const uint32_t shared, numbers;  // where stages are, and twice the numbers of a step
@@ -80,7 +80,13 @@ struct Tile {
   Numbers of[BLOCKS][2];
 
   __device__ explicit Tile(const Arguments& a)
-      : a(a), shared(shared_memory()), numbers(shared + STAGES * X), thread(threadIdx.x), lane(thread % 32), row(int(thread / 32 * 16 * BLOCKS)), own(row + int(lane / 4)) {}
+      : a(a),
+        shared(shared_memory()),
+        numbers(shared + STAGES * X),
+        thread(threadIdx.x),
+        lane(thread % 32),
+        row(int(thread / 32 * 16 * BLOCKS)),
+        own(row + int(lane / 4)) {}
 
   // -- from global memory: rows beyond the last are the last one again, whose results nobody stores
 
@@ -90,14 +96,14 @@ struct Tile {
     copy_async_commit();
   }
   __device__ void copy_tokens(int column, uint32_t to) const {
-    constexpr int PIECES_OF_ALL = TOKENS * 8;
-    if (PIECES_OF_ALL < THREADS && thread >= PIECES_OF_ALL) return;
+    constexpr int ALL = TOKENS * 8;
+    if (ALL < THREADS && thread >= ALL) return;
     const uint32_t piece = thread % 8;
     const int token = first_token + int(thread / 8), at = column + int(piece) * 8;
     const uint8_t* from = a.x + token * a.x_bytes + at * 2;
     to += thread / 8 * TOKEN_BYTES + (piece ^ thread / 8 % 8) * 16;
 #pragma unroll
-    for (int i = 0; i < PIECES_OF_ALL; i += THREADS) copy_async(to + i * 16, from + i / 8 * a.x_bytes, token + i / 8 < a.m && at < a.k);
+    for (int i = 0; i < ALL; i += THREADS) copy_async(to + i * 16, from + i / 8 * a.x_bytes, token + i / 8 < a.m && at < a.k);
   }
 
   __device__ void load_words(uint32_t (&to)[BLOCKS][2][4], int step) const {
@@ -105,7 +111,7 @@ struct Tile {
     for (int i = 0; i < 2 * BLOCKS; ++i) {
       const int n = min(first_row + own + 8 * i, a.n - 1);
       const uint4 four = load_once(a.weight + (int64_t(step) * a.n + n) * ROW_BYTES + lane % 4 * 16);
-      uint32_t(&w)[4] = to[i / 2][i % 2];
+      uint32_t (&w)[4] = to[i / 2][i % 2];
       w[0] = four.x, w[1] = four.y, w[2] = four.z, w[3] = four.w;
     }
   }
@@ -165,9 +171,10 @@ struct Tile {
 #pragma unroll
     for (int t = 0; t < TOKENS / 16; ++t) {
       uint32_t right[2][2];
-      load_matrices(reinterpret_cast<uint32_t(&)[4]>(right), at + t * 16 * TOKEN_BYTES);
+      load_matrices(reinterpret_cast<uint32_t (&)[4]>(right), at + t * 16 * TOKEN_BYTES);
 #pragma unroll
-      for (int i = 0; i < 2 * BLOCKS; ++i) multiply(sums[(i % BLOCKS * TOKENS / 8) + 2 * t + i / BLOCKS], left[i % BLOCKS], right[i / BLOCKS], T());
+      for (int i = 0; i < 2 * BLOCKS; ++i)
+        multiply(sums[(i % BLOCKS * TOKENS / 8) + 2 * t + i / BLOCKS], left[i % BLOCKS], right[i / BLOCKS], T());
     }
   }
 
@@ -237,7 +244,7 @@ struct Tile {
 };
 
 template <class T, class Codes, int TOKENS>
-__global__ void __launch_bounds__(Tile<T, Codes, TOKENS>::THREADS, TOKENS >= 64 ? 2 : 3) gemm(const __grid_constant__ Arguments a) {
+__global__ void __launch_bounds__(Tile<T, Codes, TOKENS>::THREADS, TOKENS > 16 ? 2 : 3) gemm(const __grid_constant__ Arguments a) {
   using This = Tile<T, Codes, TOKENS>;
   let_next_begin();
   This tile(a);
@@ -246,8 +253,9 @@ __global__ void __launch_bounds__(Tile<T, Codes, TOKENS>::THREADS, TOKENS >= 64 
   const int64_t others = int64_t(blockIdx.y) * gridDim.x;  // blocks of other tiles of tokens
   for (Work work; schedule.next(work);) {
     tile.multiply_steps(codes, work, work.m + blockIdx.y);
-    float(&sums)[4 * This::SUMS] = reinterpret_cast<float(&)[4 * This::SUMS]>(tile.sums);
-    if (join_sums(sums, schedule, work, a.steps, a.parts + others * ROWS * TOKENS, a.flags + others, threadIdx.x, This::THREADS)) tile.store();
+    float (&sums)[4 * This::SUMS] = reinterpret_cast<float (&)[4 * This::SUMS]>(tile.sums);
+    if (join_sums(sums, schedule, work, a.steps, a.parts + others * ROWS * TOKENS, a.flags + others, threadIdx.x, This::THREADS))
+      tile.store();
   }
 }
 
@@ -267,7 +275,8 @@ void launch(Arguments a, const How& how, int64_t room, int64_t flags) {
   const int64_t grids = a.alike ? a.tiles_m : 1, tiles = int64_t(a.tiles_n) * (a.alike ? 1 : a.tiles_m);
   const int64_t blocks = std::min<int64_t>(how.blocks, a.whole ? tiles : tiles * a.steps);
   a.whole = a.whole || tiles % blocks == 0;
-  STD_TORCH_CHECK(a.whole || room >= grids * blocks * ROWS * TOKENS, "w4_mma: parts hold ", room, " sums; ", grids * blocks * ROWS * TOKENS, " are wanted");
+  STD_TORCH_CHECK(a.whole || room >= grids * blocks * ROWS * TOKENS, "w4_mma: parts hold ", room, " sums; ", grids * blocks * ROWS * TOKENS,
+                  " are wanted");
   STD_TORCH_CHECK(a.whole || flags >= grids * blocks, "w4_mma: there are ", flags, " flags for ", grids * blocks, " blocks");
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(unsigned(blocks), unsigned(grids)), config.blockDim = dim3(This::THREADS);
@@ -286,8 +295,9 @@ using Launch = void(Arguments, const How&, int64_t, int64_t);
 // Tables and 8 bits have two sizes of tiles, for the sake of the time that compiling takes.
 template <class T>
 Launch* launch_of(int64_t bits, bool table, int64_t tokens) {
-  STD_TORCH_CHECK((bits == 4 || (bits == 8 && !table)) && (tokens == 16 || tokens == 64 || ((tokens == 32 || tokens == 128) && bits == 4 && !table)),
-                  "w4_mma: there is no tile of ", tokens, " tokens for ", bits, " bits");
+  STD_TORCH_CHECK(
+      (bits == 4 || (bits == 8 && !table)) && (tokens == 16 || tokens == 64 || ((tokens == 32 || tokens == 128) && bits == 4 && !table)),
+      "w4_mma: there is no tile of ", tokens, " tokens for ", bits, " bits");
   if (table) return tokens == 16 ? launch<T, Table<T>, 16> : launch<T, Table<T>, 64>;
   if (bits == 8) return tokens == 16 ? launch<T, Int8<T>, 16> : launch<T, Int8<T>, 64>;
   switch (tokens) {
@@ -305,16 +315,18 @@ const T* pointer(const std::optional<Tensor>& t) {
 
 // out [M, N] = x [M, K] · Ŵᵀ + bias. Shapes: weight [steps, 16 N] int32, scales [runs, N, per step] of `kind`, zeros likewise or uint8; table
 // [16], tensor_scale [1] float32. parts: room for a tile's sums of every block, not wanted where no tile is cut; flags: an int32 0 of each.
-void w4_mma(Tensor x, Tensor weight, Tensor scales, std::optional<Tensor> zeros, std::optional<Tensor> tensor_scale, std::optional<Tensor> table,
-            std::optional<Tensor> bias, Tensor out, std::optional<Tensor> parts, Tensor flags, int64_t bits, int64_t kind, int64_t zero,
-            int64_t steps_per_run, int64_t tokens, int64_t blocks, int64_t raster, bool whole, bool alike, bool early, int64_t stream) {
-  const int64_t m = x.size(0), k = x.size(1), n = out.size(1), steps = weight.size(0), columns = bits == 4 ? 128 : 64, groups = scales.size(2);
+void w4_mma(Tensor x, Tensor weight, Tensor scales, std::optional<Tensor> zeros, std::optional<Tensor> tensor_scale,
+            std::optional<Tensor> table, std::optional<Tensor> bias, Tensor out, std::optional<Tensor> parts, Tensor flags, int64_t bits,
+            int64_t kind, int64_t zero, int64_t steps_per_run, int64_t tokens, int64_t blocks, int64_t raster, bool whole, bool alike,
+            bool early, int64_t stream) {
+  const int64_t m = x.size(0), k = x.size(1), n = out.size(1), steps = weight.size(0), columns = bits == 4 ? 128 : 64,
+                groups = scales.size(2);
   STD_TORCH_CHECK(weight.is_contiguous() && weight.size(1) == n * 16 && k <= steps * columns && out.size(0) == m && out.is_contiguous(),
                   "w4_mma: weight [", steps, ", ", weight.size(1), "] does not fit x [", m, ", ", k, "] and out [", m, ", ", n, "]");
   STD_TORCH_CHECK(k % 8 == 0 && x.stride(1) == 1 && x.stride(0) % 8 == 0 && reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0,
                   "w4_mma: K = ", k, ", the stride of x, ", x.stride(0), ", and its address are wanted in pieces of 16 bytes");
-  STD_TORCH_CHECK(scales.size(1) == n && (groups == 1 || groups == 2 || groups == 4 || (groups == 8 && bits == 4)),
-                  "w4_mma: scales [", scales.size(0), ", ", scales.size(1), ", ", groups, "] do not fit N = ", n);
+  STD_TORCH_CHECK(scales.size(1) == n && (groups == 1 || groups == 2 || groups == 4 || (groups == 8 && bits == 4)), "w4_mma: scales [",
+                  scales.size(0), ", ", scales.size(1), ", ", groups, "] do not fit N = ", n);
   Arguments a{};
   a.x = static_cast<const uint8_t*>(x.const_data_ptr()), a.x_bytes = x.stride(0) * 2;
   a.weight = static_cast<const uint8_t*>(weight.const_data_ptr()), a.scales = scales.const_data_ptr();
@@ -322,10 +334,12 @@ void w4_mma(Tensor x, Tensor weight, Tensor scales, std::optional<Tensor> zeros,
   a.out = static_cast<uint16_t*>(out.mutable_data_ptr()), a.flags = static_cast<int*>(flags.mutable_data_ptr());
   a.parts = parts ? static_cast<float*>(parts->mutable_data_ptr()) : nullptr;
   a.scale_kind = Kind(kind), a.zero = int(zero);
-  a.zero_kind = zeros && zeros->scalar_type() != ScalarType::Byte ? kind_of(*zeros) : Kind::u8, a.bias_kind = bias ? kind_of(*bias) : Kind::f32;
+  a.zero_kind = zeros && zeros->scalar_type() != ScalarType::Byte ? kind_of(*zeros) : Kind::u8,
+  a.bias_kind = bias ? kind_of(*bias) : Kind::f32;
   a.m = int(m), a.n = int(n), a.k = int(k), a.steps = int(steps), a.raster = int(raster), a.steps_per_run = int(steps_per_run);
   a.shift = groups == 8 ? 3 : int(groups) / 2, a.whole = whole, a.alike = alike;
-  const auto run = x.scalar_type() == ScalarType::BFloat16 ? launch_of<bf16>(bits, bool(table), tokens) : launch_of<f16>(bits, bool(table), tokens);
+  const auto run =
+      x.scalar_type() == ScalarType::BFloat16 ? launch_of<bf16>(bits, bool(table), tokens) : launch_of<f16>(bits, bool(table), tokens);
   run(a, {blocks, early, reinterpret_cast<cudaStream_t>(stream)}, parts ? parts->numel() : 0, flags.numel());
 }
 
@@ -335,7 +349,8 @@ void w4_mma(Tensor x, Tensor weight, Tensor scales, std::optional<Tensor> zeros,
 STABLE_TORCH_LIBRARY_FRAGMENT(qkernels, m) {
   m.def(
       "w4_mma(Tensor x, Tensor weight, Tensor scales, Tensor? zeros, Tensor? tensor_scale, Tensor? table, Tensor? bias, Tensor(a!) out,"
-      " Tensor(b!)? parts, Tensor(c!) flags, int bits, int kind, int zero, int steps_per_run, int tokens, int blocks, int raster, bool whole,"
+      " Tensor(b!)? parts, Tensor(c!) flags, int bits, int kind, int zero, int steps_per_run, int tokens, int blocks, int raster, bool "
+      "whole,"
       " bool alike, bool early, int stream) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(qkernels, CUDA, m) { m.impl("w4_mma", TORCH_BOX(&qk::w4_mma)); }

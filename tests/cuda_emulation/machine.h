@@ -23,7 +23,7 @@
 namespace emulated {
 
 constexpr int STACK = 64 << 10, GARBAGE = 0x7f;  // huge as a float of any kind
-constexpr uint32_t BASE = 1024;                  // the address where a block's shared memory begins
+constexpr uint32_t BASE = 1024;  // the address where a block's shared memory begins
 
 struct Barrier {
   int arrivals, pending, bytes = 0;
@@ -73,11 +73,11 @@ struct Fibre {
   jmp_buf context;
   bool begun = false, ended = false;
   std::deque<Product> products;
-  int groups = 0;        // of products
+  int groups = 0;  // of products
   uint32_t address = 0;  // where this lane's row of a matrix goes
   std::deque<Piece> pieces;
   int piece_groups = 0;
-  void* given = nullptr;       // what this lane brings to what the warp does together
+  void* given = nullptr;  // what this lane brings to what the warp does together
   const void* doing = nullptr;  // which that is
   std::vector<std::function<void()>> stores;
 };

@@ -136,7 +136,7 @@ constexpr int cudaEnableDefault = 0;
 struct CUtensorMap {
   const uint8_t* from = nullptr;
   int columns = 0, rows = 0, size = 0, box_rows = 0;  // columns of `size` bytes; a box has 128 bytes of a row
-  int64_t stride = 0;                                 // bytes
+  int64_t stride = 0;  // bytes
 };
 
 inline CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* from, const cuuint64_t* sizes,

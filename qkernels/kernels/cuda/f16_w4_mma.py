@@ -50,8 +50,8 @@ class Launch(NamedTuple):
 # Not measured. Tokens: the fewest that hold all rows, as weights are unpacked again for every tile; from 64 on a warp reads each but half
 # as often from shared memory. Blocks: as many as registers allow (`make cuda`).
 MANY = 1 << 30
-OF_INTEGERS = (Launch(16, 16, 3), Launch(32, 32, 3), Launch(64, 64, 3), Launch(MANY, 128, 2))
-OF_OTHERS = (Launch(16, 16, 3), Launch(MANY, 64, 3))  # tables and 8 bits
+OF_INTEGERS = (Launch(16, 16, 3), Launch(32, 32, 2), Launch(64, 64, 2), Launch(MANY, 128, 2))
+OF_OTHERS = (Launch(16, 16, 3), Launch(MANY, 64, 2))  # tables and 8 bits
 LEAST_STEPS = 4  # of a block: parts of fewer cost more to add than they save
 WHOLE = 0.9  # where that part of the blocks is busy in the last wave, too, no tile is cut
 

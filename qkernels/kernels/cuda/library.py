@@ -36,6 +36,12 @@ def architectures(source: str) -> tuple[str, ...] | None:
     return None if of_all is None else tuple(of_all.get(source, ()))
 
 
+def for_all() -> str:
+    """What any of the sources was compiled for."""
+    found = {one for listed in compiled.built().get("cuda_architectures", {}).values() for one in listed}
+    return ", ".join(sorted(found, key=lambda one: (float(re.findall(r"[\d.]+", one)[0]), one)))
+
+
 def covers(architecture: str, sm: int) -> bool:
     """Whether a GPU runs what was compiled for another: of the same major version, if not newer; by PTX, any that is not newer."""
     major, minor = map(int, re.findall(r"\d+", architecture))
