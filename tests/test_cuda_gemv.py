@@ -137,6 +137,27 @@ def test_a_row_does_not_depend_on_the_others(compiled, dtype):
         assert torch.equal(call(compiled, q, x[first : first + m], bias, 9), y[first : first + m])
 
 
+def test_what_does_not_fit_is_refused(compiled):
+    """Instead of reading and writing where nothing is."""
+    q, x, _ = problem("u4b8_g128_sf16", Case(70, 600, 3, 2), torch.float16, None)
+    packed, out = layout.prepare(q), torch.empty(3, 70, dtype=torch.float16)
+    weight = packed[2:6]
+
+    def refused(match, x=x, out=out, weight=weight, bits=4, run=8, shared=227 << 10):
+        with pytest.raises(RuntimeError, match=match):
+            compiled.ops.w4_gemv(
+                x, *weight, None, None, out, None, None, bits, *w4_gemv.numbers(q.format, 70, 600)[1:], run, shared, True, 0
+            )
+
+    refused("x has 9 rows", x=x.repeat(3, 1), out=torch.empty(9, 70, dtype=torch.float16))
+    refused("does not fit x .3, 100.", x=x[:, :100])
+    refused("does not fit x .3, 600. and out .3, 60.", out=torch.empty(3, 60, dtype=torch.float16))
+    refused("3 blocks of K want parts of as many results, and 3 counters", run=2)
+    refused("a block may have 4096", shared=4096)
+    refused("codes have 4 or 8 bits", bits=2)
+    refused("rows of x and out have to be dense", x=x.t().contiguous().t())
+
+
 # -- what Python chooses ---------------------------------------------------------------------------------------------------------------
 
 GPUS = {"H200": Gpu(132, 227 << 10, True), "A10": Gpu(72, 99 << 10, False), "T4": Gpu(40, 64 << 10, False)}
@@ -206,7 +227,7 @@ FAULTS = {
     "scales of the wrong part": ("scales + j / EACH * NUMBERS", "scales"),
     "zero points of the wrong part": ("load_shared(zero_of, zeros + j / EACH * NUMBERS)", "load_shared(zero_of, zeros)"),
     "sums of one part run into the next": ("if (j % EACH == 0) {", "if (j == 0) {"),
-    "the wrong tile": ("< count) load_words(words[d], from, rows);\n    }", "< count) load_words(words[d], from - turn, rows);\n    }"),
+    "the wrong tile": ("DEPTH * WARPS) load_words(words[d], from, rows);", "DEPTH * WARPS) load_words(words[d], from - turn, rows);"),
     "the kernel before not waited for": ("  wait_for_previous();\n", ""),
     "copies not waited for": ("  copy_async_wait<0>();\n", ""),
     "x used before all of it is there": ("copy_async_wait<0>();\n  __syncthreads();", "copy_async_wait<0>();"),

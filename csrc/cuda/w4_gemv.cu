@@ -11,7 +11,7 @@
 // shape and the GPU alone, so that a row's result is the same whatever other rows there are.
 //
 // An H200's memory brings 36 weights of 4 bits in a clock of one processor: 3.6 instructions of a lane for each. Here they are 1.9, of
-// floats 2.6 and of codebooks 3.4, where a scale serves a tile (benchmarks/results/static/cuda.md); unpacking alone takes 1.4, 2.1 and 2.9.
+// floats 2.7 and of codebooks 3.5, where a scale serves a tile (benchmarks/results/static/cuda.md); unpacking alone takes 1.4, 2.1 and 2.9.
 //
 // Source: weights as the left operand: Machete and humming; the last block adds up: the threadFenceReduction sample. Written from scratch.
 
@@ -82,7 +82,8 @@ struct Numbers {
   __device__ void load(const Arguments& a, int row, int begin, int parts, int first) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const uint32_t every = a.rows_of_scales * a.per_tile;
-    const uint32_t own = min(row + lane, a.n - 1) / a.rows_per_scale * a.per_tile + warp % PARTS * a.per_tile / PARTS;
+    const uint32_t last = min(row + lane, a.n - 1), row_of_scales = a.rows_per_scale == 1 ? last : last / a.rows_per_scale;
+    const uint32_t own = row_of_scales * a.per_tile + warp % PARTS * a.per_tile / PARTS;
 #pragma unroll
     for (int b = 0; b < BATCH; ++b) {
       const uint32_t tile = begin + min(first + b * WARPS + warp, parts - 1) / PARTS;
@@ -133,13 +134,20 @@ __device__ inline void copy_x(const Arguments& a, const Room& room, int begin, i
   copy_async_commit();
 }
 
-// The lane's 16 bytes of rows g, g + 8, g + 16 and g + 24, as far as there are rows.
+// The lane's 16 bytes of rows g, g + 8, g + 16 and g + 24, as far as there are rows: in all blocks but the last, without a look.
 __device__ inline void load_words(uint32_t (&words)[4][4], const uint8_t* from, int rows) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if (8 * i >= rows) continue;
+  const auto load = [&](int i) {
     const uint4 v = load_once(from + 8 * i * ROW_BYTES);
     words[i][0] = v.x, words[i][1] = v.y, words[i][2] = v.z, words[i][3] = v.w;
+  };
+  if (rows > 24) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) load(i);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 3; ++i) {
+      if (8 * i < rows) load(i);
+    }
   }
 }
 
@@ -204,7 +212,7 @@ struct Gemv {
 };
 
 // Leaves the warps' sums where all can read them, and adds up those of row `lane` of the block and of one token a warp.
-__device__ inline float sum_of_warps(const float (&sums)[2][4], uint32_t base) {
+__device__ inline float sum_of_warps(const float (&sums)[2][4], uint32_t base, int tokens) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
@@ -213,6 +221,7 @@ __device__ inline float sum_of_warps(const float (&sums)[2][4], uint32_t base) {
   }
   __syncthreads();
   float sum = 0;
+  if (warp >= tokens) return sum;
 #pragma unroll
   for (int w = 0; w < WARPS; ++w) sum += load_shared_f32(base + w * WARP_SUMS + 4 * (warp * APART + lane));
   return sum;
@@ -267,20 +276,21 @@ __device__ void run(const Arguments& a) {
   uint32_t zero_of[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) zero_of[i] = Codes::zero(a.zero);
-  const uint32_t x = room.x + min(lane % 8, a.m - 1) * room.row_bytes + lane / 8 * 16;
+  uint32_t x = room.x + min(lane % 8, a.m - 1) * room.row_bytes + lane / 8 * 16 + warp * Codes::COLUMNS * 2;
+  uint32_t scales = room.scales + warp * PARTS * NUMBERS + lane / 4 * 16;
+  const uint32_t zeros_beyond = room.zeros - room.scales;
 #pragma unroll 1
-  for (int tile = warp; tile < count;) {
+  for (int left = count - warp; left > 0;) {
 #pragma unroll
-    for (int d = 0; d < DEPTH; ++d, tile += WARPS, from += turn) {
-      if (tile >= count) break;
-      const uint32_t at = tile * PARTS * NUMBERS + lane / 4 * 16;
-      G::add_tile(sums, codes, words[d], zero_of, x + tile * Codes::COLUMNS * 2, room.scales + at, room.zeros + at, a.zeros);
-      if (tile + DEPTH * WARPS < count) load_words(words[d], from, rows);
+    for (int d = 0; d < DEPTH && left > 0; ++d) {
+      G::add_tile(sums, codes, words[d], zero_of, x, scales, scales + zeros_beyond, a.zeros);
+      if (left > DEPTH * WARPS) load_words(words[d], from, rows);
+      left -= WARPS, from += turn, x += WARPS * Codes::COLUMNS * 2, scales += WARPS * PARTS * NUMBERS;
     }
   }
 
   __syncthreads();
-  float sum = sum_of_warps(sums, room.x);
+  float sum = sum_of_warps(sums, room.x, a.m);
   const int n = row + lane, token = warp;
   const bool inside = n < a.n && token < a.m;
   const int64_t at = int64_t(token) * a.n + n;
