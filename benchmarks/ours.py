@@ -20,19 +20,19 @@ def float_linear(weight: Tensor, dtype: torch.dtype) -> nn.Linear:
     return layer
 
 
-def quant_linear(weight: Tensor, format: str, compute: str, dtype: torch.dtype) -> nn.Module:
-    """The layer as users get it."""
+def quant_linear(weight: Tensor, format: str, compute: str, dtype: torch.dtype, kernel: str | None = None) -> nn.Module:
+    """The layer as users get it, or with a kernel that they ask for."""
     import qkernels
 
-    return qkernels.QuantLinear.from_linear(float_linear(weight, dtype), format, compute=compute)
+    return qkernels.QuantLinear.from_linear(float_linear(weight, dtype), format, compute=compute, kernel=kernel)
 
 
-def contestant(format: str, compute: str, dtype: str) -> Contestant:
+def contestant(format: str, compute: str, dtype: str, kernel: str | None = None) -> Contestant:
     """One of our formats with one kind of arithmetic, as users get it: a layer quantised from a float one."""
-    return of_weight(format, lambda weight: quant_linear(weight, format, compute, DTYPES[dtype]), compute, dtype)
+    return of_weight(format, lambda weight: quant_linear(weight, format, compute, DTYPES[dtype], kernel), compute, dtype, kernel)
 
 
-def of_weight(weights: str, layer_of: Callable[[Tensor], nn.Module], compute: str, dtype: str) -> Contestant:
+def of_weight(weights: str, layer_of: Callable[[Tensor], nn.Module], compute: str, dtype: str, kernel: str | None = None) -> Contestant:
     """A contestant called after its weights, from a function that makes a QuantLinear of a weight [N, K] float32."""
 
     def prepare(weight: Tensor, threads: int) -> Prepared:
@@ -47,13 +47,14 @@ def of_weight(weights: str, layer_of: Callable[[Tensor], nn.Module], compute: st
         q = layer.quant_tensor()
 
         def make() -> nn.Module:  # not copy.deepcopy: a copied weight lies in other memory than the one that a layer makes itself
-            return qkernels.QuantLinear.from_quant_tensor(q, compute=compute, dtype=DTYPES[dtype])
+            return qkernels.QuantLinear.from_quant_tensor(q, compute=compute, kernel=kernel, dtype=DTYPES[dtype])
 
         return Prepared(layer.dequantize(), layer.nbytes, make, layer.kernel, kind, check)
 
     short = {"bfloat16": "", "float16": " fp16", "float32": " fp32"}[dtype]
     kind: Arithmetic = "int8" if compute == "int8" else _float_arithmetic(dtype)
-    return Contestant(f"qkernels {weights} {compute}{short}", "qkernels", weights, kind, DTYPES[dtype], prepare)
+    forced = "" if kernel is None else f" {kernel}"
+    return Contestant(f"qkernels {weights} {compute}{short}{forced}", "qkernels", weights, kind, DTYPES[dtype], prepare)
 
 
 def contestants(formats: list[str], computes: list[str], dtype: str) -> list[Contestant]:

@@ -414,6 +414,16 @@ def test_names():
 # -- contestants -----------------------------------------------------------------------------------------------------------------------
 
 
+def test_a_format_may_name_its_arithmetic_and_its_kernel():
+    """`--format int4:float:<kernel>`: two kernels side by side in one table."""
+    asked = ours.contestants(["int4:float", "int8", "int4:float:reference"], ["float", "int8"], "bfloat16")
+    names = ["qkernels int4 float", "qkernels int8 float", "qkernels int8 int8", "qkernels int4 float reference"]
+    assert [entry.name for entry in asked] == names
+    weight = torch.randn(64, 128)
+    prepared = asked[-1].prepare(weight, 1)
+    assert prepared.kernel == prepared.make().kernel == "reference" != asked[0].prepare(weight, 1).kernel
+
+
 def test_our_copies_share_no_memory():
     with torch.inference_mode():
         (entry,) = ours.contestants(["int4"], ["float"], "bfloat16")

@@ -1,5 +1,6 @@
 """csrc/cuda/w4_mma.cu on a processor that tests/cuda_emulation makes of the host: against fp64, and the faults that this sees."""
 
+import importlib.util
 import itertools
 
 import pytest
@@ -12,7 +13,7 @@ from qkernels import UnsupportedError, explain, formats, reference
 from qkernels.kernels.cuda import f16_w4_mma, library
 from qkernels.kernels.cuda.f16_w4_mma import numbers
 from qkernels.kernels.device import Device
-from qkernels.kernels.triton import layout
+from qkernels.kernels.triton import launch, layout
 from qkernels.testing import assert_matmul_close
 
 reason = why_not()
@@ -154,6 +155,8 @@ def test_a_row_of_many_is_as_if_it_were_alone():
 def test_without_triton(monkeypatch):
     """float32 activations, the weight itself and gradients need neither Triton nor the library."""
     monkeypatch.setattr(f16_w4_mma, "HAS_TRITON", False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert launch.triton_version.__wrapped__() == (0, 0)
     kernel = f16_w4_mma.KERNEL
     q, x, bias = problem("int4_asym", 48, 5, 200, torch.float32, torch.float32)
     packed, weight = kernel.prepare(q), reference.decode(q, torch.float64)

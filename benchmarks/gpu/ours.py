@@ -12,9 +12,13 @@ from ..base import Contestant, Prepared
 
 
 def contestants(formats: list[str], computes: list[str], dtype: str) -> list[Contestant]:
-    """Every format with every kind of arithmetic, or `format:compute` with that one; each copy of a layer owns all that it reads."""
-    pairs = [pair for f in formats for pair in ([f.split(":")] if ":" in f else [[f, compute] for compute in computes])]
-    return [replace(c, prepare=_owning(c.prepare)) for c in (ours.contestant(*pair, dtype) for pair in pairs)]
+    """Every format with every kind of arithmetic, or `format:compute` with that one, or `format:compute:kernel` with that kernel.
+
+    Each copy of a layer owns all that it reads.
+    """
+    asked = [parts for f in formats for parts in ([f.split(":")] if ":" in f else [[f, compute] for compute in computes])]
+    found = [ours.contestant(format, compute, dtype, *kernel) for format, compute, *kernel in asked]
+    return [replace(c, prepare=_owning(c.prepare)) for c in found]
 
 
 def _owning(prepare: Callable[[Tensor, int], Prepared]) -> Callable[[Tensor, int], Prepared]:
