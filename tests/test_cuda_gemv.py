@@ -155,6 +155,8 @@ def test_what_does_not_fit_is_refused(compiled):
     refused("3 blocks of K want parts of as many results, and 3 counters", run=2)
     refused("a block may have 4096", shared=4096)
     refused("codes have 4 or 8 bits", bits=2)
+    refused("x and out are float16, or bfloat16", x=x.float())
+    refused("x and out are float16, or bfloat16", out=out.bfloat16())
     refused("rows of x and out have to be dense", x=x.t().contiguous().t())
 
 

@@ -70,12 +70,13 @@ struct Room {
 };
 
 // Scales and zero points of the block, on their way to where its warps take them: of a tile, a part of it and g those of rows g, g + 8,
-// g + 16 and g + 24. Integer zero points lie there as Codes wants them, others times the scale. A lane loads some numbers of one row, all at
-// once, and stores them later: it waits for memory once.
+// g + 16 and g + 24. Integer zero points lie there as Codes wants them, others times the scale. A lane loads some numbers of one row, all
+// at once, and stores them later: it waits for memory once.
 template <class Codes, int PARTS, bool FLOAT_ZERO>
 struct Numbers {
   static constexpr int BATCH = PARTS == 1 ? 4 : 8;  // of a lane; every warp has one part, of every so many tiles
   static constexpr int STEP = BATCH * WARPS;
+  static_assert(WARPS % PARTS == 0);
   uint32_t scales[BATCH], zeros[BATCH];
 
   // Of the block's parts from `first` on; where there are no more, of the last one again, so that nothing stands between the loads.
@@ -161,10 +162,9 @@ __device__ inline void load_numbers(float (&to)[4], uint32_t at) {
 
 template <class T, class Codes, int PARTS, bool FLOAT_ZERO>
 struct Gemv {
-  static constexpr bool LOOKED_UP = !std::is_same_v<Codes, Int4<T>> && !std::is_same_v<Codes, Int8<T>>;
-  // Blocks on a processor: as many as do not make the compiler spill registers.
-  static constexpr bool HEAVY = FLOAT_ZERO || LOOKED_UP;
-  static constexpr int RESIDENT = PARTS == 1 && !HEAVY ? 3 : HEAVY && PARTS > (TURING ? 1 : 4) ? 1 : 2;
+  static constexpr bool CODEBOOK = std::is_same_v<Codes, Table<T>>, FLOATS = std::is_same_v<Codes, Table<T, true>>;
+  static constexpr bool LIGHT = !CODEBOOK && !FLOATS && !FLOAT_ZERO, HEAVY = !LIGHT && PARTS > 1 && (TURING || (PARTS == 8 && !FLOATS));
+  static constexpr int RESIDENT = HEAVY ? 1 : LIGHT && PARTS == 1 ? 3 : 2;  // blocks of a processor: no registers of the loop are spilled
 
   // sums [2][4] += the products of a tile: of rows g, g + 8 and g + 16, g + 24, each for tokens 2 c and 2 c + 1.
   // x, scales, zeros: the tile's, for this lane; zero_of: of the four rows, what `zeros` changes.
@@ -363,6 +363,8 @@ void w4_gemv(Tensor x, Tensor weight, Tensor scales, std::optional<Tensor> zeros
              int64_t tiles_per_scale, int64_t run, int64_t shared, bool early, int64_t stream) {
   const int64_t m = x.size(0), k = x.size(1), n = out.size(1), tiles = weight.size(0), columns = bits == 4 ? 128 : 64;
   STD_TORCH_CHECK(bits == 4 || (bits == 8 && !table), "w4_gemv: codes have 4 or 8 bits, those of a table 4; not ", bits);
+  STD_TORCH_CHECK((x.scalar_type() == ScalarType::Half || x.scalar_type() == ScalarType::BFloat16) && out.scalar_type() == x.scalar_type(),
+                  "w4_gemv: x and out are float16, or bfloat16");
   STD_TORCH_CHECK(0 < m && m <= TOKENS && out.size(0) == m, "w4_gemv: x has ", m, " rows, out ", out.size(0), "; at most 8 are taken");
   STD_TORCH_CHECK(weight.is_contiguous() && weight.size(1) == n * 16 && k <= tiles * columns && k > (tiles - 1) * columns,
                   "w4_gemv: weight [", tiles, ", ", weight.size(1), "] does not fit x [", m, ", ", k, "] and out [", m, ", ", n, "]");
