@@ -1,10 +1,12 @@
 """The CUDA kernels without a GPU: csrc/cuda compiled for the host over tests/cuda_emulation, and calls of its operators on the CPU."""
 
 import ctypes
+import functools
 import itertools
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,12 +62,21 @@ def compile(*arguments):
     assert done.returncode == 0, done.stderr
 
 
-def compile_begin(folder):
-    """What all sources have in common, their first headers and the machine."""
-    header = folder / "begin.h"
+@functools.lru_cache(maxsize=1)
+def begun():
+    """The folder of what all sources have in common, which goes when this process ends: their first headers and the machine."""
+    folder = tempfile.TemporaryDirectory()
+    header, machine = (Path(folder.name) / name for name in ("begin.h", "machine.o"))
     header.write_text('#include "cuda/hopper.cuh"\n#include <torch/csrc/stable/tensor.h>\n')
-    compile(*INCLUDE, "-xc++-header", header, "-o", folder / "begin.h.gch")
-    compile("-c", EMULATION / "machine.cpp", "-o", folder / "machine.o")
+    compile(*INCLUDE, "-xc++-header", header, "-o", f"{header}.gch")
+    compile("-c", EMULATION / "machine.cpp", "-o", machine)
+    return folder
+
+
+def compile_begin(folder):
+    """Bring what `build` wants into a folder."""
+    for path in Path(begun().name).iterdir():
+        (folder / path.name).symlink_to(path)
 
 
 def build(source, folder, changes=()):

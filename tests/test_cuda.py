@@ -21,7 +21,7 @@ from qkernels.kernels.device import Device
 from qkernels.kernels.registry import Problem
 
 CSRC = Path(__file__).parents[1] / "csrc"
-OPS = ("s8_quantize", "s8_w4_mma", "s8_w4_wgmma", "s8_w8_mma", "s8_w8_wgmma", "w4_mma", "w4_wgmma")
+OPS = ("s8_quantize", "s8_w4_mma", "s8_w4_wgmma", "s8_w8_mma", "s8_w8_wgmma", "w4_gemv", "w4_mma", "w4_wgmma")
 
 # -- machine code ------------------------------------------------------------------------------------------------------------------
 
@@ -94,7 +94,7 @@ def test_machine_code_for_all_gpus(compiled):
     """The matrix instructions that a kernel is written for, if it has any, and no others; and no register of its loop is spilled."""
     seen = 0
     for (source, arguments), kernels in compiled.items():
-        if source.endswith("_wgmma"):
+        if source.endswith("_wgmma") or source == "w4_gemv":
             continue
         for architecture, kernel in kernels.items():
             where, loop, matrix = (source, arguments, architecture), kernel.loop(), kernel.all_of(*static.MATRIX)
@@ -139,6 +139,36 @@ def test_machine_code_of_s8_mma(compiled, arguments):
         loop = kernel.loop()
         assert static_cuda.count(loop, "IMMA.16832.S8.S8") == products, architecture
         assert static_cuda.count(loop, "LDGSTS") == copies, architecture
+
+
+GEMV = [
+    *(("Int4", parts, zeros) for parts in "148" for zeros in "01"),
+    *(("Int8", parts, zeros) for parts in "14" for zeros in "01"),
+    *(("Table", mirrored, parts, "0") for mirrored in "01" for parts in "148"),
+]
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+@pytest.mark.parametrize("arguments", GEMV, ids="-".join)
+def test_machine_code_of_few_rows(compiled, dtype, arguments):
+    """Loads of two tiles are on their way before the first product, and all of the loop's weights while another tile is multiplied."""
+    kernels = compiled["w4_gemv", (dtype, *arguments)]
+    assert kernels
+    bits, products = (8, 16) if arguments[0] == "Int8" else (4, 32)
+    weights, float_zero = 8 * products, arguments[-1] == "1"
+    budget = 4.1 if arguments[:2] == ("Table", "0") else 0.9 * bits  # instructions a weight: what there is time for; a codebook wants more
+    for architecture, kernel in kernels.items():
+        if (architecture, dtype) == ("7.5", "bf16"):
+            continue  # Turing has no such products
+        loop, code = kernel.loop(), [instruction for _, instruction in kernel.code]
+        count = products * (3 if float_zero else 2) // 2 * (2 if architecture == "7.5" else 1)
+        assert static_cuda.count(loop, "HMMA.16816.F32", "HMMA.1688.F32") == len(kernel.all_of("HMMA")) == count
+        assert not static_cuda.count(loop, "STL", "LDL"), "registers are spilled"
+        first = next(i for i, instruction in enumerate(code) if instruction.startswith("HMMA"))
+        before, inside = ({i.split()[1] for i in part if i.startswith("LDG.E") and ".128" in i} for part in (code[:first], loop))
+        assert len(inside) == 8 and inside <= before, "16 bytes of four rows, of two tiles"
+        print(f"{architecture}, {dtype}, {', '.join(arguments)}: {len(loop) / weights:.2f} instructions a weight")
+        assert len(loop) / weights <= budget
 
 
 # -- which GPUs: setup.py and library.py -----------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from cases import random_quant
 from emulated_cuda import build, compile_begin, late, why_not
 
 from qkernels import UnsupportedError, explain, formats, reference
-from qkernels.kernels.cuda import f16_w4_mma, library
+from qkernels.kernels.cuda import f16_w4_mma, library, w4_gemv
 from qkernels.kernels.cuda.f16_w4_mma import numbers
 from qkernels.kernels.device import Device
 from qkernels.kernels.triton import launch, layout
@@ -134,10 +134,21 @@ def emulated(compiled, monkeypatch):
 @pytest.mark.usefixtures("emulated")
 def test_run(name, k):
     """K that is no multiple of 8, x that is not dense, a permutation, no rows."""
-    for m, kernel in itertools.product((0, 1, 20), (f16_w4_mma.KERNEL, f16_w4_mma.INVARIANT)):
+    for m, kernel in itertools.product((0, 5, 20), (f16_w4_mma.KERNEL, f16_w4_mma.INVARIANT)):
         q, x, bias = random_quant(formats.get(name), 70, k, perm=m == 20), torch.randn(2, m, 2 * k).bfloat16(), torch.randn(70).bfloat16()
         y = kernel.run(x[..., ::2], kernel.prepare(q), bias)
         assert_matmul_close(y, x[..., ::2], reference.decode(q, torch.float64), bias)
+
+
+def test_a_few_rows_go_to_their_own_kernel(monkeypatch):
+    """But not where a row's result must not depend on the others: its sums have another order there."""
+    seen = []
+    monkeypatch.setattr(w4_gemv, "multiply", lambda x, *rest: seen.append(("gemv", len(x))))
+    monkeypatch.setattr(f16_w4_mma, "tiled", lambda x, *rest: seen.append(("tiled", len(x))))
+    q = random_quant(formats.get("int4"), 70, 128)
+    for m, kernel in itertools.product((8, 9), (f16_w4_mma.KERNEL, f16_w4_mma.INVARIANT)):
+        kernel.run(torch.randn(m, 128).half(), kernel.prepare(q), None)
+    assert seen == [("gemv", 8), ("tiled", 8), ("tiled", 9), ("tiled", 9)]
 
 
 @pytest.mark.usefixtures("emulated")

@@ -27,7 +27,8 @@ void unpack_all(const C& codes, const uint32_t* words, int count, uint32_t zero,
 #define UNPACK(T) \\
   EXPORT void int4_##T(const uint32_t* w, int n, uint32_t z, uint32_t* to) { unpack_all(qk::Int4<qk::T>(nullptr), w, n, z, to); } \\
   EXPORT void int8_##T(const uint32_t* w, int n, uint32_t z, uint32_t* to) { unpack_all(qk::Int8<qk::T>(nullptr), w, n, z, to); } \\
-  EXPORT void table_##T(const uint32_t* w, int n, const float* values, uint32_t* to) { unpack_all(qk::Table<qk::T>(values), w, n, 0, to); }
+  EXPORT void table_##T(const uint32_t* w, int n, const float* v, uint32_t* to) { unpack_all(qk::Table<qk::T>(v), w, n, 0, to); } \\
+  EXPORT void mirrored_##T(const uint32_t* w, int n, const float* v, uint32_t* to) { unpack_all(qk::Table<qk::T, true>(v), w, n, 0, to); }
 UNPACK(bf16)
 UNPACK(f16)
 EXPORT void numbers(const void* from, int count, int kind, float* to) {
@@ -78,13 +79,15 @@ def test_integers(functions, bits, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["nf4", "fp4", "mxfp4"])
-def test_tables(functions, name, dtype):
+@pytest.mark.parametrize(
+    ("kind", "name"), [("table", "nf4"), ("table", "fp4"), ("table", "mxfp4"), ("mirrored", "fp4"), ("mirrored", "mxfp4")]
+)
+def test_tables(functions, kind, name, dtype):
     values = torch.tensor(formats.get(name).code.values, dtype=torch.float32)
     codes = np.arange(65536)[:, None] >> 4 * np.arange(4) & 15
     words = words_of(np.concatenate([codes, codes[::-1]], 1), 4 * np.arange(8), 4)
     table = ctypes.c_void_p(values.numpy().ctypes.data)
-    found = call(getattr(functions, f"table_{dtype}"), words, table, DTYPES[dtype], 4)
+    found = call(getattr(functions, f"{kind}_{dtype}"), words, table, DTYPES[dtype], 4)
     assert torch.equal(found.flatten(1), values.to(DTYPES[dtype]).float()[np.concatenate([codes, codes[::-1]], 1)])
 
 

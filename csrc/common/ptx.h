@@ -59,22 +59,34 @@ __device__ inline void store_shared_f32(uint32_t at, float value) {
 // Of some warps of a block; barrier 0 is __syncthreads's.
 __device__ inline void sync_warps(int barrier, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory"); }
 
-// -- global to shared memory behind the program's back (sm_80): 16 bytes, in groups of one thread -----------------------------------------
+// -- global to shared memory behind the program's back (before sm_80: at once): 16 bytes, in groups of one thread ----------------------------
 
 // Zeros where nothing is `there`; `from` is then not read.
 __device__ inline void copy_async(uint32_t to, const void* from, bool there) {
+#if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
+#else
+  const uint4 v = there ? *static_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0);
+  store_shared(to, {v.x, v.y, v.z, v.w});
+#endif
 }
+// With a cache_policy (sm_80).
 __device__ inline void copy_async(uint32_t to, const void* from, bool there, uint64_t policy) {
   asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(to), "l"(from), "r"(there ? 16 : 0), "l"(policy)
                : "memory");
 }
-__device__ inline void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ inline void copy_async_commit() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
 
 // Until all but the last PENDING groups have arrived; other threads see them after a barrier.
 template <int PENDING>
 __device__ inline void copy_async_wait() {
+#if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+#endif
 }
 
 // -- global memory -----------------------------------------------------------------------------------------------------------------------
@@ -172,7 +184,8 @@ __device__ inline uint32_t turn(uint32_t pair) {
   return turned;
 }
 
-// d [16, 8] += a [16, 16] · b [16, 8] (sm_80). Lane 4 g + c: a[2 h + r] has row g + 8 r, b[h] column g, both numbers 8 h + 2 c and the next.
+// d [16, 8] += a [16, 16] · b [16, 8] (bf16: sm_80). Lane 4 g + c: a[2 h + r] has row g + 8 r, b[h] column g, both numbers 8 h + 2 c
+// and the next.
 #define QK_MULTIPLY(T, NAME)                                                                                                          \
   __device__ inline void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], T) {                                 \
     asm("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
@@ -180,7 +193,18 @@ __device__ inline uint32_t turn(uint32_t pair) {
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                                                          \
   }
 QK_MULTIPLY(bf16, "bf16")
+#if __CUDA_ARCH__ >= 800
 QK_MULTIPLY(f16, "f16")
+#else
+__device__ inline void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], f16) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[2 * h]), "r"(a[2 * h + 1]), "r"(b[h]));
+  }
+}
+#endif
 #undef QK_MULTIPLY
 
 // d [16, 8] += a [16, 32] · b [32, 8] of int8 (sm_80), likewise: numbers 16 h + 4 c and the next three.

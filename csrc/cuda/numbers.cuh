@@ -31,7 +31,20 @@ __device__ inline float number_of(uint32_t raw, Kind kind) {
 // Bits of number i, the lowest of what it returns: of the aligned word that has them, lest there be a load for every size.
 __device__ inline uint32_t raw_at(const void* p, int64_t i, Kind kind) {
   const uintptr_t at = reinterpret_cast<uintptr_t>(p) + i * bytes_of(kind);
-  return *reinterpret_cast<const uint32_t*>(at & ~uintptr_t(3)) >> (at & 3) * 8;
+  return __ldg(reinterpret_cast<const uint32_t*>(at & ~uintptr_t(3))) >> (at & 3) * 8;
+}
+
+// f(kind), of which the compiler then knows the value: those of scales.
+template <class F>
+__device__ void of_kind(Kind kind, F f) {
+  switch (kind) {
+    case Kind::f32: return f(std::integral_constant<Kind, Kind::f32>());
+    case Kind::f16: return f(std::integral_constant<Kind, Kind::f16>());
+    case Kind::bf16: return f(std::integral_constant<Kind, Kind::bf16>());
+    case Kind::e4m3: return f(std::integral_constant<Kind, Kind::e4m3>());
+    case Kind::e8m0: return f(std::integral_constant<Kind, Kind::e8m0>());
+    default: return;
+  }
 }
 
 __device__ inline float number(const void* p, int64_t i, Kind kind) { return number_of(raw_at(p, i, kind), kind); }

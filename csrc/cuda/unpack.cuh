@@ -12,7 +12,7 @@
 //
 // Integers: a code OR-ed into the mantissa of a power of two is that power plus the code; one subtraction takes both power and zero point
 // away. Tables: a byte permutation looks four codes up in eight bytes, so two, and a choice by the codes' highest bits, in sixteen; once for
-// the high bytes of the values and once for the low ones.
+// the high bytes of the values and once for the low ones. Of a table of floats the highest bits are signs, and one does.
 //
 // Source: the magic numbers are FasterTransformer's, looking up by byte permutations an old trick of table-driven kernels. Written from scratch.
 #pragma once
@@ -56,8 +56,8 @@ struct Int8 {
   }
 };
 
-// A table of 16 values, the same for all lanes.
-template <class T>
+// A table of 16 values, the same for all lanes. MIRRORED: the last eight are the first ones with the other sign.
+template <class T, bool MIRRORED = false>
 struct Table {
   static constexpr int COLUMNS = 128, PAIRS = 4;
   uint32_t low[4], high[4];  // bytes of values 4 i … 4 i + 3
@@ -75,8 +75,13 @@ struct Table {
     for (int half = 0; half < 2; ++half) {  // four codes each
       const uint32_t codes = word >> 16 * half, upper = permute_bytes(codes << 4, codes, 0xd9c8);  // ff where a code's highest bit is set
       const uint32_t at = codes & 0x7777;
-      const uint32_t l = choose_bits(upper, permute_bytes(low[2], low[3], at), permute_bytes(low[0], low[1], at));
-      const uint32_t h = choose_bits(upper, permute_bytes(high[2], high[3], at), permute_bytes(high[0], high[1], at));
+      uint32_t l = permute_bytes(low[0], low[1], at), h = permute_bytes(high[0], high[1], at);
+      if constexpr (MIRRORED) {
+        h = choose_bits(0x80808080, upper, h);
+      } else {
+        l = choose_bits(upper, permute_bytes(low[2], low[3], at), l);
+        h = choose_bits(upper, permute_bytes(high[2], high[3], at), h);
+      }
       to[2 * half] = permute_bytes(l, h, 0x5140), to[2 * half + 1] = permute_bytes(l, h, 0x7362);
     }
   }

@@ -45,6 +45,7 @@ struct Block {
   std::map<uint32_t, Barrier> barriers;
   std::map<int, Meeting> meetings;
   std::vector<Copy> copies;
+  bool any = false;  // whether some thread has given true: __syncthreads_or
 };
 
 // 16 bytes that one thread has copied to shared memory, in groups of its own; from: or null, and they are zeros.

@@ -43,6 +43,17 @@ using std::min;
 
 inline void __syncthreads() { emulated::meet(0, int(emulated::threads)); }
 inline void __syncwarp() { emulated::meet(16 + int(threadIdx.x) / 32, 32); }
+inline void __trap() { emulated::fail("a trap"); }
+inline bool __syncthreads_or(bool given) {
+  bool& any = emulated::current->block->any;
+  any |= given;
+  __syncthreads();
+  const bool result = any;
+  __syncthreads();
+  any = false;
+  __syncthreads();
+  return result;
+}
 inline void __threadfence() { emulated::let_stores_be_seen(); }
 
 template <class T>

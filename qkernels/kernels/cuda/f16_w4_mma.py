@@ -1,9 +1,10 @@
 """Codes of 4 and 8 bits against fp16 and bf16 activations on Ampere and newer: csrc/cuda/w4_mma.cu over triton/layout.py's layout.
 
-A warp unpacks and scales weights in registers, the left operand of its products; the other is 16 to 128 tokens of a tile. Sums are float32;
-tiles that do not come out even are cut along K, and the parts are added in a fixed order, so a result is the same on every run. How K is
-cut depends on the number of rows, but for `cuda_f16_w4_mma_invariant`, where N and K alone decide. Triton is not needed: float32
-activations and gradients go through its kernels where it is there, else through the decoded weight and torch's matmul.
+Up to eight rows go to w4_gemv.py's kernel. Of more, a warp unpacks and scales weights in registers, the left operand of its products; the
+other is 16 to 128 tokens of a tile. Sums are float32; tiles that do not come out even are cut along K, and the parts are added in a fixed
+order, so a result is the same on every run. How K is cut depends on the number of rows, but for `cuda_f16_w4_mma_invariant`, where N and
+K alone decide. Triton is not needed: float32 activations and gradients go through its kernels where it is there, else through the decoded
+weight and torch's matmul.
 Not yet run on a GPU: proven by tests/cuda_emulation, and by a look at its machine code.
 
 Source: products, copies and fragment order as in Marlin; unpacking by magic numbers, FasterTransformer's; stream-K, Osama et al. 2023.
@@ -24,7 +25,8 @@ from torch import Tensor
 from qkernels import formats, reference
 from qkernels.errors import UnsupportedError
 from qkernels.formats import Int, QuantFormat
-from qkernels.kernels.cuda import library
+from qkernels.kernels.cuda import library, w4_gemv
+from qkernels.kernels.cuda.w4_gemv import KINDS, begins_early
 from qkernels.kernels.registry import Matmul, Problem, register
 from qkernels.kernels.triton import f16_backward, f16_dequantize, f16_gemm, layout
 from qkernels.kernels.triton.f16_format import Stored, table
@@ -33,7 +35,6 @@ from qkernels.kernels.triton.layout import Packed
 
 SOURCE, OLDEST = "w4_mma", 80
 ROWS = 128  # of the weight, in a tile
-KINDS = ("f32", "f16", "bf16", "e4m3", "e8m0")  # types of scales, as csrc/cuda/numbers.cuh counts them
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 ROWS_INVARIANT = 256  # of x, a launch where all tiles of tokens are cut alike: the parts of more would take too much memory
 
@@ -119,14 +120,9 @@ def multiply(x: Tensor, stored: Stored, bias: Tensor | None, format: QuantFormat
         for rows, part in zip(x.split(ROWS_INVARIANT), out.split(ROWS_INVARIANT)):
             tiled(rows, stored, bias, format, part, True)
         return None
-    if not few(x, stored, bias, format, out):
-        tiled(x, stored, bias, format, out, False)
-    return None
-
-
-def few(x: Tensor, stored: Stored, bias: Tensor | None, format: QuantFormat, out: Tensor) -> bool:
-    """Multiply a few rows in a kernel of their own, and say so; there is none yet."""
-    return False
+    if x.shape[0] <= w4_gemv.FEW:
+        return w4_gemv.multiply(x, stored, bias, format, out)
+    return tiled(x, stored, bias, format, out, False)
 
 
 def tiled(x: Tensor, stored: Stored, bias: Tensor | None, format: QuantFormat, out: Tensor, invariant: bool) -> None:
@@ -140,12 +136,6 @@ def tiled(x: Tensor, stored: Stored, bias: Tensor | None, format: QuantFormat, o
     raster = max(1, 1024 // p.tokens)
     how = (p.tokens, p.blocks, raster, p.whole, invariant, begins_early(device), stream)
     torch.ops.qkernels.w4_mma.default(*operands, *numbers(format, n, k), *how)
-
-
-@functools.lru_cache(maxsize=16)
-def begins_early(device: torch.device) -> bool:
-    """Whether a kernel can begin while the one before it ends."""
-    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def decoded(x: Tensor, stored: Stored, bias: Tensor | None, format: QuantFormat, out: Tensor) -> None:

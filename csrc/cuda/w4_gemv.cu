@@ -1,0 +1,404 @@
+// y = x · Ŵᵀ with 16-bit activations, at most eight rows of them, and codes of 4 and 8 bits; from sm_75 on, bfloat16 from sm_80.
+//
+// The weight is the left operand of a warp's products, unpacked in registers from the layout of qkernels/kernels/triton/layout.py; the rows
+// of x, eight or fewer, are the right one's eight columns. So a product costs less than unpacking for it, and its sums are float32 of exact
+// products; what columns beyond the last row of x give is left. Scales are applied to the sums of their columns, a float zero point to the
+// sum of x there, for which there is one more product, with ones.
+//
+// A block has 32 rows of the weight and a run of K. Its warps take the run's tiles in turns, 16 bytes of four rows a lane: the words of two
+// tiles are on their way before anything else is done, and of one while another is multiplied. Rows of x and scales wait in shared memory.
+// Sums of warps are added in their order, and those of blocks by the last one to come, in theirs: how K is cut depends on the weight's
+// shape and the GPU alone, so that a row's result is the same whatever other rows there are.
+//
+// An H200's memory brings 36 weights of 4 bits in a clock of one processor: 3.6 instructions of a lane for each. Here they are 1.9, of
+// floats 2.7 and of codebooks 3.5, where a scale serves a tile (benchmarks/results/static/cuda.md); unpacking alone takes 1.4, 2.1 and 2.9.
+//
+// Source: weights as the left operand: Machete and humming; the last block adds up: the threadFenceReduction sample. Written from scratch.
+
+#include "cuda/tile.cuh"
+#include "cuda/unpack.cuh"
+
+#include <algorithm>
+#include <optional>
+
+namespace qk {
+namespace {
+
+constexpr int WARPS = 8, THREADS = 32 * WARPS;
+constexpr int ROWS = 32;  // of the weight, in a block
+constexpr int TOKENS = 8;  // rows of x
+constexpr int ROW_BYTES = 64;  // of the weight, in a tile
+constexpr int DEPTH = 2;  // tiles of a warp that are on their way
+constexpr int NUMBERS = 4 * ROWS;  // bytes of a number of every row
+constexpr int APART = ROWS + 4;  // sums of two tokens lie so far apart: in other banks of shared memory
+constexpr int WARP_SUMS = 4 * TOKENS * APART;  // bytes
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr bool TURING = true;
+#else
+constexpr bool TURING = false;
+#endif
+
+struct Arguments {
+  const uint8_t* weight;  // [tiles, N, 64]
+  const void *scales, *zeros;  // [runs, rows_of_scales, per_tile]; zeros of 8 bits, in the type of the scales, or null
+  const float *tensor_scale, *table;  // [1], [16], or null
+  const uint16_t* x;  // [M, K]
+  const void* bias;  // [N] or null
+  uint16_t* out;  // [M, N]
+  float* parts;  // [blocks of K, M, N], or null where K is whole
+  int* counters;  // of every 32 rows: blocks that came; 0 before and after
+  int64_t stride;  // of x
+  int m, n, k, tiles, run, blocks_n, blocks_k;  // run: tiles of a block
+  int rows_of_scales, per_tile, rows_per_scale;
+  uint64_t runs_of_tile;  // tile t has run t · runs_of_tile / 2^32 of the scales, without the fraction
+  int zero;  // of all codes, where zeros is null or what is taken away afterwards
+  Kind scale_kind, bias_kind;
+  bool aligned;  // 16 bytes of x can be copied at a time
+};
+
+// Where a block has what, in shared memory.
+struct Room {
+  uint32_t x, row_bytes, scales, zeros, bytes;
+
+  // parts: scales of a tile, as they are stored here
+  __host__ __device__ Room(const Arguments& a, int columns, int parts, uint32_t base) {
+    x = base, row_bytes = a.run * columns * 2 + 16;  // rows begin in different banks
+    scales = x + a.m * row_bytes, zeros = scales + a.run * parts * NUMBERS;
+    bytes = max(zeros + (a.zeros ? a.run * parts * NUMBERS : 0) - base, uint32_t(WARPS * WARP_SUMS));
+  }
+};
+
+// Scales and zero points of the block, on their way to where its warps take them: of a tile, a part of it and g those of rows g, g + 8,
+// g + 16 and g + 24. Integer zero points lie there as Codes wants them, others times the scale. A lane loads some numbers of one row, all
+// at once, and stores them later: it waits for memory once.
+template <class Codes, int PARTS, bool FLOAT_ZERO>
+struct Numbers {
+  static constexpr int BATCH = PARTS == 1 ? 4 : 8;  // of a lane; every warp has one part, of every so many tiles
+  static constexpr int STEP = BATCH * WARPS;
+  static_assert(WARPS % PARTS == 0);
+  uint32_t scales[BATCH], zeros[BATCH];
+
+  // Of the block's parts from `first` on; where there are no more, of the last one again, so that nothing stands between the loads.
+  __device__ void load(const Arguments& a, int row, int begin, int parts, int first) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const uint32_t every = a.rows_of_scales * a.per_tile;
+    const uint32_t last = min(row + lane, a.n - 1), row_of_scales = a.rows_per_scale == 1 ? last : last / a.rows_per_scale;
+    const uint32_t own = row_of_scales * a.per_tile + warp % PARTS * a.per_tile / PARTS;
+#pragma unroll
+    for (int b = 0; b < BATCH; ++b) {
+      const uint32_t tile = begin + min(first + b * WARPS + warp, parts - 1) / PARTS;
+      const uint64_t at = (tile * a.runs_of_tile >> 32) * every + own;
+      scales[b] = raw_at(a.scales, at, a.scale_kind);
+      if (a.zeros) zeros[b] = raw_at(a.zeros, at, FLOAT_ZERO ? a.scale_kind : Kind::u8);
+    }
+  }
+  __device__ void store(const Arguments& a, const Room& room, int parts, int first) const {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, to = (first + warp) * NUMBERS + lane % 8 * 16 + lane / 8 * 4;
+    const int count = (parts - first - warp + WARPS - 1) / WARPS;  // of this lane
+    of_kind(a.scale_kind, [&](auto kind) {
+#pragma unroll
+      for (int b = 0; b < BATCH; ++b) {
+        if (b >= count) break;
+        const float scale = number_of(scales[b], kind);
+        store_shared_f32(room.scales + to + b * WARPS * NUMBERS, scale);
+        if constexpr (FLOAT_ZERO) store_shared_f32(room.zeros + to + b * WARPS * NUMBERS, scale * number_of(zeros[b], kind));
+      }
+    });
+    if constexpr (!FLOAT_ZERO) {
+      if (!a.zeros) return;
+#pragma unroll
+      for (int b = 0; b < BATCH; ++b) {
+        if (b < count) store_shared_f32(room.zeros + to + b * WARPS * NUMBERS, __uint_as_float(Codes::zero(zeros[b] & 0xff)));
+      }
+    }
+  }
+};
+
+// Begins to copy the run's columns of x, and zeros beyond the last one.
+__device__ inline void copy_x(const Arguments& a, const Room& room, int begin, int columns) {
+  for (int i = 8 * threadIdx.x; i < columns; i += 8 * THREADS) {
+    const uint16_t* from = a.x + begin + i;
+    uint32_t to = room.x + 2 * i;
+    const int there = a.k - begin - i;
+    if (a.aligned && (there >= 8 || there <= 0)) {
+      for (int token = 0; token < a.m; ++token, from += a.stride, to += room.row_bytes) copy_async(to, from, there > 0);
+      continue;
+    }
+    for (int token = 0; token < a.m; ++token, from += a.stride, to += room.row_bytes) {
+      uint32_t pairs[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) pairs[j] = (2 * j < there ? from[2 * j] : 0) | (2 * j + 1 < there ? from[2 * j + 1] : 0) << 16;
+      store_shared(to, pairs);
+    }
+  }
+  copy_async_commit();
+}
+
+// The lane's 16 bytes of rows g, g + 8, g + 16 and g + 24, as far as there are rows: in all blocks but the last, without a look.
+__device__ inline void load_words(uint32_t (&words)[4][4], const uint8_t* from, int rows) {
+  const auto load = [&](int i) {
+    const uint4 v = load_once(from + 8 * i * ROW_BYTES);
+    words[i][0] = v.x, words[i][1] = v.y, words[i][2] = v.z, words[i][3] = v.w;
+  };
+  if (rows > 24) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) load(i);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 3; ++i) {
+      if (8 * i < rows) load(i);
+    }
+  }
+}
+
+// Those of four rows.
+__device__ inline void load_numbers(float (&to)[4], uint32_t at) {
+  uint32_t raw[4];
+  load_shared(raw, at);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) to[i] = __uint_as_float(raw[i]);
+}
+
+template <class T, class Codes, int PARTS, bool FLOAT_ZERO>
+struct Gemv {
+  static constexpr bool CODEBOOK = std::is_same_v<Codes, Table<T>>, FLOATS = std::is_same_v<Codes, Table<T, true>>;
+  static constexpr bool LIGHT = !CODEBOOK && !FLOATS && !FLOAT_ZERO, HEAVY = !LIGHT && PARTS > 1 && (TURING || (PARTS == 8 && !FLOATS));
+  static constexpr int RESIDENT = HEAVY ? 1 : LIGHT && PARTS == 1 ? 3 : 2;  // blocks of a processor: no registers of the loop are spilled
+
+  // sums [2][4] += the products of a tile: of rows g, g + 8 and g + 16, g + 24, each for tokens 2 c and 2 c + 1.
+  // x, scales, zeros: the tile's, for this lane; zero_of: of the four rows, what `zeros` changes.
+  __device__ static void add_tile(float (&sums)[2][4], const Codes& codes, const uint32_t (&words)[4][4], uint32_t (&zero_of)[4],
+                                  uint32_t x, uint32_t scales, uint32_t zeros, bool has_zeros) {
+    constexpr int STEPS = Codes::COLUMNS / 16, PER_WORD = STEPS / 4, EACH = STEPS / PARTS;
+    float parts[2][4], total[4];
+    uint32_t right[4];
+    const uint32_t one = Pair<T>::of(1, 1), ones[4] = {one, one, one, one};
+#pragma unroll
+    for (int j = 0; j < STEPS; ++j) {  // 16 columns
+      if (j % EACH == 0) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) parts[0][i] = parts[1][i] = total[i] = 0;
+        if (!FLOAT_ZERO && has_zeros) load_shared(zero_of, zeros + j / EACH * NUMBERS);
+      }
+      if (j % 2 == 0) load_matrices(right, x + 32 * j);
+      const uint32_t columns[2] = {right[j % 2 * 2], right[j % 2 * 2 + 1]};
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        uint32_t upper[Codes::PAIRS], lower[Codes::PAIRS];
+        codes.unpack(upper, words[2 * half][j / PER_WORD], zero_of[2 * half]);
+        codes.unpack(lower, words[2 * half + 1][j / PER_WORD], zero_of[2 * half + 1]);
+        const int s = 2 * (j % PER_WORD);
+        const uint32_t left[4] = {upper[s], lower[s], upper[s + 1], lower[s + 1]};
+        multiply(parts[half], left, columns, T());
+      }
+      if (FLOAT_ZERO) multiply(total, ones, columns, T());
+      if (j % EACH == EACH - 1) apply(sums, parts, total, scales + j / EACH * NUMBERS, zeros + j / EACH * NUMBERS);
+    }
+  }
+
+  // The scales, and float zero points, of some columns.
+  __device__ static void apply(float (&sums)[2][4], const float (&parts)[2][4], const float (&total)[4], uint32_t scales, uint32_t zeros) {
+    float of_row[4];
+    load_numbers(of_row, scales);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sums[i / 4][i % 4] += of_row[i / 2] * parts[i / 4][i % 4];
+    if constexpr (FLOAT_ZERO) {
+      load_numbers(of_row, zeros);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) sums[i / 4][i % 4] -= of_row[i / 2] * total[i % 2];
+    }
+  }
+};
+
+// Leaves the warps' sums where all can read them, and adds up those of row `lane` of the block and of one token a warp.
+__device__ inline float sum_of_warps(const float (&sums)[2][4], uint32_t base, int tokens) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const int r = 8 * (i / 2) + lane / 4, token = lane % 4 * 2 + i % 2;
+    store_shared_f32(base + warp * WARP_SUMS + 4 * (token * APART + r), sums[i / 4][i % 4]);
+  }
+  __syncthreads();
+  float sum = 0;
+  if (warp >= tokens) return sum;
+#pragma unroll
+  for (int w = 0; w < WARPS; ++w) sum += load_shared_f32(base + w * WARP_SUMS + 4 * (warp * APART + lane));
+  return sum;
+}
+
+// Leaves a block's sum; whether it is the last to do so, which then has that of all blocks.
+__device__ inline bool sum_of_blocks(float& sum, const Arguments& a, int block_n, int block_k, int64_t at, bool inside) {
+  const int64_t all = int64_t(a.m) * a.n;
+  if (inside) __stcg(a.parts + block_k * all + at, sum);
+  __threadfence();
+  __syncthreads();
+  int* counter = a.counters + block_n;
+  if (!__syncthreads_or(threadIdx.x == 0 && atomicAdd(counter, 1) == a.blocks_k - 1)) return false;
+  __threadfence();
+  if (threadIdx.x == 0) *counter = 0;
+  sum = 0;
+  for (int i = 0; inside && i < a.blocks_k; ++i) sum += __ldcg(a.parts + i * all + at);
+  return true;
+}
+
+template <class T, class Codes, int PARTS, bool FLOAT_ZERO>
+__device__ void run(const Arguments& a) {
+  using G = Gemv<T, Codes, PARTS, FLOAT_ZERO>;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int block_n = blockIdx.x % a.blocks_n, block_k = blockIdx.x / a.blocks_n;
+  const int row = block_n * ROWS, begin = block_k * a.run, count = min(a.run, a.tiles - begin);
+  const Room room(a, Codes::COLUMNS, PARTS, shared_memory());
+
+  uint32_t words[DEPTH][4][4] = {};
+  const int rows = a.n - row - lane / 4;
+  const uint8_t* from = a.weight + (int64_t(begin + warp) * a.n + row) * ROW_BYTES + lane * 16;
+  const int64_t turn = int64_t(WARPS) * a.n * ROW_BYTES;
+#pragma unroll
+  for (int d = 0; d < DEPTH; ++d, from += turn) {
+    if (warp + d * WARPS < count) load_words(words[d], from, rows);
+  }
+  let_next_begin();
+  Numbers<Codes, PARTS, FLOAT_ZERO> numbers;
+  numbers.load(a, row, begin, count * PARTS, 0);
+  const Codes codes(a.table);
+  wait_for_previous();
+  copy_x(a, room, begin * Codes::COLUMNS, count * Codes::COLUMNS);
+  numbers.store(a, room, count * PARTS, 0);
+  for (int first = numbers.STEP; first < count * PARTS; first += numbers.STEP) {
+    numbers.load(a, row, begin, count * PARTS, first);
+    numbers.store(a, room, count * PARTS, first);
+  }
+  copy_async_wait<0>();
+  __syncthreads();
+
+  float sums[2][4] = {};
+  uint32_t zero_of[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) zero_of[i] = Codes::zero(a.zero);
+  uint32_t x = room.x + min(lane % 8, a.m - 1) * room.row_bytes + lane / 8 * 16 + warp * Codes::COLUMNS * 2;
+  uint32_t scales = room.scales + warp * PARTS * NUMBERS + lane / 4 * 16;
+  const uint32_t zeros_beyond = room.zeros - room.scales;
+#pragma unroll 1
+  for (int left = count - warp; left > 0;) {
+#pragma unroll
+    for (int d = 0; d < DEPTH && left > 0; ++d) {
+      G::add_tile(sums, codes, words[d], zero_of, x, scales, scales + zeros_beyond, a.zeros);
+      if (left > DEPTH * WARPS) load_words(words[d], from, rows);
+      left -= WARPS, from += turn, x += WARPS * Codes::COLUMNS * 2, scales += WARPS * PARTS * NUMBERS;
+    }
+  }
+
+  __syncthreads();
+  float sum = sum_of_warps(sums, room.x, a.m);
+  const int n = row + lane, token = warp;
+  const bool inside = n < a.n && token < a.m;
+  const int64_t at = int64_t(token) * a.n + n;
+  if (a.parts && !sum_of_blocks(sum, a, block_n, block_k, at, inside)) return;
+  if (!inside) return;
+  if (a.tensor_scale) sum *= *a.tensor_scale;
+  if (a.bias) sum += number(a.bias, n, a.bias_kind);
+  a.out[at] = uint16_t(Pair<T>::of(sum, 0));
+}
+
+template <class T, class Codes, int PARTS, bool FLOAT_ZERO>
+__global__ void __launch_bounds__(THREADS, Gemv<T, Codes, PARTS, FLOAT_ZERO>::RESIDENT) gemv(const __grid_constant__ Arguments a) {
+  if constexpr (TURING && std::is_same_v<T, bf16>) __trap();  // it has no such products
+  else run<T, Codes, PARTS, FLOAT_ZERO>(a);
+}
+
+// -- the host's side ---------------------------------------------------------------------------------------------------------------------
+
+// shared: bytes that a block may have; early: the launch begins while the kernel before it ends.
+struct How {
+  int64_t shared;
+  bool early;
+  cudaStream_t stream;
+};
+
+template <class T, class Codes, int PARTS, bool FLOAT_ZERO>
+void launch(const Arguments& a, const How& how) {
+  const auto kernel = gemv<T, Codes, PARTS, FLOAT_ZERO>;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(unsigned(a.blocks_n * a.blocks_k)), config.blockDim = dim3(THREADS);
+  config.dynamicSmemBytes = Room(a, Codes::COLUMNS, PARTS, 0).bytes;
+  config.stream = how.stream;
+  STD_TORCH_CHECK(int64_t(config.dynamicSmemBytes) <= how.shared, "w4_gemv: runs of ", a.run, " tiles want ", config.dynamicSmemBytes,
+                  " bytes of shared memory; a block may have ", how.shared);
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute, config.numAttrs = how.early;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(how.shared)));
+  check(cudaLaunchKernelEx(&config, kernel, a));
+}
+
+template <class T, class Codes, bool FLOAT_ZERO>
+void launch_parts(const Arguments& a, const How& how) {
+  if (a.per_tile == 1) return launch<T, Codes, 1, FLOAT_ZERO>(a, how);
+  if constexpr (Codes::COLUMNS == 128) {
+    if (a.per_tile == 8) return launch<T, Codes, 8, FLOAT_ZERO>(a, how);
+  }
+  STD_TORCH_CHECK(a.per_tile == 2 || a.per_tile == 4, "w4_gemv: a row has ", a.per_tile, " scales in a tile");
+  launch<T, Codes, 4, FLOAT_ZERO>(a, how);
+}
+
+template <class T>
+void launch_codes(const Arguments& a, int64_t bits, bool mirrored, bool float_zero, const How& how) {
+  if (a.table && mirrored) return launch_parts<T, Table<T, true>, false>(a, how);
+  if (a.table) return launch_parts<T, Table<T>, false>(a, how);
+  const auto of_4 = float_zero ? launch_parts<T, Int4<T>, true> : launch_parts<T, Int4<T>, false>;
+  const auto of_8 = float_zero ? launch_parts<T, Int8<T>, true> : launch_parts<T, Int8<T>, false>;
+  (bits == 4 ? of_4 : of_8)(a, how);
+}
+
+const void* data_of(const std::optional<Tensor>& t) { return t ? t->const_data_ptr() : nullptr; }
+
+// out [M, N] = x [M, K] · Ŵᵀ + bias. Shapes: weight [tiles, 16 N] int32, scales [runs, rows, per_tile], zeros likewise, table [16] and
+// tensor_scale [1] float32, parts [blocks of K, M, N] float32, counters int32, a 0 for every 32 rows. mirrored: the table's second half is
+// minus the first.
+void w4_gemv(Tensor x, Tensor weight, Tensor scales, std::optional<Tensor> zeros, std::optional<Tensor> tensor_scale,
+             std::optional<Tensor> table, std::optional<Tensor> bias, Tensor out, std::optional<Tensor> parts,
+             std::optional<Tensor> counters, int64_t bits, bool mirrored, int64_t scale_kind, int64_t zero, int64_t rows_per_scale,
+             int64_t tiles_per_scale, int64_t run, int64_t shared, bool early, int64_t stream) {
+  const int64_t m = x.size(0), k = x.size(1), n = out.size(1), tiles = weight.size(0), columns = bits == 4 ? 128 : 64;
+  STD_TORCH_CHECK(bits == 4 || (bits == 8 && !table), "w4_gemv: codes have 4 or 8 bits, those of a table 4; not ", bits);
+  STD_TORCH_CHECK((x.scalar_type() == ScalarType::Half || x.scalar_type() == ScalarType::BFloat16) && out.scalar_type() == x.scalar_type(),
+                  "w4_gemv: x and out are float16, or bfloat16");
+  STD_TORCH_CHECK(0 < m && m <= TOKENS && out.size(0) == m, "w4_gemv: x has ", m, " rows, out ", out.size(0), "; at most 8 are taken");
+  STD_TORCH_CHECK(weight.is_contiguous() && weight.size(1) == n * 16 && k <= tiles * columns && k > (tiles - 1) * columns,
+                  "w4_gemv: weight [", tiles, ", ", weight.size(1), "] does not fit x [", m, ", ", k, "] and out [", m, ", ", n, "]");
+  STD_TORCH_CHECK(tiles < 1 << 16, "w4_gemv: K = ", k, " are too many columns");
+  STD_TORCH_CHECK(x.stride(1) == 1 && out.is_contiguous(), "w4_gemv: rows of x and out have to be dense");
+  Arguments a{};
+  a.weight = static_cast<const uint8_t*>(weight.const_data_ptr());
+  a.scales = scales.const_data_ptr(), a.zeros = data_of(zeros), a.bias = data_of(bias);
+  a.tensor_scale = static_cast<const float*>(data_of(tensor_scale)), a.table = static_cast<const float*>(data_of(table));
+  a.x = static_cast<const uint16_t*>(x.const_data_ptr()), a.out = static_cast<uint16_t*>(out.mutable_data_ptr());
+  a.stride = x.stride(0), a.aligned = x.stride(0) % 8 == 0 && reinterpret_cast<uintptr_t>(a.x) % 16 == 0;
+  a.m = int(m), a.n = int(n), a.k = int(k), a.tiles = int(tiles), a.run = int(std::min(run, tiles)), a.zero = int(zero);
+  a.blocks_n = (a.n + ROWS - 1) / ROWS, a.blocks_k = (a.tiles + a.run - 1) / a.run;
+  a.rows_of_scales = int(scales.size(1)), a.per_tile = int(scales.size(2));
+  a.rows_per_scale = int(rows_per_scale), a.scale_kind = Kind(scale_kind);
+  a.runs_of_tile = (int64_t(1) << 32) / std::min(tiles_per_scale, tiles) + 1;  // a little more, for fewer than 2^16 tiles not by much
+  if (bias) a.bias_kind = kind_of(*bias);
+  if (a.blocks_k > 1) {
+    STD_TORCH_CHECK(parts && parts->numel() >= a.blocks_k * m * n && counters && counters->numel() >= a.blocks_n,
+                    "w4_gemv: ", a.blocks_k, " blocks of K want parts of as many results, and ", a.blocks_n, " counters");
+    a.parts = static_cast<float*>(parts->mutable_data_ptr()), a.counters = static_cast<int*>(counters->mutable_data_ptr());
+  }
+  const bool float_zero = zeros && zeros->scalar_type() != ScalarType::Byte;
+  const auto launch = x.scalar_type() == ScalarType::BFloat16 ? launch_codes<bf16> : launch_codes<f16>;
+  launch(a, bits, mirrored, float_zero, {shared, early, reinterpret_cast<cudaStream_t>(stream)});
+}
+
+}  // namespace
+}  // namespace qk
+
+STABLE_TORCH_LIBRARY_FRAGMENT(qkernels, m) {
+  m.def(
+      "w4_gemv(Tensor x, Tensor weight, Tensor scales, Tensor? zeros, Tensor? tensor_scale, Tensor? table, Tensor? bias, Tensor(a!) out,"
+      " Tensor(b!)? parts, Tensor(c!)? counters, int bits, bool mirrored, int scale_kind, int zero, int rows_per_scale,"
+      " int tiles_per_scale, int run, int shared, bool early, int stream) -> ()");
+}
+STABLE_TORCH_LIBRARY_IMPL(qkernels, CUDA, m) { m.impl("w4_gemv", TORCH_BOX(&qk::w4_gemv)); }
