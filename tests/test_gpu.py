@@ -2,6 +2,10 @@
 
 import copy
 import itertools
+import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -51,6 +55,34 @@ def test_against_fp64(kernel, format):
         ran += 1
     if not ran:
         pytest.skip(why_not(kernel, Problem(format, 4096, 4096, device=here)) or "none of these shapes")
+
+
+COMPILED = pytest.mark.parametrize("kernel", [k for k in KERNELS if k.backend == "cuda"], ids=lambda k: k.name)
+
+
+@COMPILED
+def test_small_products(kernel):
+    """With edges in all directions, and K cut."""
+    names = ("int4", "int4_g32", "int4_asym", "nf4", "hqq4", "int8", "int8_asym")
+    for name, (n, k), m in itertools.product(names, ((70, 304), (144, 2056)), (1, 7, 17, 70)):
+        if why_not(kernel, Problem(formats.get(name), n, k, m, torch.float16, device=devices.current("cuda"))) is None:
+            q, x = random_quant(formats.get(name), n, k).to("cuda"), torch.randn(m, k, device="cuda", dtype=torch.float16)
+            y = kernel.run(x, kernel.prepare(q), None)
+            int8_of = q if kernel.compute == "int8" else None
+            assert_matmul_close(y, x, reference.decode(q, torch.float64), None, int8=int8_of, act_group=None)
+
+
+@COMPILED
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_compute_sanitizer(kernel, tool):
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("compute-sanitizer is not installed")
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # memory beside a tensor is nobody's
+    what = f"{__file__}::test_small_products[{kernel.name}]"
+    done = subprocess.run([*command, what], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("kernel", [k for k in KERNELS if k.batch_invariant], ids=lambda k: k.name)
