@@ -11,7 +11,7 @@ constexpr int64_t AMX_FROM = 2048, AMX_LEAST_GROUP = 16;
 constexpr int64_t AMX_COLUMNS = 512;  // of a strip in scratch: 32 KiB, most of L1
 constexpr int AMX_BATCH = 2;  // blocks whose sums are scaled together: they share a trip of the accumulators through registers
 
-struct S8Amx : S8<false> {
+struct S8Amx : S8<255> {
   static constexpr int TILE_BYTES = 128;
 };
 inline int64_t tile_columns(int64_t length) { return length <= 16 ? 16 : length <= 32 ? 32 : AMX_K; }

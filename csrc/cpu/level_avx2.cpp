@@ -8,6 +8,7 @@
 
 namespace qk {
 namespace {
+#define QK_FETCH_NEAR
 #include "cpu/numbers.h"
 #include "cpu/simd_avx2.h"
 #include "cpu/multiply.h"

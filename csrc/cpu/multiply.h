@@ -97,7 +97,7 @@ void streamed(const Job& j) {  // a whole strip, for rows that one tile holds
 
 template <class Source, int PANELS, int ALL>
 void direct(const Job& j) {  // weights straight from their packed form
-  if constexpr (PANELS == STRIP)
+  if constexpr (ALL == STRIP && STREAMS)
     if (j.rows() <= STREAMED_ROWS<Source>) return streamed<Source>(j);
   by_chunks<Source, PANELS, ALL>(j, CHUNK_CODES / (2 * j.w.bits * ALL), [&](const Chunk& c) { return codes_at(j.w, j.panel, c.block.k0); });
 }
@@ -146,17 +146,27 @@ inline bool streamed_bits(const Job& j) {
 
 struct ByS8 {
   template <int PANELS, int ALL>
+  static void tables(const Job& j) {
+    if constexpr (NARROW != 0)
+      if (is_narrow(j.w)) return direct<S8Narrow, PANELS, ALL>(j);
+    direct<S8Table, PANELS, ALL>(j);
+  }
+  template <int PANELS, int ALL>
   static void panels(const Job& j) {
     if (j.w.nested != Nested::none) return from_nested<S8Bytes, PANELS, ALL>(j);
     const bool integers = j.w.kind == CodeKind::integer;
 #ifdef QK_EXPAND
-    if constexpr (PANELS == STRIP)
+    if constexpr (ALL == STRIP)
       if (streamed_bits(j)) return;
 #endif
-    if (j.w.bits == 8) direct<S8Bytes, PANELS, ALL>(j);
-    else if (j.w.bits == 4 && j.rows() <= FEW_S8) integers ? direct<S8Nibbles, PANELS, ALL>(j) : direct<S8Table, PANELS, ALL>(j);
-    else if (j.w.bits <= 4 && integers) through_scratch<S8Unpacked, PANELS, ALL>(j);
-    else through_scratch<S8Bytes, PANELS, ALL>(j);
+    if (j.w.bits == 8) return direct<S8Bytes, PANELS, ALL>(j);
+    if (j.w.bits == 4 && j.rows() <= FEW_S8) return integers ? direct<S8Nibbles, PANELS, ALL>(j) : tables<PANELS, ALL>(j);
+    if (j.w.bits <= 4 && integers) return through_scratch<S8Unpacked<15>, PANELS, ALL>(j);
+    if constexpr (NARROW != 0) {  // else all codes cost the same
+      if (is_narrow(j.w) || (integers && j.w.bits == 5)) return through_scratch<S8Unpacked<31>, PANELS, ALL>(j);
+      if (integers && j.w.bits == 6) return through_scratch<S8Unpacked<63>, PANELS, ALL>(j);
+    }
+    through_scratch<S8Bytes, PANELS, ALL>(j);
   }
 };
 
@@ -213,7 +223,7 @@ void multiply(const Weight& w, const Activations& x, const Output& out, int64_t 
 #include "cpu/amx.h"
 constexpr Arithmetic S8_ARITHMETIC = {1, rows_to_s8<false>, multiply<ByAmx>, probe_amx};
 #else
-constexpr Arithmetic S8_ARITHMETIC = {1, rows_to_s8<false>, multiply<ByS8>, probe<S8Unpacked>};
+constexpr Arithmetic S8_ARITHMETIC = {1, rows_to_s8<false>, multiply<ByS8>, probe<S8Unpacked<15>>};
 #endif
 #ifdef QK_PAIRS
 constexpr Arithmetic PAIRS_ARITHMETIC = {1, rows_to_s8<true>, multiply<ByPairs>, nullptr};

@@ -147,6 +147,9 @@ void set_table(Weight& w, const Tensor& table, bool int8) {
   for (int i = 0; i < 16; i++) halves = halves && t[i] * 2 == std::nearbyint(t[i] * 2);
   const float unit = halves ? 0.5f : largest / 127;
   for (int i = 0; i < 16; i++) w.table_u8[i] = uint8_t(int(std::nearbyint(t[i] / unit)) + 128);
+  const auto [lowest, highest] = std::minmax_element(w.table_u8, w.table_u8 + 16);
+  w.lowest = *lowest, w.span = *highest - *lowest;
+  for (int i = 0; i < 16; i++) w.table_low[i] = uint8_t(w.table_u8[i] - w.lowest);
   w.offset = 128, w.alpha *= unit;
 }
 

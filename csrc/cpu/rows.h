@@ -64,7 +64,7 @@ template <bool PAIRS>
 void rows_to_s8(const Rows& rows, const Weight& w, int64_t m0, int64_t m1, const Activations& a) {
   const bool few_codes = has_few_codes(w);
   const float largest_code = few_codes ? 120 : 127;  // the same for every kernel and level, that all may give the same bits
-  const int32_t less = (few_codes ? DotS8<true>::BIAS : DotS8<false>::BIAS) - w.offset;
+  const int32_t less = bias_of(w) - w.offset;
   for_blocks(rows, w.geometry, m0, m1, a.m, [&](const float* v, int64_t length, int64_t at, int64_t block) {
     I most = magnitude_bits(load_f(v));  // as integers, where a NaN is larger than all: it reaches the scale and the whole row
     for (int64_t i = 16; i < length; i += 16) most = max_i(most, magnitude_bits(load_f(v + i)));

@@ -8,7 +8,9 @@ struct I {
 struct B {
   __m256i a, b;
 };
-constexpr int ACCUMULATORS = 6, WIDE = 1;  // register tile: rows of x times panels; panels at most
+constexpr int ACCUMULATORS = 6, S8_ACCUMULATORS = 4, WIDE = 1;  // register tile: rows of x times panels; panels at most
+constexpr bool STREAMS = true, FETCH_X = true;  // rows that one tile holds take a strip in one go; the next rows of x are fetched
+constexpr int NARROW = 31;  // tables that span as little are multiplied like integers of 5 bits
 constexpr int64_t FEW_S8 = 36, FEW_INTEGERS = 36, FEW_TABLE = 6, FEW_BYTES = 36;  // see multiply.h
 
 inline F zero_f() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
@@ -76,11 +78,10 @@ inline __m256i broadcast_4(const int8_t* x) {
   return _mm256_set1_epi32(four);
 }
 
-template <bool NIBBLE>
-struct DotS8;
-template <>
-struct DotS8<true> {  // codes of up to 4 bits: 8 pair sums of at most 2 * 15 * 127 fit 16 bits
-  static constexpr int FOLD_K = 32, BIAS = 0;
+template <int LARGEST>
+struct DotS8 {  // sums of pairs, as many as fit 16 bits
+  static constexpr int FOLD_K = LARGEST < 16 ? 32 : LARGEST < 32 ? 16 : 8, BIAS = 0;
+  static_assert(FOLD_K / 4 * (2 * LARGEST * 127) <= INT16_MAX);
   I sum;
   __m256i a, b;
   void start(int32_t value) { sum = set1_i(value), a = b = _mm256_setzero_si256(); }
@@ -96,7 +97,7 @@ struct DotS8<true> {  // codes of up to 4 bits: 8 pair sums of at most 2 * 15 * 
   F value() const { return to_float(sum); }
 };
 template <>
-struct DotS8<false> {  // codes minus 128, as |w| times x with the sign of w: 2 * 128 * 127 fits
+struct DotS8<255> {  // codes minus 128, as |w| times x with the sign of w: 2 * 128 * 127 fits
   static constexpr int FOLD_K = MAX_BLOCK, BIAS = 128;
   I sum;
   void start(int32_t value) { sum = set1_i(value); }
@@ -107,6 +108,7 @@ struct DotS8<false> {  // codes minus 128, as |w| times x with the sign of w: 2 
   void add(B w, const int8_t* x) {
     const __m256i v = broadcast_4(x);
     sum = {dot(sum.a, w.a, v), dot(sum.b, w.b, v)};
+    __asm__("" : "+x"(sum.a), "+x"(sum.b));
   }
   void fold() {}
   F value() const { return to_float(sum); }
@@ -201,12 +203,51 @@ inline void store_numbers(void* p, Dtype dtype, int64_t i, F v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(h), packed);
   }
 }
-inline void expand_bits(const uint8_t* stream, int bits, uint8_t* codes) {
-  const uint64_t mask = 0x0101010101010101ull * ((1u << bits) - 1);
-  for (int o = 0; o < 8; o++, stream += bits, codes += 8) {
-    uint64_t word = 0;
-    __builtin_memcpy(&word, stream, unsigned(bits));
-    word = _pdep_u64(word, mask);
-    __builtin_memcpy(codes, &word, 8);
+
+// Codes of 2, 3, 5 and 6 bits: every 16-bit lane is given the two bytes that its two codes lie in, a product moves them to its top, and two
+// shifts to where they belong.
+#include "cpu/bits.h"
+#define QK_EXPAND
+template <int BITS>
+struct Spread {
+  alignas(32) uint8_t bytes[2][32];  // of 32 codes each
+  alignas(32) uint16_t up[16];
+  static constexpr int first(int lane) {  // byte from which a lane of 16 codes is loaded: nothing is read beyond the 64
+    return 2 * BITS * lane < 8 * BITS - 16 ? 2 * BITS * lane : 8 * BITS - 16;
   }
+  constexpr Spread() : bytes(), up() {
+    for (int i = 0; i < 32; i++) {
+      const int lane = i / 8, bit = 2 * BITS * (i % 8), byte = 2 * BITS * lane - first(lane) + bit / 8;
+      bytes[i / 16][i % 16 * 2] = uint8_t(byte), bytes[i / 16][i % 16 * 2 + 1] = uint8_t(byte + 1);
+      up[i % 16] = uint16_t(1 << (16 - 2 * BITS - bit % 8));
+    }
+  }
+};
+template <int BITS>
+constexpr Spread<BITS> SPREAD;
+template <int BITS>
+inline B spread(const uint8_t* stream) {
+  constexpr int MASK = (1 << BITS) - 1;
+  const auto half = [&](int h) {
+    const __m128i first = load_half(stream + Spread<BITS>::first(2 * h)), second = load_half(stream + Spread<BITS>::first(2 * h + 1));
+    const __m256i words = _mm256_shuffle_epi8(_mm256_set_m128i(second, first), load_si(SPREAD<BITS>.bytes[h]));
+    const __m256i up = _mm256_mullo_epi16(words, load_si(SPREAD<BITS>.up));
+    return _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(up, 8 - BITS), _mm256_set1_epi16(int16_t(MASK << 8))),
+                           _mm256_and_si256(_mm256_srli_epi16(up, 16 - 2 * BITS), _mm256_set1_epi16(MASK)));
+  };
+  return {half(0), half(1)};
+}
+[[gnu::always_inline]] inline B expanded(const uint8_t* stream, int bits) {
+  switch (bits) {
+    case 2: return spread<2>(stream);
+    case 3: return spread<3>(stream);
+    case 5: return spread<5>(stream);
+    case 6: return spread<6>(stream);
+  }
+  __builtin_unreachable();
+}
+inline void expand_bits(const uint8_t* stream, int bits, uint8_t* codes) {
+  if (bits == 1) deposit<1>(stream, codes);
+  else if (bits == 7) deposit<7>(stream, codes);  // two of which would not fit a lane
+  else store_b(codes, expanded(stream, bits));
 }

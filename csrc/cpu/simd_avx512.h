@@ -9,6 +9,8 @@ constexpr int ACCUMULATORS = 4, WIDE = 4;
 #else
 constexpr int ACCUMULATORS = 24, WIDE = 4;  // register tile: rows of x times panels; panels at most
 #endif
+constexpr int S8_ACCUMULATORS = ACCUMULATORS, NARROW = 0;
+constexpr bool STREAMS = true, FETCH_X = false;
 constexpr int64_t FEW_S8 = ALWAYS, FEW_INTEGERS = ALWAYS, FEW_TABLE = ALWAYS, FEW_BYTES = 72;  // see multiply.h
 
 inline F zero_f() { return _mm512_setzero_ps(); }
@@ -55,7 +57,7 @@ inline __m512i broadcast_32_bits(const void* x) {
   return _mm512_set1_epi32(word);
 }
 
-template <bool NIBBLE>
+template <int LARGEST>
 struct DotS8 {
   static constexpr int FOLD_K = MAX_BLOCK, BIAS = 0;
   I sum;
@@ -221,13 +223,16 @@ inline void store_numbers(void* p, Dtype dtype, int64_t i, F v) {
 }
 inline void expand_bits(const uint8_t* stream, int bits, uint8_t* codes) { store_b(codes, expanded(stream, bits)); }
 #else
+#include "cpu/bits.h"
 inline void expand_bits(const uint8_t* stream, int bits, uint8_t* codes) {
-  const uint64_t mask = 0x0101010101010101ull * ((1u << bits) - 1);
-  for (int o = 0; o < 8; o++, stream += bits, codes += 8) {
-    uint64_t word = 0;
-    __builtin_memcpy(&word, stream, unsigned(bits));
-    word = _pdep_u64(word, mask);
-    __builtin_memcpy(codes, &word, 8);
+  switch (bits) {
+    case 1: return deposit<1>(stream, codes);
+    case 2: return deposit<2>(stream, codes);
+    case 3: return deposit<3>(stream, codes);
+    case 5: return deposit<5>(stream, codes);
+    case 6: return deposit<6>(stream, codes);
+    case 7: return deposit<7>(stream, codes);
   }
+  __builtin_unreachable();
 }
 #endif

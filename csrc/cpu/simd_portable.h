@@ -9,6 +9,8 @@ struct B {
   uint8_t v[64];
 };
 constexpr int ACCUMULATORS = 4, WIDE = 1;  // register tile: rows of x times panels; panels at most
+constexpr int S8_ACCUMULATORS = ACCUMULATORS, NARROW = 0;
+constexpr bool STREAMS = false, FETCH_X = false;
 constexpr int64_t FEW_S8 = 4, FEW_INTEGERS = 4, FEW_TABLE = 4, FEW_BYTES = 4;  // see multiply.h
 
 inline F zero_f() { return F{}; }
@@ -87,7 +89,7 @@ inline B look_up(const uint8_t* table, B index) {
   return index;
 }
 
-template <bool NIBBLE>
+template <int LARGEST>
 struct DotS8 {  // sum[n] += sum of w[4n+i] * x[i]
   static constexpr int FOLD_K = MAX_BLOCK, BIAS = 0;
   I sum;

@@ -41,15 +41,15 @@ inline void for_halves(const Weight& w, const uint8_t* codes, int64_t k, const W
 }
 
 // Tiles that lie one after the other, k columns in all, in the form of S8Bytes and S8Unpacked; 8-bit codes have it already.
-inline void unpack(S8<true>, const Weight& w, const uint8_t* codes, int64_t k, uint8_t* out) {
+template <int LARGEST>
+inline void unpack(S8<LARGEST>, const Weight& w, const uint8_t* codes, int64_t k, uint8_t* out) {
   const int bits = w.bits;
+  const uint8_t* table = w.kind != CodeKind::table ? nullptr : LARGEST < 255 ? w.table_low : w.table_u8;
   for (int64_t i = 0; i < k; i += TILE_K, codes += 16 * bits)
-    for (int half = 0; half < 2; half++, out += 64) half_codes(bits, codes, half, out);
-}
-inline void unpack(S8<false>, const Weight& w, const uint8_t* codes, int64_t k, uint8_t* out) {
-  unpack(S8<true>{}, w, codes, k, out);
-  if (w.kind == CodeKind::table)
-    for (int64_t i = 0; i < k * PANEL; i += 64) store_b(out + i, look_up(w.table_u8, load_b(out + i)));
+    for (int half = 0; half < 2; half++, out += 64) {
+      half_codes(bits, codes, half, out);
+      if (table != nullptr) store_b(out, look_up(table, load_b(out)));
+    }
 }
 
 #ifdef QK_PAIRS
