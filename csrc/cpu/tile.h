@@ -129,10 +129,11 @@ template <int COUNT, class Work>
 struct Ahead {  // those of the next chunk, or of the next strip's first
   const uint8_t *at, *end;
   int64_t per_tile;  // bytes, for every tile of 8 k that is worked on
-  [[gnu::always_inline]] void fetch(const uint8_t*) {
+  template <int TILES = 1>
+  [[gnu::always_inline]] void fetch(const uint8_t*, int64_t = 0) {
     if (at >= end) return;
-    for (const uint8_t* line = at; line < at + per_tile; line += 64) __builtin_prefetch(line, 0, 2);
-    at += per_tile;
+    const uint8_t* const next = at + TILES * per_tile;
+    for (; at < next; at += 64) __builtin_prefetch(at, 0, 2);
   }
 };
 
@@ -148,8 +149,12 @@ constexpr int64_t AHEAD = NEAR ? 2560 : 7 << 10;
 template <class Source, int ROWS, int PANELS>
 struct FarAhead {
   static constexpr int BYTES = PANELS * Source::TILE_BYTES, APART = !NEAR && ROWS <= Source::IDLE_ROWS ? 256 : 64;
-  [[gnu::always_inline]] void fetch(const uint8_t* codes) {
-    each<(BYTES + APART - 1) / APART>(QK_WITH(i) { __builtin_prefetch(codes + AHEAD + i * APART, 0, NEAR ? 3 : 2); });
+  template <int TILES = 1>
+  [[gnu::always_inline]] void fetch(const uint8_t* codes, int64_t step = 0) {
+    each<TILES>(QK_WITH(tile) {
+      each<(BYTES + APART - 1) / APART>(
+          QK_WITH(i) { __builtin_prefetch(codes + tile * step + AHEAD + i * APART, 0, NEAR ? 3 : 2); });
+    });
   }
 };
 
@@ -195,7 +200,7 @@ struct Sums {
     if constexpr (FOLD_K == MAX_BLOCK) return add(w, codes, step, x, length, length, ahead);
     for (int64_t k = 0; k < length; k += FOLD_K, x += FOLD_K, codes += FOLD_K / TILE_K * step) {
       if (length - k >= FOLD_K) {  // in one piece, and fetched before it: a tenth faster
-        each<FOLD_K / TILE_K>(QK_WITH(i) { ahead.fetch(codes + i * step); });
+        ahead.template fetch<FOLD_K / TILE_K>(codes, step);
         each<FOLD_K / TILE_K>(QK_WITH(i) { add_tile(w, codes + i * step, x + i * TILE_K, length); });
       } else {
         add(w, codes, step, x, length, length - k, ahead);
