@@ -7,7 +7,7 @@ head sizes, experts' sizes, rotary scaling; so they are read here, and a key tha
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,10 +16,9 @@ from torch import Tensor
 from qkernels import io
 from qkernels.errors import CheckpointError, UnsupportedError
 from qkernels.formats import QuantStack, QuantTensor
-from qkernels.formats.rows import take
 from qkernels.integrations.transformers import described_by
-from qkernels.io import CheckpointInfo, gguf_file, gguf_names
-from qkernels.io.gguf_model import EXPERTS, REQUIRED
+from qkernels.io import CheckpointInfo, gguf_file, gguf_model, gguf_names
+from qkernels.io.gguf_config import ATTENTION_SCALE, EXPERTS, GRANTED, LOCAL_THETA, REQUIRED, SHARED_EXPERT, SOFTCAPS
 from qkernels.io.settings import Settings
 
 Value = QuantTensor | QuantStack | Tensor
@@ -29,32 +28,25 @@ Value = QuantTensor | QuantStack | Tensor
 class Architecture:
     """What a general.architecture of GGUF is in transformers.
 
-    keys    key-values beyond the common ones -> field of the config
-    fixed   fields that no key-value tells
+    keys   key-values beyond the common ones -> field of the config
     """
 
     model_type: str
     keys: dict[str, str] = field(default_factory=dict)
-    fixed: dict[str, Any] = field(default_factory=dict)
 
 
-_GEMMA2_KEYS = {"attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping"}
 ARCHITECTURES = {
     "llama": Architecture("llama"),
     "qwen2": Architecture("qwen2"),
     "qwen3": Architecture("qwen3"),
-    "qwen2moe": Architecture(
-        "qwen2_moe", EXPERTS | {"expert_shared_feed_forward_length": "shared_expert_intermediate_size"}, {"norm_topk_prob": False}
-    ),
-    "qwen3moe": Architecture("qwen3_moe", EXPERTS, {"norm_topk_prob": True}),
-    "gemma2": Architecture("gemma2", _GEMMA2_KEYS),
+    "qwen2moe": Architecture("qwen2_moe", EXPERTS | SHARED_EXPERT),
+    "qwen3moe": Architecture("qwen3_moe", EXPERTS),
+    "gemma2": Architecture("gemma2", SOFTCAPS),
     "gemma3": Architecture("gemma3_text"),
     "phi3": Architecture("phi3"),
 }
 # which GGUF calls llama as well; that it has experts tells them apart
 _MIXTRAL = Architecture("mixtral", {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"})
-_ATTENTION_SCALE = {("gemma2", 46): 144, ("gemma3", 62): 168}  # query_pre_attn_scalar of the 27B models, which no key-value tells
-_GEMMA3_LOCAL_THETA = 10000.0  # of its layers with a window; nor this
 
 
 def architecture_of(info: CheckpointInfo) -> tuple[str, Architecture]:
@@ -90,7 +82,7 @@ def load_config(info: CheckpointInfo) -> Any:
 
 
 def _fields(name: str, architecture: Architecture, s: Settings) -> dict[str, Any]:
-    fields: dict[str, Any] = {field: s.take(key, of=int) for key, field in REQUIRED.items()}
+    fields: dict[str, Any] = GRANTED[name] | {field: s.take(key, of=int) for key, field in REQUIRED.items()}
     heads = fields["num_attention_heads"]
     fields["num_key_value_heads"] = s.take("attention.head_count_kv", of=int, default=heads)
     fields["rms_norm_eps"] = s.take("attention.layer_norm_rms_epsilon", of=float)
@@ -99,14 +91,15 @@ def _fields(name: str, architecture: Architecture, s: Settings) -> dict[str, Any
         raise UnsupportedError(f"{s.where}: keys have {head_dim} channels a head and values {value_dim}; they must be as many")
     if architecture.model_type != "phi3":
         fields["head_dim"] = head_dim
-    fields |= {field: s.take(key, of=(int, float)) for key, field in architecture.keys.items()} | architecture.fixed
+    fields |= {field: s.take(key, of=(int, float)) for key, field in architecture.keys.items()}
     window = s.take("attention.sliding_window", of=int, default=None)
     if window and name in ("gemma2", "gemma3", "phi3"):
         fields["sliding_window"] = window
     elif name == "phi3":
         fields["sliding_window"] = None
     if name in ("gemma2", "gemma3"):
-        fields["query_pre_attn_scalar"] = _ATTENTION_SCALE.get((name, fields["num_hidden_layers"]), head_dim)
+        fields.setdefault("final_logit_softcapping", s.take("final_logit_softcapping", of=float, default=None))
+        fields["query_pre_attn_scalar"] = ATTENTION_SCALE.get((name, fields["num_hidden_layers"]), head_dim)
     fields["rope_parameters"] = _rope(name, s, head_dim)
     s.ignore("vocab_size", "tensor_data_layout", "expert_count", "expert_used_count", "expert_feed_forward_length")
     s.done()
@@ -130,7 +123,8 @@ def _rope(name: str, s: Settings, head_dim: int) -> dict[str, Any]:
         if kind == "yarn":
             rope["original_max_position_embeddings"] = original
     if name == "gemma3":
-        return {"full_attention": rope, "sliding_attention": {"rope_type": "default", "rope_theta": _GEMMA3_LOCAL_THETA}}
+        local = s.take("rope.freq_base_swa", of=float, default=LOCAL_THETA)
+        return {"full_attention": rope, "sliding_attention": {"rope_type": "default", "rope_theta": local}}
     return rope
 
 
@@ -146,20 +140,7 @@ def items(info: CheckpointInfo, model: Any) -> Iterator[tuple[str, Value]]:
             if not isinstance(value, Tensor) or bool((value != 1).any()):
                 raise UnsupportedError(f"{info.path} has {name}, a scale beside a weight, which a QuantLinear does not apply")
         elif not name.endswith(".input_scale"):  # which is for activations
-            yield from _named(str(gguf_names.to_hf(arch, name)), name, _as_in_hf(arch, name, value, info.settings))
-
-
-def _as_in_hf(arch: str, name: str, value: Value, settings: Mapping[str, Any]) -> Value:
-    """Undo what llama.cpp's converters do to a weight."""
-    if heads := gguf_names.rotated_heads(arch, name, settings):
-        rows = gguf_names.rows_to_hf(value.shape[0], heads)
-        return take(value, rows) if isinstance(value, QuantTensor) else value[rows]  # type: ignore[index]  # a plain tensor
-    if isinstance(value, Tensor):
-        if offset := gguf_names.norm_offset(arch, name):
-            return value.float() - offset
-        if "ffn_gate_inp_shexp" in name:
-            return value.reshape(1, -1)  # of one output
-    return value
+            yield from _named(str(gguf_names.to_hf(arch, name)), name, gguf_model.as_in_hf(arch, name, value, info.settings))
 
 
 def _named(target: str, name: str, value: Value) -> Iterator[tuple[str, Value]]:

@@ -1,0 +1,183 @@
+"""config.json as key-values of GGUF: the hyper-parameters, and what llama.cpp takes for granted of a model where no key-value can say it.
+
+Source: the converters of llama.cpp (its directory conversion/), and src/models/, which says what is read and what is assumed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkernels.errors import CheckpointError, UnsupportedError
+from qkernels.io import gguf_names
+from qkernels.io.gguf_file import KeyValues
+
+# keys of a GGUF file, behind the architecture -> config.json's; those that all models have, and those of experts
+REQUIRED = {
+    "block_count": "num_hidden_layers",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+}
+EXPERTS = {
+    "expert_count": "num_experts",  # num_local_experts of Mixtral
+    "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size",
+}
+SHARED_EXPERT = {"expert_shared_feed_forward_length": "shared_expert_intermediate_size"}
+SOFTCAPS = {"attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping"}
+# Of each architecture what config.json must have besides: llama.cpp's value where the key lacks is another one than transformers' is.
+_REQUIRED_OF = {
+    "qwen2moe": {**EXPERTS, **SHARED_EXPERT},
+    "qwen3moe": {**EXPERTS, "attention.key_length": "head_dim"},
+    "gemma2": {**SOFTCAPS, "attention.key_length": "head_dim", "attention.sliding_window": "sliding_window"},
+    "gemma3": {"attention.key_length": "head_dim", "attention.sliding_window": "sliding_window", "rope.freq_base": "rope_theta"},
+}
+_KEYS = {
+    **REQUIRED,
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "attention.value_length": "head_dim",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "attention.sliding_window": "sliding_window",
+    "rope.freq_base": "rope_theta",
+    "vocab_size": "vocab_size",
+    **EXPERTS,
+    **SHARED_EXPERT,
+    **SOFTCAPS,
+}
+_FLOATS = ("attention.layer_norm_rms_epsilon", "rope.freq_base", *SOFTCAPS)
+# What no key-value says: field of config.json -> the value that llama.cpp takes for granted.
+_SILU = {"hidden_act": "silu"}
+_GEMMA = {"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False, "tie_word_embeddings": True}
+_EVERY_LAYER = {"decoder_sparse_step": 1, "mlp_only_layers": []}  # has experts
+GRANTED: dict[str, dict[str, Any]] = {
+    "llama": _SILU,
+    "qwen2": _SILU,
+    "qwen3": {**_SILU, "attention_bias": False},
+    "qwen2moe": {**_SILU, **_EVERY_LAYER, "norm_topk_prob": False, "qkv_bias": True},
+    "qwen3moe": {**_SILU, **_EVERY_LAYER, "norm_topk_prob": True, "attention_bias": False},
+    "gemma2": _GEMMA,
+    "gemma3": {**_GEMMA, "attn_logit_softcapping": None, "use_bidirectional_attention": False},
+    "phi3": {**_SILU, "attention_bias": False},
+}
+_UNSTATED = {"norm_topk_prob": False}  # transformers' value where config.json says none, if that may not be the one that is granted
+ATTENTION_SCALE = {("gemma2", 46): 144, ("gemma3", 62): 168}  # query_pre_attn_scalar of the 27B models; of others it is head_dim
+_LOCAL_LAYERS = {"gemma2": 2, "gemma3": 6}  # of so many layers the last attends to all that was before, the others to a window
+LOCAL_THETA = 10000.0  # of Gemma 3's layers with a window, where nothing says another
+
+
+def key_values(config: Mapping[str, Any]) -> KeyValues:
+    """Architecture and hyper-parameters of config.json, as llama.cpp calls them.
+
+    Raises UnsupportedError for a model whose names are not known, or that has what a GGUF file cannot say; CheckpointError for a
+    config.json that lacks what llama.cpp needs.
+    """
+    kind = config.get("model_type")
+    arch = gguf_names.ARCHITECTURES.get(str(kind))
+    if arch is None:
+        raise UnsupportedError(
+            f"model_type {kind!r}: a GGUF file of such a model is not written; those of {', '.join(gguf_names.ARCHITECTURES)} are"
+        )
+    rope = rope_parameters(config)
+    stated = {**rope, **config, "num_experts": config.get("num_local_experts", config.get("num_experts"))}
+    stated["rope_theta"] = rope.get("rope_theta")
+    found = KeyValues({"general.architecture": arch, "general.quantization_version": 2})
+    for key, name in _KEYS.items():
+        value = stated.get(name)
+        if type(value) is int or (key in _FLOATS and type(value) is float):
+            found[f"{arch}.{key}"] = float(value) if key in _FLOATS else value
+    required = REQUIRED | _REQUIRED_OF.get(arch, {})
+    if missing := [name for key, name in required.items() if f"{arch}.{key}" not in found]:
+        raise CheckpointError(f"config.json has no number {', '.join(missing)}")
+    _check(arch, config)
+    found.update((f"{arch}.{key}", value) for key, value in {**_rope_keys(arch, config), **_phi3_keys(arch, config, rope)}.items())
+    return found
+
+
+def is_tied(config: Mapping[str, Any]) -> bool:
+    """Whether the embedding is the head too; Gemma's config.json need not say so."""
+    stated = config.get("tie_word_embeddings")
+    return bool(str(config.get("model_type")).startswith("gemma") if stated is None else stated)
+
+
+def _number(stated: Mapping[str, Any], name: str, default: float | None = None) -> float:
+    value = stated.get(name, default)
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise CheckpointError(f"config.json has {name} = {value!r:.80}, which is no positive number")
+    return value
+
+
+def _check(arch: str, config: Mapping[str, Any]) -> None:
+    """Raise UnsupportedError for what llama.cpp would take otherwise than config.json says it."""
+    granted = dict(GRANTED[arch])
+    if arch in _LOCAL_LAYERS:
+        layers, every = config["num_hidden_layers"], _LOCAL_LAYERS[arch]
+        granted["query_pre_attn_scalar"] = ATTENTION_SCALE.get((arch, layers), config["head_dim"])
+        granted["sliding_window_pattern"] = every
+        if isinstance(types := config.get("layer_types"), list):
+            granted["layer_types"] = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(len(types))]
+    for name, wanted in granted.items():
+        value = config.get(name)
+        value = _UNSTATED.get(name, wanted) if value is None else value
+        if value != wanted:
+            said = f"config.json has {name} = {value!r:.80}"
+            raise UnsupportedError(f"{said}, which a GGUF file of the architecture {arch} cannot say: there it is {wanted!r:.80}")
+
+
+# -- rotary embeddings ----------------------------------------------------------------------------------------------------------
+
+
+def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What is said of the rotary embedding, under the keys of today or of before; of Gemma 3 what its layers without a window have."""
+    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    found = found.get("full_attention", found) if isinstance(found, Mapping) else found
+    if not isinstance(found, Mapping):
+        raise CheckpointError(f"config.json has rope parameters that are {found!r:.80}, no JSON object")
+    theta = {"rope_theta": config["rope_theta"]} if "rope_theta" in config else {}
+    return {**theta, **found, "rope_type": found.get("rope_type", found.get("type", "default"))}
+
+
+def _rope_keys(arch: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    rope, found = rope_parameters(config), dict[str, Any]()
+    if (kind := rope["rope_type"]) not in ("default", "linear", "llama3"):
+        raise UnsupportedError(f"rope_type {kind!r}: a GGUF file of such a model is not written; 'default', 'linear' and 'llama3' are")
+    if kind == "linear":
+        found |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(_number(rope, "factor"))}
+    if arch == "gemma3":
+        local = (config.get("rope_parameters") or {}).get("sliding_attention") or {}
+        if (of_local := local.get("rope_type", "default")) != "default":
+            raise UnsupportedError(f"the layers with a window have rope_type {of_local!r}, which a GGUF file cannot say")
+        found["rope.freq_base_swa"] = float(_number({**config, **local}, "rope_theta" if local else "rope_local_base_freq", LOCAL_THETA))
+    return found
+
+
+def _phi3_keys(arch: str, config: Mapping[str, Any], rope: Mapping[str, Any]) -> dict[str, Any]:
+    """What files of Phi-3 have besides: llama.cpp tells Phi-4 by a window of 0."""
+    if arch != "phi3":
+        return {}
+    said = {**config, **rope}
+    size = config["hidden_size"] // int(_number(config, "num_attention_heads"))
+    return {
+        "rope.dimension_count": int(size * _number(said, "partial_rotary_factor", 1.0)),
+        "rope.scaling.original_context_length": int(_number(config, "original_max_position_embeddings", 4096)),
+        "attention.sliding_window": config.get("sliding_window") or 0,
+    }
+
+
+def rope_factors(config: Mapping[str, Any]) -> Tensor | None:
+    """What llama.cpp divides the frequencies of Llama 3.1 by, [head / 2] float32; None where it needs nothing. Source: transformers."""
+    rope = rope_parameters(config)
+    if rope["rope_type"] != "llama3":
+        return None
+    size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    base = _number(rope, "rope_theta", 10000.0)
+    turns = _number(rope, "original_max_position_embeddings") / (2 * math.pi) * base ** -(torch.arange(0, size, 2).double() / size)
+    low, high, factor = (_number(rope, name) for name in ("low_freq_factor", "high_freq_factor", "factor"))
+    smooth = ((turns - low) / (high - low)).clamp(0, 1)  # 0: slow, divided by all of the factor
+    return (1 / ((1 - smooth) / factor + smooth)).float()

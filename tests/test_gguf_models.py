@@ -1,0 +1,122 @@
+"""Models of every architecture as GGUF files: llama.cpp has said what they compute; read again they are what they were in transformers.
+
+gguf_written.npz was made by llama.cpp: tests/golden/make_gguf_written.py.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import gguf_models
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from test_convert_checkpoint import assert_same, meanings
+from test_pretrained import assert_same_model, load, of_transformers
+
+import qkernels
+from qkernels import CheckpointError, UnsupportedError, io, reference
+from qkernels.io import gguf_config
+from qkernels.io.convert import convert
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+GOLDEN = np.load(Path(__file__).parent / "golden" / "gguf_written.npz")
+
+
+@pytest.mark.parametrize("name", gguf_models.CONFIGS)
+def test_llama_cpp_computes_the_same(tmp_path, name):
+    """Of float32 weights; its cache is float16, which makes a thousandth."""
+    model = gguf_models.save(name, tmp_path / "m")
+    convert(tmp_path / "m", tmp_path / "m.gguf", "gguf")
+    assert hashlib.sha256((tmp_path / "m.gguf").read_bytes()).digest() == GOLDEN[f"{name}.sha256"].tobytes(), (
+        "llama.cpp has not seen this file"
+    )
+    got = load(tmp_path / "m.gguf", dtype=torch.float32)
+    assert type(got) is type(model)
+    expected = model(gguf_models.IDS).logits.detach()
+    torch.testing.assert_close(got(gguf_models.IDS).logits, expected, rtol=1e-5, atol=1e-5)
+    assert np.abs(GOLDEN[name] - expected[0, -1].numpy()).max() < 2e-3 * float(expected[0, -1].abs().max())
+
+
+@pytest.mark.parametrize("name", gguf_models.CONFIGS)
+def test_there_and_back(tmp_path, name):
+    """Quantised weights are carried as they are, and a file that is read and written is the same, byte for byte."""
+    gguf_models.save(name, tmp_path / "m")
+    items = {n: qkernels.quantize(t, "u8b128_g32_sf16") if n.endswith("proj.weight") else t for n, t in io.read(tmp_path / "m")}
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    io.write(items.items(), tmp_path / "q", "compressed-tensors", config=config)
+    report = convert(tmp_path / "q", tmp_path / "m.gguf", "gguf")
+    assert len(report.exact) >= 8 and not report.requantised
+    convert(tmp_path / "m.gguf", tmp_path / "again.gguf", "gguf")
+    assert (tmp_path / "again.gguf").read_bytes() == (tmp_path / "m.gguf").read_bytes()
+    convert(tmp_path / "m.gguf", tmp_path / "back", "qkernels")
+    expected = {n: reference.decode(v, torch.float64) if isinstance(v, qkernels.QuantTensor) else v.double() for n, v in items.items()}
+    found = meanings(tmp_path / "back")
+    for norm in [n for n in expected if "norm" in n and "gemma" in config["model_type"]]:
+        expected[norm] = (expected[norm].float() + 1 - 1).double()  # which is what the file can hold
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "qwen2moe", "phi3"])
+def test_a_mix_runs_quantised(tmp_path, name):
+    gguf_models.save(name, tmp_path / "m")
+    convert(tmp_path / "m", tmp_path / "m.gguf", "gguf:Q8_0")
+    convert(tmp_path / "m.gguf", tmp_path / "back", "qkernels")
+    dense = of_transformers(tmp_path / "m", {n: t.float() for n, t in meanings(tmp_path / "back").items()})
+    assert_same_model(load(tmp_path / "m.gguf", dtype=torch.float32), dense, gguf_models.IDS)
+
+
+def test_the_head_of_gemma_is_its_embedding(tmp_path):
+    """Also where a checkpoint has it a second time: llama.cpp would stop at such a file."""
+    gguf_models.save("gemma2", tmp_path / "m")
+    items, config = dict(io.read(tmp_path / "m")), json.loads((tmp_path / "m" / "config.json").read_text())
+    items["lm_head.weight"] = items["model.embed_tokens.weight"].clone()
+    save_file(items, tmp_path / "m" / "model.safetensors")
+    del config["tie_word_embeddings"]  # transformers 4 left it out
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    convert(tmp_path / "m", tmp_path / "m.gguf", "gguf:Q4_K_M")
+    held = dict(io.read(tmp_path / "m.gguf"))
+    assert "output.weight" not in held and held["token_embd.weight"].format.name == "q8_0"  # what is Q6_K in a mix, of 64 columns
+
+
+def config_of(name, **changes):
+    made = gguf_models.CONFIGS[name]().to_dict()
+    return {key: value for key, value in (made | changes).items() if value != "nothing"}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "error", "message"),
+    [
+        ("gemma2", {"query_pre_attn_scalar": 100}, UnsupportedError, "query_pre_attn_scalar = 100.*it is 32"),
+        ("gemma2", {"layer_types": ["full_attention"] * 2}, UnsupportedError, "layer_types"),
+        ("gemma2", {"final_logit_softcapping": None}, CheckpointError, "no number final_logit_softcapping"),
+        ("gemma2", {"head_dim": "nothing"}, CheckpointError, "no number head_dim"),
+        ("gemma2", {"tie_word_embeddings": False}, UnsupportedError, "tie_word_embeddings = False"),
+        ("gemma3", {"hidden_activation": "gelu"}, UnsupportedError, "hidden_activation = 'gelu'"),
+        ("gemma3", {"attn_logit_softcapping": 50.0}, UnsupportedError, "attn_logit_softcapping"),
+        ("gemma3", {"sliding_window_pattern": 2}, UnsupportedError, "sliding_window_pattern = 2"),
+        ("gemma3", {"rope_parameters": {"sliding_attention": {"rope_type": "yarn"}, "full_attention": {"rope_theta": 1e6}}},
+         UnsupportedError, "rope_type 'yarn'"),
+        ("qwen2moe", {"norm_topk_prob": True}, UnsupportedError, "norm_topk_prob = True"),
+        ("qwen2moe", {"mlp_only_layers": [0]}, UnsupportedError, "mlp_only_layers"),
+        ("qwen2moe", {"shared_expert_intermediate_size": None}, CheckpointError, "shared_expert_intermediate_size"),
+        ("phi3", {"num_attention_heads": 0}, CheckpointError, "num_attention_heads = 0"),
+        ("phi3", {"hidden_act": "relu"}, UnsupportedError, "hidden_act = 'relu'"),
+        ("llama", {"rope_parameters": 5}, CheckpointError, "no JSON object"),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": "4"}}, CheckpointError, "factor = '4'"),
+        ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, UnsupportedError, "rope_type 'yarn'"),
+    ],
+)  # fmt: skip
+def test_what_a_file_cannot_say(name, changes, error, message):
+    with pytest.raises(error, match=message):
+        gguf_config.key_values(config_of(name, **changes))
+
+
+def test_keys_of_before():
+    """config.json of Gemma 3 as transformers 4 wrote it."""
+    old = {"rope_theta": 5e4, "rope_local_base_freq": 2e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}, "rope_parameters": None}
+    found = gguf_config.key_values(config_of("gemma3", **old, layer_types="nothing", sliding_window_pattern=6))
+    assert {key: found[f"gemma3.rope.{key}"] for key in ("freq_base", "freq_base_swa", "scaling.type", "scaling.factor")} == {
+        "freq_base": 5e4, "freq_base_swa": 2e4, "scaling.type": "linear", "scaling.factor": 8.0,
+    }  # fmt: skip
