@@ -1,5 +1,6 @@
 """from_pretrained: every kind of checkpoint gives what transformers gives of the same numbers, dequantised."""
 
+import copy
 import gc
 import json
 import logging
@@ -238,6 +239,28 @@ def test_tied_and_quantised(tmp_path):
     before = got(IDS).logits
     got.tie_weights()
     assert torch.equal(got(IDS).logits, before)
+
+
+def test_a_tied_embedding_holds_nothing(tmp_path):
+    """Its rows come out of the head's form, wherever that goes; its part of the state_dict is there as ever."""
+    save_dense("llama tied", tmp_path / "m")
+    items, _ = quantized(tmp_path / "m", "embed_tokens")
+    got, q = load(written(items, tmp_path / "m")), items["model.embed_tokens.weight"]
+    embedding, ids = got.model.embed_tokens, torch.randint(50, (2, 200))
+    assert sum(t.numel() for t in embedding.parameters()) == 0
+    assert torch.equal(embedding(ids), reference.decode(q)[ids].to(embedding.dtype))
+    two, state = copy.deepcopy(got), got.state_dict()
+    assert two.model.embed_tokens._head[0] is two.lm_head
+    for name, t in q.tensors().items():
+        leaf = {"codes": "weight"}.get(name, name)
+        assert torch.equal(state[f"model.embed_tokens.{leaf}"], t) and torch.equal(state[f"lm_head.{leaf}"], t)
+    half = two.half().model.embed_tokens
+    assert half(ids).dtype == torch.float16 and half.quant_tensor().equal(q)
+    state["model.embed_tokens.weight"] = state["model.embed_tokens.weight"] ^ 1  # another weight: it is tied no more
+    two.load_state_dict(state)
+    assert two.lm_head.quant_tensor().equal(q) and torch.equal(half.quant_tensor().codes, q.codes ^ 1)
+    with pytest.raises(FormatError, match=r"the head's weight is u4b8_g32_sf32 \[64, 64\], the embedding's .* \[50, 64\]"):
+        half.share(QuantLinear(64, 64, format="u4b8_g32_sf32"))
 
 
 def test_tied_and_plain(tmp_path):

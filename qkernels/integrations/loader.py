@@ -20,6 +20,7 @@ from qkernels.integrations import conversion, experts
 from qkernels.integrations.transformers import few, namer, unexpected
 from qkernels.io.modules import ACTIVATION_LEAVES
 from qkernels.kernels.registry import Compute
+from qkernels.linear import QuantLinear
 
 log = logging.getLogger("qkernels")
 Value = QuantTensor | QuantStack | Tensor
@@ -220,9 +221,20 @@ class Loader:
             held.clear()
 
     def _untie(self, held: Mapping[str, Value | None], value: Value) -> None:
-        """Give every name a module of its own: a quantised weight is no parameter that several could share."""
-        for name, own in held.items():
-            self._put(name, value if own is None else own)
+        """Give every name a module of its own, as a quantised weight is no parameter that several could share.
+
+        An embedding holds nothing where a head has the same weight, and its rows can be taken out of the form of that head's kernel.
+        """
+        modules = {name: self.model.get_submodule(name.rpartition(".")[0]) for name in held}
+        heads: dict[int, QuantLinear] = {}  # id of a value -> who holds it
+        for name in sorted(held, key=lambda name: isinstance(modules[name], nn.Embedding)):
+            own = value if (found := held[name]) is None else found
+            self._put(name, own)
+            new = self.made.get(id(modules[name]), (None, None))[1]
+            if isinstance(new, QuantLinear):
+                heads[id(own)] = new
+            elif isinstance(new, QuantEmbedding) and id(own) in heads and (new.format.block or new.format.group[0] == 1):
+                new.share(heads[id(own)])
         for config in (self.model.config, self.model.config.get_text_config()):
             config.tie_word_embeddings = False  # nothing may put the one's codes into the other later
 
