@@ -27,6 +27,11 @@ CONFIGS = {
         **SIZES, sliding_window=None, partial_rotary_factor=0.75, tie_word_embeddings=True
     ),
 }
+LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0, 1.1, 1.2, 1.5, 1.7, 2.0, 2.5, 3.0]}
+LONG["long_factor"] = [2 * factor for factor in LONG["short_factor"]]
+for _name, _original in (("phi3, longrope", 8), ("phi3, longrope, a short text", 600)):
+    _sizes = SIZES | {"max_position_embeddings": 4 * _original, "original_max_position_embeddings": _original}
+    CONFIGS[_name] = lambda sizes=_sizes: transformers.Phi3Config(**sizes, rope_parameters=dict(LONG))
 IDS = torch.tensor([[1, 7, 33, 12, 5, 40, 21, 9, 30, 3, 17, 45]])
 
 

@@ -13,11 +13,10 @@ from typing import Any
 
 from torch import Tensor
 
-from qkernels import io
 from qkernels.errors import CheckpointError, UnsupportedError
 from qkernels.formats import QuantStack, QuantTensor
 from qkernels.integrations.transformers import described_by
-from qkernels.io import CheckpointInfo, gguf_file, gguf_model, gguf_names
+from qkernels.io import CheckpointInfo, gguf, gguf_file, gguf_model, gguf_names
 from qkernels.io.gguf_config import ATTENTION_SCALE, EXPERTS, GRANTED, LOCAL_THETA, REQUIRED, SHARED_EXPERT, SOFTCAPS
 from qkernels.io.settings import Settings
 
@@ -45,6 +44,8 @@ ARCHITECTURES = {
     "gemma3": Architecture("gemma3_text"),
     "phi3": Architecture("phi3"),
 }
+_KINDS_OF = {"phi3": ("longrope",)}  # of rope.scaling.type besides
+_FACTORS = {"rope_factors_long.weight": "long_factor", "rope_factors_short.weight": "short_factor"}
 # which GGUF calls llama as well; that it has experts tells them apart
 _MIXTRAL = Architecture("mixtral", {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"})
 
@@ -67,6 +68,8 @@ def load_config(info: CheckpointInfo) -> Any:
     shapes = {t.name: t.shape for path in info.files for t in gguf_file.parse(path).tensors}
     mine = {key.removeprefix(f"{name}."): value for key, value in info.settings.items() if key.startswith(f"{name}.")}
     fields = _fields(name, architecture, Settings(mine, f"{info.path}: {name}"))
+    if name == "phi3":
+        fields["rope_parameters"] |= _longrope(info, fields)
     if "token_embd.weight" not in shapes:
         raise CheckpointError(f"{info.path} lacks token_embd.weight")
     fields |= {"vocab_size": shapes["token_embd.weight"][0], "tie_word_embeddings": "output.weight" not in shapes}
@@ -114,10 +117,15 @@ def _rope(name: str, s: Settings, head_dim: int) -> dict[str, Any]:
         if name != "phi3":
             raise UnsupportedError(f"{s.where}: rope.dimension_count is {turned}; as many as a head has channels are possible: {head_dim}")
         rope["partial_rotary_factor"] = turned / head_dim
-    kind = s.take("rope.scaling.type", of=str, default="none", choices=("none", "linear", "yarn"))
+    kind = s.take("rope.scaling.type", of=str, default="none", choices=("none", "linear", "yarn", *_KINDS_OF.get(name, ())))
     factor = s.take("rope.scaling.factor", of=float, default=1.0)
     original = s.take("rope.scaling.original_context_length", of=int, default=None)
     s.ignore("rope.scaling.finetuned")
+    if name == "phi3":
+        if kind in ("linear", "yarn") and factor != 1.0:
+            raise UnsupportedError(f"{s.where}: rope.scaling.type is {kind!r}; Phi-3 has 'longrope' or none")
+        attention = s.take("rope.scaling.attn_factor", of=float, default=None)
+        return rope | {"original_max_position_embeddings": original, "attention_factor": attention}
     if kind != "none" and factor != 1.0:
         rope |= {"rope_type": kind, "factor": factor}
         if kind == "yarn":
@@ -128,18 +136,47 @@ def _rope(name: str, s: Settings, head_dim: int) -> dict[str, Any]:
     return rope
 
 
+def _longrope(info: CheckpointInfo, fields: dict[str, Any]) -> dict[str, Any]:
+    """What Phi-3's two tensors of factors say: the one is for texts beyond the original context length, the other for shorter ones.
+
+    Takes out of `fields` what belongs to them alone, which nobody needs where there are none.
+    """
+    rope = fields["rope_parameters"]
+    original, attention = rope.pop("original_max_position_embeddings"), rope.pop("attention_factor")
+    turned = int(fields["hidden_size"] // max(fields["num_attention_heads"], 1) * rope.get("partial_rotary_factor", 1.0))
+    found = gguf.some(info, _FACTORS)
+    if not found:
+        if attention not in (None, 1.0):
+            raise CheckpointError(f"{info.path} has phi3.rope.scaling.attn_factor = {attention}, and lacks {' and '.join(_FACTORS)}")
+        return {}
+    if original is None or original < 2:
+        raise CheckpointError(
+            f"{info.path} has {min(found)}, and phi3.rope.scaling.original_context_length = {original}; 2 at least is needed"
+        )
+    fields["original_max_position_embeddings"] = original
+    made = {"rope_type": "longrope", "original_max_position_embeddings": original}
+    if attention is not None:
+        made["attention_factor"] = attention
+    return made | {_FACTORS[name]: _numbers(name, found.get(name), turned // 2) for name in _FACTORS}
+
+
+def _numbers(name: str, value: Value | None, count: int) -> list[float]:
+    if not isinstance(value, Tensor) or tuple(value.shape) != (count,) or not bool(((value > 0) & value.isfinite()).all()):
+        shape = "missing" if value is None else list(value.shape)
+        raise CheckpointError(f"{name} is {shape}; {count} positive numbers are needed")
+    return value.float().tolist()
+
+
 def items(info: CheckpointInfo, model: Any) -> Iterator[tuple[str, Value]]:
     """The tensors of a file under the names, and in the shapes, of a transformers checkpoint of the same model."""
     arch, _ = architecture_of(info)
-    for name, value in io.read(info):
+    for name, value in gguf_model.with_scales(info):
         if name == "rope_freqs.weight":
             _slow_down(model, value)
         elif name in gguf_names.DERIVED:
-            raise UnsupportedError(f"{info.path} has {name}: rotary embeddings with a factor for every frequency (longrope) are not loaded")
-        elif name.endswith(".scale"):
-            if not isinstance(value, Tensor) or bool((value != 1).any()):
-                raise UnsupportedError(f"{info.path} has {name}, a scale beside a weight, which a QuantLinear does not apply")
-        elif not name.endswith(".input_scale"):  # which is for activations
+            if arch != "phi3":
+                raise UnsupportedError(f"{info.path} has {name}, factors of the rotary embedding, which are loaded of phi3 alone")
+        else:
             yield from _named(str(gguf_names.to_hf(arch, name)), name, gguf_model.as_in_hf(arch, name, value, info.settings))
 
 

@@ -6,7 +6,7 @@ import difflib
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -99,13 +99,14 @@ class _Conversion:
         self._companions(config)
         return self.report
 
-    def items(self) -> Iterator[tuple[str, Value]]:
+    def items(self) -> Iterable[tuple[str, Value]]:
         """What is read, under the names and in the order of rows that the target has."""
-        source: Iterator[tuple[str, Value]] = checkpoint.read(self.info)
-        if self.layout == "gguf" and self.info.layout != "gguf":
-            assert self.settings is not None
-            return gguf_model.items(source, self.settings, self.info.config)
-        return gguf_model.to_hf(source, self.info.settings) if self.info.layout == "gguf" and self.layout != "gguf" else source
+        if self.info.layout == "gguf":
+            return checkpoint.read(self.info) if self.layout == "gguf" else gguf_model.to_hf(self.info)
+        if self.layout != "gguf":
+            return checkpoint.read(self.info)
+        assert self.settings is not None
+        return gguf_model.items(checkpoint.read(self.info), self.settings, self.info.config)
 
     # -- the look ----------------------------------------------------------------------------------------------------------------------
 

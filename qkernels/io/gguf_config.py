@@ -69,6 +69,7 @@ GRANTED: dict[str, dict[str, Any]] = {
 _UNSTATED = {"norm_topk_prob": False}  # transformers' value where config.json says none, if that may not be the one that is granted
 ATTENTION_SCALE = {("gemma2", 46): 144, ("gemma3", 62): 168}  # query_pre_attn_scalar of the 27B models; of others it is head_dim
 _LOCAL_LAYERS = {"gemma2": 2, "gemma3": 6}  # of so many layers the last attends to all that was before, the others to a window
+_LONGROPE = ("longrope", "su", "yarn")  # as Phi-3 has called the same one after the other
 LOCAL_THETA = 10000.0  # of Gemma 3's layers with a window, where nothing says another
 
 
@@ -145,8 +146,9 @@ def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _rope_keys(arch: str, config: Mapping[str, Any]) -> dict[str, Any]:
     rope, found = rope_parameters(config), dict[str, Any]()
-    if (kind := rope["rope_type"]) not in ("default", "linear", "llama3"):
-        raise UnsupportedError(f"rope_type {kind!r}: a GGUF file of such a model is not written; 'default', 'linear' and 'llama3' are")
+    known = ("default", *_LONGROPE) if arch == "phi3" else ("default", "linear", "llama3")
+    if (kind := rope["rope_type"]) not in known:
+        raise UnsupportedError(f"rope_type {kind!r}: a GGUF file of such a model is not written; {', '.join(known)} are")
     if kind == "linear":
         found |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(_number(rope, "factor"))}
     if arch == "gemma3":
@@ -161,20 +163,57 @@ def _phi3_keys(arch: str, config: Mapping[str, Any], rope: Mapping[str, Any]) ->
     """What files of Phi-3 have besides: llama.cpp tells Phi-4 by a window of 0."""
     if arch != "phi3":
         return {}
-    said = {**config, **rope}
-    size = config["hidden_size"] // int(_number(config, "num_attention_heads"))
-    return {
-        "rope.dimension_count": int(size * _number(said, "partial_rotary_factor", 1.0)),
-        "rope.scaling.original_context_length": int(_number(config, "original_max_position_embeddings", 4096)),
+    found = {
+        "rope.dimension_count": _turned(config),
+        "rope.scaling.original_context_length": _original(config),
         "attention.sliding_window": config.get("sliding_window") or 0,
     }
+    if rope["rope_type"] in _LONGROPE:
+        found["rope.scaling.attn_factor"] = _attention_factor(config, rope)
+    return found
 
 
-def rope_factors(config: Mapping[str, Any]) -> Tensor | None:
-    """What llama.cpp divides the frequencies of Llama 3.1 by, [head / 2] float32; None where it needs nothing. Source: transformers."""
+def _turned(config: Mapping[str, Any]) -> int:
+    """Channels of a head that the rotary embedding turns."""
+    size = config["hidden_size"] // int(_number(config, "num_attention_heads"))
+    return int(size * _number({**config, **rope_parameters(config)}, "partial_rotary_factor", 1.0))
+
+
+def _original(config: Mapping[str, Any]) -> int:
+    original = int(_number(config, "original_max_position_embeddings", 4096))  # transformers' value where nothing is said
+    if original < 2:
+        raise CheckpointError(f"config.json has original_max_position_embeddings = {original}; 2 at least is needed")
+    return original
+
+
+def _attention_factor(config: Mapping[str, Any], rope: Mapping[str, Any]) -> float:
+    """What cosines and sines are multiplied by. Source: transformers."""
+    original = _original(config)
+    factor = _number(rope, "factor", config["max_position_embeddings"] / original)
+    return float(_number(rope, "attention_factor", math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0))
+
+
+def derived(config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Tensors that llama.cpp divides the frequencies of the rotary embedding by, of a config that `key_values` has taken."""
     rope = rope_parameters(config)
-    if rope["rope_type"] != "llama3":
-        return None
+    if rope["rope_type"] == "llama3":
+        return {"rope_freqs.weight": _llama3_factors(config, rope)}
+    if rope["rope_type"] in _LONGROPE:
+        return {
+            f"rope_factors_{kind}.weight": _factors(rope.get(f"{kind}_factor"), kind, _turned(config) // 2) for kind in ("long", "short")
+        }
+    return {}
+
+
+def _factors(stated: Any, kind: str, count: int) -> Tensor:
+    numbers = stated if isinstance(stated, list) else []
+    if len(numbers) != count or not all(type(n) in (int, float) and 0 < n < math.inf for n in numbers):
+        raise CheckpointError(f"config.json has {kind}_factor = {stated!r:.80}, which is not {count} positive numbers")
+    return torch.tensor(numbers, dtype=torch.float32)
+
+
+def _llama3_factors(config: Mapping[str, Any], rope: Mapping[str, Any]) -> Tensor:
+    """Those of Llama 3.1, [head / 2] float32. Source: transformers."""
     size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     base = _number(rope, "rope_theta", 10000.0)
     turns = _number(rope, "original_max_position_embeddings") / (2 * math.pi) * base ** -(torch.arange(0, size, 2).double() / size)

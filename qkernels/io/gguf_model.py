@@ -12,8 +12,11 @@ from torch import Tensor
 from qkernels import formats
 from qkernels.errors import CheckpointError, FormatError, UnsupportedError
 from qkernels.formats import QuantFormat, QuantStack, QuantTensor
-from qkernels.io import gguf_names
-from qkernels.io.gguf_config import rope_factors
+from qkernels.formats.ggml import TYPES
+from qkernels.io import gguf, gguf_file, gguf_names
+from qkernels.io.detect import CheckpointInfo
+from qkernels.io.forms import forms
+from qkernels.io.gguf_config import derived
 
 Value = QuantTensor | QuantStack | Tensor
 # mix -> (the type of most tensors, the one of those that matter most, llama.cpp's number of the mix)
@@ -27,6 +30,7 @@ MIXES = {
     "Q5_K_M": ("q5_k", "q6_k", 17),
     "Q6_K": ("q6_k", "q6_k", 18),
 }
+_NVFP4 = 40  # ggml's id
 _NARROWER = {"q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}  # where K is no multiple of 256
 
 
@@ -36,8 +40,7 @@ def items(source: Iterable[tuple[str, Value]], settings: Mapping[str, Any], conf
     settings   of `key_values`, which were made of config
     Gemma's head is left out where a checkpoint has it: it is tied, and llama.cpp knows no other.
     """
-    if (factors := rope_factors(config)) is not None:
-        yield "rope_freqs.weight", factors
+    yield from derived(config).items()
     arch = settings["general.architecture"]
     count = settings.get(f"{arch}.expert_count", 0)
     gathered: dict[str, dict[int, Value]] = {}
@@ -102,10 +105,49 @@ def _stacked(name: str, experts: list[Value]) -> Value:
     return QuantStack.of([e for e in experts if isinstance(e, QuantTensor)])
 
 
-def to_hf(source: Iterator[tuple[str, Value]], settings: Mapping[str, Any]) -> Iterator[tuple[str, Value]]:
+def with_scales(info: CheckpointInfo) -> Iterator[tuple[str, Value]]:
+    """The tensors of a file, its NVFP4 weights with the scale that "<name>.scale" has for each, or for each expert of it, as their own.
+
+    "<name>.input_scale", which is for activations, is left out. Raises UnsupportedError for a scale but 1 beside a weight of another type,
+    CheckpointError for one that is no float32 for each weight.
+    """
+    names = {t.name for path in info.files for t in gguf_file.parse(path).tensors}
+    owners = {f"{stem}.scale": f"{stem}.weight" for name in names if (stem := name.removesuffix(".scale")) != name}
+    scales = {owners[name]: value for name, value in gguf.some(info, owners).items()}
+    if alone := sorted(set(owners.values()) - names):
+        raise CheckpointError(f"{info.path} has {alone[0].removesuffix('weight')}scale, and no {alone[0]}")
+    for name, value in gguf.read(info):
+        if name in scales:
+            yield name, _scaled(name, value, scales[name])
+        elif name not in owners and not name.endswith(".input_scale"):
+            yield name, value
+
+
+def _scaled(name: str, value: Value, scale: Value) -> Value:
+    own = f"{name.removesuffix('weight')}scale"
+    count = len(value) if isinstance(value, QuantStack) else 1
+    if not isinstance(scale, Tensor) or scale.dtype != torch.float32 or tuple(scale.shape) != (count,):
+        raise CheckpointError(f"{own} is {list(scale.shape)}; {count} numbers of float32 are needed, one for each weight")
+    if bool((scale == 1).all()):
+        return value
+    if isinstance(value, Tensor) or value.format != TYPES[_NVFP4]:
+        kind = value.dtype if isinstance(value, Tensor) else value.format.name
+        raise UnsupportedError(f"{own} is a scale beside a weight of {kind}; it is held of {TYPES[_NVFP4].name} alone")
+    if isinstance(value, QuantStack):
+        return QuantStack.of([_of_scale(value[e], scale[e : e + 1]) for e in range(count)])
+    return _of_scale(value, scale)
+
+
+def _of_scale(q: QuantTensor, scale: Tensor) -> QuantTensor:
+    """The same codes and scales of groups, not in blocks, and the scale of all."""
+    _, grouped, *_ = forms(q)
+    return replace(grouped, format=replace(grouped.format, tensor_scale=True, name=""), tensor_scale=scale.clone())
+
+
+def to_hf(info: CheckpointInfo) -> Iterator[tuple[str, Value]]:
     """A GGUF file's tensors under the names of Hugging Face, q and k in the order of its rows, norms without what was added."""
-    arch = str(settings.get("general.architecture"))
-    for name, value in source:
+    arch, settings = str(info.settings.get("general.architecture")), info.settings
+    for name, value in with_scales(info):
         hf = gguf_names.to_hf(arch, name)
         if hf is None:
             continue
