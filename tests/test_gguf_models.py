@@ -3,6 +3,7 @@
 gguf_written.npz was made by llama.cpp: tests/golden/make_gguf_written.py.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -120,6 +121,33 @@ def test_what_a_file_cannot_say(name, changes, error, message):
         gguf_config.derived(config)
 
 
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        config_of("llama", rope_parameters=LLAMA3 | {"original_max_position_embeddings": 32}),
+        config_of("gemma3"),
+        config_of("phi3, longrope"),
+        config_of("qwen2moe"),
+    ],
+    ids=lambda config: config["model_type"],
+)
+@pytest.mark.parametrize("strange", [None, "x", [1], {"a": 1}, -1, 0, 2**70, float("nan"), True])
+def test_a_strange_config_is_a_typed_error(config, strange):
+    """One value after the other, also within, is something else: what comes out can be packed, or the error is one of ours."""
+    places = [(config, key) for key in config]
+    for inner in [v for v in config.values() if isinstance(v, dict)]:
+        places += [(inner, key) for key in inner] + [(v, key) for v in inner.values() if isinstance(v, dict) for key in v]
+    for holder, key in places:
+        was, holder[key] = holder[key], strange
+        with contextlib.suppress(qkernels.QKernelsError):
+            gguf_file.pack(gguf_config.key_values(config))
+            assert all(t.isfinite().all() for t in gguf_config.derived(config).values())
+        holder[key] = was
+
+
 def test_keys_of_before():
     """config.json of Gemma 3 as transformers 4 wrote it."""
     old = {"rope_theta": 5e4, "rope_local_base_freq": 2e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}, "rope_parameters": None}
@@ -137,6 +165,8 @@ def test_keys_of_before():
         ({"rope_factors_short.weight": None}, {}, "rope_factors_short.weight is missing"),
         ({"rope_factors_short.weight": None, "rope_factors_long.weight": None}, {}, "attn_factor = .*lacks rope_factors_long.weight"),
         ({}, {"phi3.rope.scaling.original_context_length": None}, "original_context_length = None"),
+        ({}, {"phi3.block_count": 2**31}, "block_count = 2147483648, and has 1[0-9] tensors"),
+        ({}, {"phi3.embedding_length": 1}, "a head has 0 channels"),
         ({}, {"phi3.rope.scaling.type": "yarn", "phi3.rope.scaling.factor": 2.0}, "'yarn'"),
     ],
 )

@@ -17,7 +17,7 @@ from qkernels.errors import CheckpointError, UnsupportedError
 from qkernels.formats import QuantStack, QuantTensor
 from qkernels.integrations.transformers import described_by
 from qkernels.io import CheckpointInfo, gguf, gguf_file, gguf_model, gguf_names
-from qkernels.io.gguf_config import ATTENTION_SCALE, EXPERTS, GRANTED, LOCAL_THETA, REQUIRED, SHARED_EXPERT, SOFTCAPS
+from qkernels.io.gguf_config import ATTENTION_SCALE, EXPERTS, GRANTED, LOCAL_THETA, MOST_CHANNELS, REQUIRED, SHARED_EXPERT, SOFTCAPS
 from qkernels.io.settings import Settings
 
 Value = QuantTensor | QuantStack | Tensor
@@ -68,6 +68,8 @@ def load_config(info: CheckpointInfo) -> Any:
     shapes = {t.name: t.shape for path in info.files for t in gguf_file.parse(path).tensors}
     mine = {key.removeprefix(f"{name}."): value for key, value in info.settings.items() if key.startswith(f"{name}.")}
     fields = _fields(name, architecture, Settings(mine, f"{info.path}: {name}"))
+    if fields["num_hidden_layers"] > len(shapes):
+        raise CheckpointError(f"{info.path} says {name}.block_count = {fields['num_hidden_layers']}, and has {len(shapes)} tensors")
     if name == "phi3":
         fields["rope_parameters"] |= _longrope(info, fields)
     if "token_embd.weight" not in shapes:
@@ -90,6 +92,8 @@ def _fields(name: str, architecture: Architecture, s: Settings) -> dict[str, Any
     fields["num_key_value_heads"] = s.take("attention.head_count_kv", of=int, default=heads)
     fields["rms_norm_eps"] = s.take("attention.layer_norm_rms_epsilon", of=float)
     head_dim = s.take("attention.key_length", of=int, default=fields["hidden_size"] // max(heads, 1))
+    if not 1 <= head_dim <= MOST_CHANNELS:
+        raise CheckpointError(f"{s.where}: a head has {head_dim} channels; 1 to {MOST_CHANNELS} are possible")
     if (value_dim := s.take("attention.value_length", of=int, default=head_dim)) != head_dim:
         raise UnsupportedError(f"{s.where}: keys have {head_dim} channels a head and values {value_dim}; they must be as many")
     if architecture.model_type != "phi3":

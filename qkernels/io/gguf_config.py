@@ -69,6 +69,8 @@ GRANTED: dict[str, dict[str, Any]] = {
 _UNSTATED = {"norm_topk_prob": False}  # transformers' value where config.json says none, if that may not be the one that is granted
 ATTENTION_SCALE = {("gemma2", 46): 144, ("gemma3", 62): 168}  # query_pre_attn_scalar of the 27B models; of others it is head_dim
 _LOCAL_LAYERS = {"gemma2": 2, "gemma3": 6}  # of so many layers the last attends to all that was before, the others to a window
+_LARGEST = 1e30
+MOST_CHANNELS = 1 << 16  # of a head; what is made for each has to be bounded
 _LONGROPE = ("longrope", "su", "yarn")  # as Phi-3 has called the same one after the other
 LOCAL_THETA = 10000.0  # of Gemma 3's layers with a window, where nothing says another
 
@@ -109,9 +111,9 @@ def is_tied(config: Mapping[str, Any]) -> bool:
 
 def _number(stated: Mapping[str, Any], name: str, default: float | None = None) -> float:
     value = stated.get(name, default)
-    if type(value) not in (int, float) or not 0 < value < math.inf:
-        raise CheckpointError(f"config.json has {name} = {value!r:.80}, which is no positive number")
-    return value
+    if type(value) not in (int, float) or not 0 < value < _LARGEST:
+        raise CheckpointError(f"config.json has {name} = {value!r:.80}, which is no positive number below {_LARGEST}")
+    return float(value)
 
 
 def _check(arch: str, config: Mapping[str, Any]) -> None:
@@ -153,6 +155,8 @@ def _rope_keys(arch: str, config: Mapping[str, Any]) -> dict[str, Any]:
         found |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(_number(rope, "factor"))}
     if arch == "gemma3":
         local = (config.get("rope_parameters") or {}).get("sliding_attention") or {}
+        if not isinstance(local, Mapping):
+            raise CheckpointError(f"config.json has sliding_attention = {local!r:.80}, no JSON object")
         if (of_local := local.get("rope_type", "default")) != "default":
             raise UnsupportedError(f"the layers with a window have rope_type {of_local!r}, which a GGUF file cannot say")
         found["rope.freq_base_swa"] = float(_number({**config, **local}, "rope_theta" if local else "rope_local_base_freq", LOCAL_THETA))
@@ -214,9 +218,16 @@ def _factors(stated: Any, kind: str, count: int) -> Tensor:
 
 def _llama3_factors(config: Mapping[str, Any], rope: Mapping[str, Any]) -> Tensor:
     """Those of Llama 3.1, [head / 2] float32. Source: transformers."""
-    size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    size = int(
+        _number({"head_dim": config.get("head_dim") or config["hidden_size"] // int(_number(config, "num_attention_heads"))}, "head_dim")
+    )
+    if size > MOST_CHANNELS:
+        raise CheckpointError(f"config.json has heads of {size} channels; {MOST_CHANNELS} at most are possible")
     base = _number(rope, "rope_theta", 10000.0)
     turns = _number(rope, "original_max_position_embeddings") / (2 * math.pi) * base ** -(torch.arange(0, size, 2).double() / size)
     low, high, factor = (_number(rope, name) for name in ("low_freq_factor", "high_freq_factor", "factor"))
     smooth = ((turns - low) / (high - low)).clamp(0, 1)  # 0: slow, divided by all of the factor
-    return (1 / ((1 - smooth) / factor + smooth)).float()
+    factors = (1 / ((1 - smooth) / factor + smooth)).float()
+    if not bool(factors.isfinite().all()):
+        raise CheckpointError(f"config.json has rope parameters of which no frequencies can be made: {rope!r:.200}")
+    return factors
