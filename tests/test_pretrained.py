@@ -23,6 +23,7 @@ from qkernels.integrations import conversion
 from qkernels.integrations.experts import JoinedLinear, QuantExperts, linear
 from qkernels.integrations.loader import Loader
 from qkernels.io import shards
+from qkernels.scaled import ScaledLinear
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "vocab_size": 50}
@@ -461,6 +462,74 @@ def test_a_run_of_rows_is_a_view():
     part = take(q, torch.arange(16, 48))
     assert part.codes.untyped_storage().data_ptr() == q.codes.untyped_storage().data_ptr()
     assert take(q, torch.arange(64)) is q
+
+
+# -- inputs that are multiplied by scales ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def scaled(tmp_path_factory):
+    """A model of ModelOpt's AWQ: (directory, what transformers makes of the same numbers)."""
+    path = tmp_path_factory.mktemp("scaled")
+    save_dense("llama", path / "m")
+    items, _ = quantized(path / "m", format="nvfp4")
+    dense = {n: v if isinstance(v, torch.Tensor) else reference.decode(v) for n, v in items.items()}
+    for name in [n for n, v in items.items() if isinstance(v, QuantTensor)]:
+        items[name.replace(".weight", ".pre_quant_scale")] = scale = torch.rand(items[name].shape[1]) + 0.5
+        dense[name] = dense[name] * scale
+    return store(items, path / "m", "modelopt"), of_transformers(path / "m", dense)
+
+
+def test_inputs_are_multiplied(scaled, tmp_path):
+    """As transformers does it in float32, where the scales are of the weights; saved, and loaded either way, they are still there."""
+    path, dense = scaled
+    got = load(path)
+    assert isinstance(got.model.layers[0].mlp.up_proj, ScaledLinear)
+    assert_same_model(got, dense)
+    before = got(IDS).logits
+    qkernels.save(got, tmp_path / "q", progress=False)
+    got.config.save_pretrained(tmp_path / "q")
+    with torch.device("meta"):
+        skeleton = type(got)(got.config).eval()
+    for again in (load(tmp_path / "q"), qkernels.load(skeleton, tmp_path / "q", progress=False), copy.deepcopy(got)):
+        assert isinstance(again.model.layers[1].self_attn.q_proj, ScaledLinear) and torch.equal(again(IDS).logits, before)
+    state = got.state_dict()
+    state["model.layers.0.mlp.up_proj.pre_quant_scale"] = torch.zeros(64)
+    got.load_state_dict(state)
+    assert not bool(got.model.layers[0].mlp.up_proj(torch.ones(1, 64)).any())
+    qkernels.restore_linear(again)
+    assert type(again.model.layers[0].mlp.up_proj) is nn.Linear
+    torch.testing.assert_close(again(IDS).logits, before)
+
+
+def test_scaled_linears_of_other_dtypes_and_wrong_scales():
+    q = qkernels.quantize(torch.randn(8, 32), "int4_g32")
+    scale, x = torch.rand(32), torch.randn(3, 32)
+    layer = ScaledLinear.of(QuantLinear.from_quant_tensor(q), scale)
+    assert torch.equal(layer(x), QuantLinear.from_quant_tensor(q)(x * scale))
+    half = layer.bfloat16()
+    assert half.pre_quant_scale.dtype == torch.float32 and half(x.bfloat16()).dtype == torch.bfloat16
+    with pytest.raises(FormatError, match="in_features = 32"):
+        layer(torch.ones(3, 31))
+    for wrong in (torch.ones(31), torch.ones(32).int(), torch.full((32,), float("nan"))):
+        with pytest.raises(FormatError, match="32 finite floats are needed"):
+            ScaledLinear.of(layer, wrong)
+
+
+def test_a_scale_of_the_input_of_something_else(scaled, tmp_path):
+    path, _ = scaled
+    items = dict(io.read(path))
+    config = json.loads((path / "config.json").read_text())
+    for extra, message in (
+        ({"lm_head.pre_quant_scale": torch.ones(64)}, "lm_head.pre_quant_scale multiplies the input of a Linear"),
+        ({"model.layers.0.mlp.up_proj.pre_quant_scale": torch.full((64,), float("inf"))}, "finite floats are needed"),
+        ({"model.strange.pre_quant_scale": torch.ones(64)}, "model.strange.pre_quant_scale"),
+    ):
+        target = tmp_path / str(len(list(tmp_path.iterdir())))
+        io.write((items | extra).items(), target, "qkernels")
+        (target / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "quantization_config"}))
+        with pytest.raises(qkernels.QKernelsError, match=message):
+            load(target)
 
 
 # -- embeddings --------------------------------------------------------------------------------------------------------------------

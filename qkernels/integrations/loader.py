@@ -14,13 +14,14 @@ from qkernels import reference
 from qkernels.checkpoint import _tie
 from qkernels.convert import _set, _why_skip, tie_key
 from qkernels.embedding import QuantEmbedding
-from qkernels.errors import CheckpointError
+from qkernels.errors import CheckpointError, FormatError, UnsupportedError
 from qkernels.formats import QuantStack, QuantTensor
 from qkernels.integrations import conversion, experts
 from qkernels.integrations.transformers import few, namer, unexpected
 from qkernels.io.modules import ACTIVATION_LEAVES
 from qkernels.kernels.registry import Compute
 from qkernels.linear import QuantLinear
+from qkernels.scaled import SCALE, ScaledLinear
 
 log = logging.getLogger("qkernels")
 Value = QuantTensor | QuantStack | Tensor
@@ -50,6 +51,7 @@ class Loader:
         self.experts: dict[str, dict[str, nn.ModuleList]] = {}
         self.saved: dict[str, dict[tuple[int, int], Value]] = {}  # parameter of all experts -> (expert, part) -> what was saved of it
         self.scaled: dict[str, Tensor] = {}
+        self.inputs: dict[str, Tensor] = {}  # name of a Linear -> what its input is multiplied by
         self.of_tie: dict[Any, dict[str, Value | None]] = {}  # tied names -> what the checkpoint has for each
         for name, t in self.own.items():
             self.of_tie.setdefault(tie_key(t), {})[name] = None
@@ -76,6 +78,8 @@ class Loader:
         module = _submodule(self.model, owner)
         if leaf == "scales" and isinstance(value, Tensor) and module is not None and not any(True for _ in module.parameters()):
             self.scaled[owner] = value  # AWQ: the activation before a Linear is divided by them
+        elif leaf == SCALE and isinstance(value, Tensor) and f"{owner}.weight" in self.own:
+            self.inputs[owner] = value
         elif (m := _OF_EXPERT.fullmatch(name)) and (target := m[1] if leaf == "weight" else f"{m[1]}_bias") in self.own:
             self.saved.setdefault(target, {})[int(m[2]), int(m[3] or 0)] = value
         elif leaf in ACTIVATION_LEAVES:
@@ -195,9 +199,20 @@ class Loader:
             _set(self.model, owner, experts.replacement(self.model.get_submodule(owner), layers).eval())
         for owner, scales in self.scaled.items():
             _set(self.model, owner, ScaledActivation(self.model.get_submodule(owner), scales.to(self.device, self.dtype)).eval())
+        for owner, scale in self.inputs.items():
+            self._scale_input(owner, scale)
         self.model.to(self.device)  # the buffers that no checkpoint holds
         for part in (*self.model.modules(), *self.model.parameters(), *self.model.buffers()):
             part._is_hf_initialized = True
+
+    def _scale_input(self, owner: str, scale: Tensor) -> None:
+        linear = self.model.get_submodule(owner)
+        if not isinstance(linear, QuantLinear):
+            raise UnsupportedError(f"{owner}.{SCALE} multiplies the input of a {type(linear).__name__}; that of a QuantLinear alone can be")
+        try:
+            _set(self.model, owner, ScaledLinear.of(linear, scale.to(self.device)).eval())
+        except FormatError as error:
+            raise CheckpointError(f"{owner}: {error}") from error
 
     def _put_tied(self) -> Iterator[tuple[str, str]]:
         """Put tied weights in place, each once; return (name, name of the same tensor) for those that become one parameter."""
