@@ -18,6 +18,7 @@ from qkernels.formats.tensor import FIELDS
 from qkernels.io import native
 from qkernels.linear import _TENSORS, QuantLinear
 from qkernels.progress import pulse, track
+from qkernels.scaled import SCALE, ScaledLinear
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], *, progress: bool = True) -> None:
@@ -174,7 +175,10 @@ def _layer(model: nn.Module, name: str, entry: dict[str, Any], mine: dict[str, t
             device="meta",
             dtype=getattr(torch, entry["dtype"]) if "dtype" in entry else None,
         )
-        layer.load_state_dict({leaf: _beside(linear.weight, t) for leaf, t in mine.items()}, strict=True, assign=True)
+        held = {leaf: _beside(linear.weight, t) for leaf, t in mine.items()}
+        scale = held.pop(SCALE, None)
+        layer.load_state_dict(held, strict=True, assign=True)
+        layer = layer if scale is None else ScaledLinear.of(layer, scale)
     except (FormatError, RuntimeError) as error:
         raise CheckpointError(f"layer {name!r}: {error}") from error
     if layer.bias is not None and linear.bias is not None:

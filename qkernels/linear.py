@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qkernels import formats, quantizers, reference
 from qkernels.errors import FormatError
 from qkernels.formats import QuantFormat, QuantTensor
+from qkernels.formats.rows import take
 from qkernels.formats.tensor import FIELDS, expected_tensors
 from qkernels.kernels import device as devices
 from qkernels.kernels import registry
@@ -133,6 +134,13 @@ class QuantLinear(nn.Linear):
             return registry.get(self._kernel).restore(self._packed())
         held = {f: t.detach() for name, f in zip(_TENSORS, FIELDS, strict=True) if (t := getattr(self, name)) is not None}
         return QuantTensor.from_tensors(self.format, self._shape, held)
+
+    def rows(self, index: Tensor) -> QuantTensor:
+        """Rows [R] int64 of the weight, canonical: without making the others, where the kernel knows how."""
+        kernel = None if self._kernel is None else registry.get(self._kernel)
+        if kernel is None or kernel.rows is None or (self.format.block is None and self.format.group[0] != 1):
+            return take(self.quant_tensor(), index)
+        return kernel.rows(self._packed(), index)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The [N, K] weight that the codes stand for."""

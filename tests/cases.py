@@ -7,6 +7,7 @@ import torch
 from qkernels.formats import Int, QuantTensor
 from qkernels.formats.format import SCALE_DTYPES
 from qkernels.formats.packing import pack
+from qkernels.formats.rows import take
 
 SWEEP = bool(os.environ.get("QKERNELS_SWEEP"))  # `make sweep`: all cases of the tests that take long, not a part of them
 
@@ -69,3 +70,10 @@ def is_symmetric_int(format):
 def equal_values(a, b):
     """Assert equality without tolerance; NaN equals NaN."""
     torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def assert_rows(kernel, packed, q):
+    """Rows out of a kernel's own form are those of the weight: the first, the last, and some twice."""
+    if kernel.rows is not None and (q.format.block is not None or q.format.group[0] == 1):
+        index = torch.tensor([q.shape[0] - 1, 0, q.shape[0] // 2, 0])
+        assert kernel.rows(packed, index).equal(take(q, index))

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from cases import SWEEP, plain, random_quant
+from cases import SWEEP, assert_rows, plain, random_quant
 
 from qkernels import UnsupportedError, formats, reference
 from qkernels.kernels import registry
@@ -63,6 +63,7 @@ def test_restore_inverts_prepare(format):
             q = random_quant(format, n, k, perm=perm)
             packed = f16_gemm.prepare(q)
             assert f16_gemm.restore(packed).equal(q)
+            assert_rows(f16_gemm.KERNEL, packed, q)
             torch.testing.assert_close(f16_gemm.dequantize(packed), reference.decode(q), rtol=1e-6, atol=0)
 
 
@@ -292,6 +293,7 @@ def test_s8_restore_inverts_prepare(format):
         q = random_quant(format, n, k, perm=perm)
         packed = s8_gemm.prepare(q)
         assert s8_gemm.restore(packed).equal(q)
+        assert_rows(s8_gemm.KERNEL, packed, q)
         assert packed.weight.dtype == torch.int8 and packed.weight.shape == (n, -(-k // 128) * 128)
         assert int(packed.weight[0, k - 1]) == int(q.codes[0, k - 1]) - 128 and not packed.weight[:, k:].any()
         torch.testing.assert_close(s8_gemm.dequantize(packed), reference.decode(q), rtol=1e-6, atol=0)

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from cases import random_quant
+from cases import assert_rows, random_quant
 from interpreted import H100, assert_s8_close, assert_s8_exact, s8_case
 
 from qkernels import FormatError, formats, reference
@@ -81,6 +81,7 @@ def test_restore_inverts_prepare(format):
         q = random_quant(format, n, k, perm=perm)
         packed = s8_w4_gemm.prepare(q)
         assert s8_w4_gemm.restore(packed).equal(q)
+        assert_rows(s8_w4_gemm.KERNEL, packed, q)
         torch.testing.assert_close(s8_w4_gemm.dequantize(packed), reference.decode(q), rtol=1e-6, atol=0)
     for t in (packed.weight, packed.scales, packed.zeros):
         assert t is None or t.is_contiguous()

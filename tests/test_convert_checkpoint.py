@@ -12,7 +12,7 @@ from qkernels import cli, formats, io, reference
 from qkernels.errors import CheckpointError, FormatError, UnsupportedError
 from qkernels.formats import QuantStack, QuantTensor
 from qkernels.formats.ggml import TYPES
-from qkernels.io import gguf_model
+from qkernels.io import gguf_config, gguf_model
 from qkernels.io.convert import NO_CONFIG, NO_TOKENIZER, convert
 from qkernels.io.forms import code_bits, few_rows, forms
 from qkernels.quantizers.rtn import rtn
@@ -216,6 +216,7 @@ def test_types_of_a_mix(name, k, tied, type):
 
 def test_experts_are_stacked(tmp_path):
     config = CONFIG | {"model_type": "qwen3_moe", "num_hidden_layers": 1, "num_experts": 3, "num_experts_per_tok": 2}
+    config |= {"moe_intermediate_size": 32, "head_dim": 64, "norm_topk_prob": True}
     experts = {f"model.layers.0.mlp.experts.{e}.up_proj.weight": random_quant(formats.get("int4_g32"), 32, 64) for e in (2, 0, 1)}
     start = written(tmp_path / "start", experts, "compressed-tensors", config)
     convert(start, tmp_path / "m.gguf", "gguf")
@@ -247,11 +248,10 @@ def test_frequencies_of_llama_3():
     config = LlamaConfig(hidden_size=64, num_attention_heads=2, rope_parameters=rope, max_position_embeddings=256)
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
     plain = 500.0 ** -(torch.arange(0, 32, 2) / 32)
-    torch.testing.assert_close(gguf_model.rope_factors(config.to_dict()), plain / scaled)
-    assert gguf_model.rope_factors(CONFIG) is None
-    for other in ({"model_type": "gemma2"}, {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}):
-        with pytest.raises(UnsupportedError, match=r"of such a model is not written"):
-            gguf_model.key_values(CONFIG | other, "")
+    torch.testing.assert_close(gguf_config.derived(config.to_dict()), {"rope_freqs.weight": plain / scaled})
+    assert gguf_config.derived(CONFIG) == {}
+    with pytest.raises(UnsupportedError, match=r"of such a model is not written"):
+        gguf_config.key_values(CONFIG | {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}})
 
 
 def test_forms_of_integers():
@@ -282,7 +282,7 @@ def test_refusals(tmp_path):
     with pytest.raises(UnsupportedError, match="model_type 't5'"):
         convert(strange, tmp_path / "x", "gguf")
     with pytest.raises(CheckpointError, match=r"no number hidden_size|no number num_hidden_layers"):
-        gguf_model.key_values({"model_type": "llama"}, "")
+        gguf_config.key_values({"model_type": "llama"})
 
 
 @pytest.fixture

@@ -91,6 +91,48 @@ def test_byte_for_byte(case, tmp_path):
     copied(saved(tmp_path / "a", tensors, config={"model_type": "x", "quantization_config": CONFIG}), tmp_path / "b")
 
 
+GPTQMODEL = {
+    "bits": 4, "group_size": -1, "desc_act": False, "lm_head": False, "method": "bitsandbytes", "quant_method": "bitsandbytes",
+    "format": "nf4", "checkpoint_format": "nf4", "pack_dtype": "int32", "meta": {"quantizer": ["gptqmodel:7.7.0"]}, "block_size": 64,
+    "compress_statistics": True,
+}  # fmt: skip
+
+
+def named_by_gptqmodel(tensors):
+    """As its BitsAndBytesLinear calls its buffers; built from its source, as it does not run here."""
+    state = {name: "X.weight_quant_state" for name in tensors if ".quant_state." in name}
+    sides = {f"X.weight.{side}": f"X.weight_{side}" for side in ("absmax", "quant_map", "nested_absmax", "nested_quant_map")}
+    names = {**state, **sides, "X.SCB": "X.weight_scb"}
+    return {names.get(name, name): t for name, t in tensors.items() if name != "X.weight_format"}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_names_of_gptqmodel(case, tmp_path):
+    tensors, _, _ = golden(case)
+    theirs, settings = named_by_gptqmodel(tensors), GPTQMODEL | ({"bits": 8, "format": "int8"} if case == "int8" else {})
+    q = read(theirs, settings)["X.weight"]
+    assert q.equal(read(tensors)["X.weight"])
+    again, stated = write(read(theirs, settings), settings)
+    equal_tensors(again, theirs)
+    assert stated is settings
+    assert "X.weight_absmax" in write({"X.weight": replace(q, scales=q.scales * 2)})[0] or case == "int8"
+    copied(saved(tmp_path / "a", theirs, config={"model_type": "x", "quantization_config": settings}), tmp_path / "b")
+
+
+def test_damage_under_the_names_of_gptqmodel():
+    theirs = named_by_gptqmodel(golden("nf4")[0] if "nf4" in GOLDEN else golden(FOUR_BITS[0])[0])
+    strange = torch.tensor(list(b'{"quant_type": "af4"}'), dtype=torch.uint8)
+    for changed, message in (
+        ({"X.weight_quant_state": strange}, "X.weight_quant_state: quant_type is 'af4'"),
+        ({"X.weight_absmax": None}, "absmax is missing"),
+        ({"X.weight": None}, "belongs to X.weight, which is missing"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            read({name: t for name, t in (theirs | changed).items() if t is not None}, GPTQMODEL)
+    with pytest.raises(UnsupportedError, match="rotation is 'hadamard'"):
+        read(theirs, GPTQMODEL | {"rotation": "hadamard"})
+
+
 @pytest.mark.parametrize("case", FOUR_BITS)
 def test_other_numbers_are_written_anew(case):
     """What the reader kept is of no use once the scales are others; the tensors are then not nested."""
@@ -264,8 +306,8 @@ def test_hostile_nested(case):
         ({"X.SCB": None}, CheckpointError, "X.weight is torch.int8 .* has no scale beside it"),
         ({"X.weight": torch.ones(12, 96)}, CheckpointError, "X.weight is torch.float32, not torch.int8"),
         ({"X.weight_format": torch.tensor(2, dtype=torch.uint8)}, UnsupportedError, "X.weight_format is 2: a GPU's tile order"),
-        ({"X.weight_quant_state": torch.ones(3)}, UnsupportedError, "GPTQModel's names"),
-        ({"X.SCB": None, "X.weight_format": None, "X.weight_scb": torch.ones(12)}, UnsupportedError, "GPTQModel's names"),
+        ({"X.weight_quant_state": torch.ones(3)}, CheckpointError, "X.weight_quant_state is torch.float32"),
+        ({"X.weight_scb": torch.ones(12)}, CheckpointError, "X.SCB and X.weight_scb are the same tensor"),
     ],
 )
 def test_hostile_int8(changes, error, message):

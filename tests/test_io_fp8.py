@@ -297,10 +297,23 @@ def test_hostile_modelopt(leaves, settings, message):
         list(modelopt.read(tensors, {"quantization": {"quant_algo": "NVFP4", **settings}}))
 
 
+def test_scales_of_inputs(tmp_path):
+    """They come beside the weight, which is as it is without them; no other layout has loaders that would apply them."""
+    tensors, _ = nvfp4()
+    plain, scale = dict(modelopt.read(tensors, stated("NVFP4_AWQ"))), torch.rand(96).bfloat16()
+    found = dict(modelopt.read({**tensors, "model.a.pre_quant_scale": scale}, stated("NVFP4_AWQ")))
+    assert torch.equal(found.pop("model.a.pre_quant_scale"), scale) and found["model.a.weight"].equal(plain["model.a.weight"])
+    for wrong, message in ((torch.ones(95), r"model.a.pre_quant_scale is \[95\], not \[96\]"), (torch.ones(96).int(), "torch.int32")):
+        with pytest.raises(CheckpointError, match=message):
+            list(modelopt.read({**tensors, "model.a.pre_quant_scale": wrong}, stated("NVFP4_AWQ")))
+    for layout in ("gptq", "compressed-tensors", "gguf"):
+        with pytest.raises(UnsupportedError, match=f"model.a.pre_quant_scale multiplies the input of its layer, .* {layout}"):
+            io.write({"model.a.pre_quant_scale": scale}.items(), tmp_path / layout, layout)
+        assert not (tmp_path / layout).exists()
+
+
 def test_modelopt_unsupported():
     tensors, _ = nvfp4()
-    with pytest.raises(UnsupportedError, match=r"model.a.pre_quant_scale multiplies the input"):
-        list(modelopt.read({**tensors, "model.a.pre_quant_scale": torch.ones(96)}, stated("NVFP4_AWQ")))
     with pytest.raises(UnsupportedError, match=r"quant_algo is 'W4A16_AWQ', which is not read; NVFP4"):
         list(modelopt.read(tensors, stated("W4A16_AWQ")))
     with pytest.raises(UnsupportedError, match="has_zero_point is True"):

@@ -10,7 +10,7 @@ import re
 
 import pytest
 import torch
-from cases import random_quant
+from cases import assert_rows, random_quant
 
 from qkernels import FormatError, UnsupportedError, config, formats, kernels, reference, rtn
 from qkernels.formats import Codebook
@@ -165,6 +165,7 @@ def test_restore_inverts_prepare(kernel, format):
             packed = kernel.prepare(q)
             assert type(packed) is kernel.packed_type
             assert kernel.restore(packed).equal(q), (n, k, perm)
+            assert_rows(kernel, packed, q)
             if kernel.dequantize is not None:
                 torch.testing.assert_close(kernel.dequantize(packed), reference.decode(q), rtol=1e-6, atol=0)
 

@@ -1,5 +1,6 @@
 """from_pretrained: every kind of checkpoint gives what transformers gives of the same numbers, dequantised."""
 
+import copy
 import gc
 import json
 import logging
@@ -22,6 +23,7 @@ from qkernels.integrations import conversion
 from qkernels.integrations.experts import JoinedLinear, QuantExperts, linear
 from qkernels.integrations.loader import Loader
 from qkernels.io import shards
+from qkernels.scaled import ScaledLinear
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "vocab_size": 50}
@@ -240,6 +242,28 @@ def test_tied_and_quantised(tmp_path):
     assert torch.equal(got(IDS).logits, before)
 
 
+def test_a_tied_embedding_holds_nothing(tmp_path):
+    """Its rows come out of the head's form, wherever that goes; its part of the state_dict is there as ever."""
+    save_dense("llama tied", tmp_path / "m")
+    items, _ = quantized(tmp_path / "m", "embed_tokens")
+    got, q = load(written(items, tmp_path / "m")), items["model.embed_tokens.weight"]
+    embedding, ids = got.model.embed_tokens, torch.randint(50, (2, 200))
+    assert sum(t.numel() for t in embedding.parameters()) == 0
+    assert torch.equal(embedding(ids), reference.decode(q)[ids].to(embedding.dtype))
+    two, state = copy.deepcopy(got), got.state_dict()
+    assert two.model.embed_tokens._head[0] is two.lm_head
+    for name, t in q.tensors().items():
+        leaf = {"codes": "weight"}.get(name, name)
+        assert torch.equal(state[f"model.embed_tokens.{leaf}"], t) and torch.equal(state[f"lm_head.{leaf}"], t)
+    half = two.half().model.embed_tokens
+    assert half(ids).dtype == torch.float16 and half.quant_tensor().equal(q)
+    state["model.embed_tokens.weight"] = state["model.embed_tokens.weight"] ^ 1  # another weight: it is tied no more
+    two.load_state_dict(state)
+    assert two.lm_head.quant_tensor().equal(q) and torch.equal(half.quant_tensor().codes, q.codes ^ 1)
+    with pytest.raises(FormatError, match=r"the head's weight is u4b8_g32_sf32 \[64, 64\], the embedding's .* \[50, 64\]"):
+        half.share(QuantLinear(64, 64, format="u4b8_g32_sf32"))
+
+
 def test_tied_and_plain(tmp_path):
     save_dense("llama tied", tmp_path / "m")
     items, dense = quantized(tmp_path / "m")
@@ -438,6 +462,74 @@ def test_a_run_of_rows_is_a_view():
     part = take(q, torch.arange(16, 48))
     assert part.codes.untyped_storage().data_ptr() == q.codes.untyped_storage().data_ptr()
     assert take(q, torch.arange(64)) is q
+
+
+# -- inputs that are multiplied by scales ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def scaled(tmp_path_factory):
+    """A model of ModelOpt's AWQ: (directory, what transformers makes of the same numbers)."""
+    path = tmp_path_factory.mktemp("scaled")
+    save_dense("llama", path / "m")
+    items, _ = quantized(path / "m", format="nvfp4")
+    dense = {n: v if isinstance(v, torch.Tensor) else reference.decode(v) for n, v in items.items()}
+    for name in [n for n, v in items.items() if isinstance(v, QuantTensor)]:
+        items[name.replace(".weight", ".pre_quant_scale")] = scale = torch.rand(items[name].shape[1]) + 0.5
+        dense[name] = dense[name] * scale
+    return store(items, path / "m", "modelopt"), of_transformers(path / "m", dense)
+
+
+def test_inputs_are_multiplied(scaled, tmp_path):
+    """As transformers does it in float32, where the scales are of the weights; saved, and loaded either way, they are still there."""
+    path, dense = scaled
+    got = load(path)
+    assert isinstance(got.model.layers[0].mlp.up_proj, ScaledLinear)
+    assert_same_model(got, dense)
+    before = got(IDS).logits
+    qkernels.save(got, tmp_path / "q", progress=False)
+    got.config.save_pretrained(tmp_path / "q")
+    with torch.device("meta"):
+        skeleton = type(got)(got.config).eval()
+    for again in (load(tmp_path / "q"), qkernels.load(skeleton, tmp_path / "q", progress=False), copy.deepcopy(got)):
+        assert isinstance(again.model.layers[1].self_attn.q_proj, ScaledLinear) and torch.equal(again(IDS).logits, before)
+    state = got.state_dict()
+    state["model.layers.0.mlp.up_proj.pre_quant_scale"] = torch.zeros(64)
+    got.load_state_dict(state)
+    assert not bool(got.model.layers[0].mlp.up_proj(torch.ones(1, 64)).any())
+    qkernels.restore_linear(again)
+    assert type(again.model.layers[0].mlp.up_proj) is nn.Linear
+    torch.testing.assert_close(again(IDS).logits, before)
+
+
+def test_scaled_linears_of_other_dtypes_and_wrong_scales():
+    q = qkernels.quantize(torch.randn(8, 32), "int4_g32")
+    scale, x = torch.rand(32), torch.randn(3, 32)
+    layer = ScaledLinear.of(QuantLinear.from_quant_tensor(q), scale)
+    assert torch.equal(layer(x), QuantLinear.from_quant_tensor(q)(x * scale))
+    half = layer.bfloat16()
+    assert half.pre_quant_scale.dtype == torch.float32 and half(x.bfloat16()).dtype == torch.bfloat16
+    with pytest.raises(FormatError, match="in_features = 32"):
+        layer(torch.ones(3, 31))
+    for wrong in (torch.ones(31), torch.ones(32).int(), torch.full((32,), float("nan"))):
+        with pytest.raises(FormatError, match="32 finite floats are needed"):
+            ScaledLinear.of(layer, wrong)
+
+
+def test_a_scale_of_the_input_of_something_else(scaled, tmp_path):
+    path, _ = scaled
+    items = dict(io.read(path))
+    config = json.loads((path / "config.json").read_text())
+    for extra, message in (
+        ({"lm_head.pre_quant_scale": torch.ones(64)}, "lm_head.pre_quant_scale multiplies the input of a Linear"),
+        ({"model.layers.0.mlp.up_proj.pre_quant_scale": torch.full((64,), float("inf"))}, "finite floats are needed"),
+        ({"model.strange.pre_quant_scale": torch.ones(64)}, "model.strange.pre_quant_scale"),
+    ):
+        target = tmp_path / str(len(list(tmp_path.iterdir())))
+        io.write((items | extra).items(), target, "qkernels")
+        (target / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "quantization_config"}))
+        with pytest.raises(qkernels.QKernelsError, match=message):
+            load(target)
 
 
 # -- embeddings --------------------------------------------------------------------------------------------------------------------

@@ -169,9 +169,9 @@ def test_rope(tmp_path):
     assert (rope["rope_type"], rope["factor"], rope["original_max_position_embeddings"]) == ("yarn", 4.0, 512)
 
 
-@pytest.mark.parametrize(("name", "most"), [("llama", 1.3), ("llama tied", 1.3 + 0.3)])
-def test_memory(tmp_path, monkeypatch, name, most):
-    """No more than the file holds, but for a head that is tied to the embedding: it has a form of its own, here a quarter of the file."""
+@pytest.mark.parametrize("name", ["llama", "llama tied"])
+def test_memory(tmp_path, monkeypatch, name):
+    """Not much more than the file holds, also where the head is tied to the embedding, a quarter of the file: they have one form."""
     monkeypatch.setitem(LLAMA_SIZES, "num_hidden_layers", 6)
     monkeypatch.setitem(LLAMA_SIZES, "vocab_size", 800)
     path, _ = write(tmp_path, name)
@@ -180,7 +180,7 @@ def test_memory(tmp_path, monkeypatch, name, most):
         monkeypatch.setattr(Loader, function, watch.around(getattr(Loader, function)))
     try:
         got = load(path)
-        assert 0.5 * path.stat().st_size < watch.peak <= most * path.stat().st_size
+        assert 0.5 * path.stat().st_size < watch.peak <= 1.3 * path.stat().st_size
         assert got(IDS).logits.isfinite().all()
     finally:
         gc.unfreeze()

@@ -7,19 +7,17 @@ head sizes, experts' sizes, rotary scaling; so they are read here, and a key tha
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-from qkernels import io
 from qkernels.errors import CheckpointError, UnsupportedError
 from qkernels.formats import QuantStack, QuantTensor
-from qkernels.formats.rows import take
 from qkernels.integrations.transformers import described_by
-from qkernels.io import CheckpointInfo, gguf_file, gguf_names
-from qkernels.io.gguf_model import EXPERTS, REQUIRED
+from qkernels.io import CheckpointInfo, gguf, gguf_file, gguf_model, gguf_names
+from qkernels.io.gguf_config import ATTENTION_SCALE, EXPERTS, GRANTED, LOCAL_THETA, MOST_CHANNELS, REQUIRED, SHARED_EXPERT, SOFTCAPS
 from qkernels.io.settings import Settings
 
 Value = QuantTensor | QuantStack | Tensor
@@ -29,32 +27,27 @@ Value = QuantTensor | QuantStack | Tensor
 class Architecture:
     """What a general.architecture of GGUF is in transformers.
 
-    keys    key-values beyond the common ones -> field of the config
-    fixed   fields that no key-value tells
+    keys   key-values beyond the common ones -> field of the config
     """
 
     model_type: str
     keys: dict[str, str] = field(default_factory=dict)
-    fixed: dict[str, Any] = field(default_factory=dict)
 
 
-_GEMMA2_KEYS = {"attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping"}
 ARCHITECTURES = {
     "llama": Architecture("llama"),
     "qwen2": Architecture("qwen2"),
     "qwen3": Architecture("qwen3"),
-    "qwen2moe": Architecture(
-        "qwen2_moe", EXPERTS | {"expert_shared_feed_forward_length": "shared_expert_intermediate_size"}, {"norm_topk_prob": False}
-    ),
-    "qwen3moe": Architecture("qwen3_moe", EXPERTS, {"norm_topk_prob": True}),
-    "gemma2": Architecture("gemma2", _GEMMA2_KEYS),
+    "qwen2moe": Architecture("qwen2_moe", EXPERTS | SHARED_EXPERT),
+    "qwen3moe": Architecture("qwen3_moe", EXPERTS),
+    "gemma2": Architecture("gemma2", SOFTCAPS),
     "gemma3": Architecture("gemma3_text"),
     "phi3": Architecture("phi3"),
 }
+_KINDS_OF = {"phi3": ("longrope",)}  # of rope.scaling.type besides
+_FACTORS = {"rope_factors_long.weight": "long_factor", "rope_factors_short.weight": "short_factor"}
 # which GGUF calls llama as well; that it has experts tells them apart
 _MIXTRAL = Architecture("mixtral", {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"})
-_ATTENTION_SCALE = {("gemma2", 46): 144, ("gemma3", 62): 168}  # query_pre_attn_scalar of the 27B models, which no key-value tells
-_GEMMA3_LOCAL_THETA = 10000.0  # of its layers with a window; nor this
 
 
 def architecture_of(info: CheckpointInfo) -> tuple[str, Architecture]:
@@ -75,6 +68,10 @@ def load_config(info: CheckpointInfo) -> Any:
     shapes = {t.name: t.shape for path in info.files for t in gguf_file.parse(path).tensors}
     mine = {key.removeprefix(f"{name}."): value for key, value in info.settings.items() if key.startswith(f"{name}.")}
     fields = _fields(name, architecture, Settings(mine, f"{info.path}: {name}"))
+    if fields["num_hidden_layers"] > len(shapes):
+        raise CheckpointError(f"{info.path} says {name}.block_count = {fields['num_hidden_layers']}, and has {len(shapes)} tensors")
+    if name == "phi3":
+        fields["rope_parameters"] |= _longrope(info, fields)
     if "token_embd.weight" not in shapes:
         raise CheckpointError(f"{info.path} lacks token_embd.weight")
     fields |= {"vocab_size": shapes["token_embd.weight"][0], "tie_word_embeddings": "output.weight" not in shapes}
@@ -90,23 +87,26 @@ def load_config(info: CheckpointInfo) -> Any:
 
 
 def _fields(name: str, architecture: Architecture, s: Settings) -> dict[str, Any]:
-    fields: dict[str, Any] = {field: s.take(key, of=int) for key, field in REQUIRED.items()}
+    fields: dict[str, Any] = GRANTED[name] | {field: s.take(key, of=int) for key, field in REQUIRED.items()}
     heads = fields["num_attention_heads"]
     fields["num_key_value_heads"] = s.take("attention.head_count_kv", of=int, default=heads)
     fields["rms_norm_eps"] = s.take("attention.layer_norm_rms_epsilon", of=float)
     head_dim = s.take("attention.key_length", of=int, default=fields["hidden_size"] // max(heads, 1))
+    if not 1 <= head_dim <= MOST_CHANNELS:
+        raise CheckpointError(f"{s.where}: a head has {head_dim} channels; 1 to {MOST_CHANNELS} are possible")
     if (value_dim := s.take("attention.value_length", of=int, default=head_dim)) != head_dim:
         raise UnsupportedError(f"{s.where}: keys have {head_dim} channels a head and values {value_dim}; they must be as many")
     if architecture.model_type != "phi3":
         fields["head_dim"] = head_dim
-    fields |= {field: s.take(key, of=(int, float)) for key, field in architecture.keys.items()} | architecture.fixed
+    fields |= {field: s.take(key, of=(int, float)) for key, field in architecture.keys.items()}
     window = s.take("attention.sliding_window", of=int, default=None)
     if window and name in ("gemma2", "gemma3", "phi3"):
         fields["sliding_window"] = window
     elif name == "phi3":
         fields["sliding_window"] = None
     if name in ("gemma2", "gemma3"):
-        fields["query_pre_attn_scalar"] = _ATTENTION_SCALE.get((name, fields["num_hidden_layers"]), head_dim)
+        fields.setdefault("final_logit_softcapping", s.take("final_logit_softcapping", of=float, default=None))
+        fields["query_pre_attn_scalar"] = ATTENTION_SCALE.get((name, fields["num_hidden_layers"]), head_dim)
     fields["rope_parameters"] = _rope(name, s, head_dim)
     s.ignore("vocab_size", "tensor_data_layout", "expert_count", "expert_used_count", "expert_feed_forward_length")
     s.done()
@@ -121,45 +121,67 @@ def _rope(name: str, s: Settings, head_dim: int) -> dict[str, Any]:
         if name != "phi3":
             raise UnsupportedError(f"{s.where}: rope.dimension_count is {turned}; as many as a head has channels are possible: {head_dim}")
         rope["partial_rotary_factor"] = turned / head_dim
-    kind = s.take("rope.scaling.type", of=str, default="none", choices=("none", "linear", "yarn"))
+    kind = s.take("rope.scaling.type", of=str, default="none", choices=("none", "linear", "yarn", *_KINDS_OF.get(name, ())))
     factor = s.take("rope.scaling.factor", of=float, default=1.0)
     original = s.take("rope.scaling.original_context_length", of=int, default=None)
     s.ignore("rope.scaling.finetuned")
+    if name == "phi3":
+        if kind in ("linear", "yarn") and factor != 1.0:
+            raise UnsupportedError(f"{s.where}: rope.scaling.type is {kind!r}; Phi-3 has 'longrope' or none")
+        attention = s.take("rope.scaling.attn_factor", of=float, default=None)
+        return rope | {"original_max_position_embeddings": original, "attention_factor": attention}
     if kind != "none" and factor != 1.0:
         rope |= {"rope_type": kind, "factor": factor}
         if kind == "yarn":
             rope["original_max_position_embeddings"] = original
     if name == "gemma3":
-        return {"full_attention": rope, "sliding_attention": {"rope_type": "default", "rope_theta": _GEMMA3_LOCAL_THETA}}
+        local = s.take("rope.freq_base_swa", of=float, default=LOCAL_THETA)
+        return {"full_attention": rope, "sliding_attention": {"rope_type": "default", "rope_theta": local}}
     return rope
+
+
+def _longrope(info: CheckpointInfo, fields: dict[str, Any]) -> dict[str, Any]:
+    """What Phi-3's two tensors of factors say: the one is for texts beyond the original context length, the other for shorter ones.
+
+    Takes out of `fields` what belongs to them alone, which nobody needs where there are none.
+    """
+    rope = fields["rope_parameters"]
+    original, attention = rope.pop("original_max_position_embeddings"), rope.pop("attention_factor")
+    turned = int(fields["hidden_size"] // max(fields["num_attention_heads"], 1) * rope.get("partial_rotary_factor", 1.0))
+    found = gguf.some(info, _FACTORS)
+    if not found:
+        if attention not in (None, 1.0):
+            raise CheckpointError(f"{info.path} has phi3.rope.scaling.attn_factor = {attention}, and lacks {' and '.join(_FACTORS)}")
+        return {}
+    if original is None or original < 2:
+        raise CheckpointError(
+            f"{info.path} has {min(found)}, and phi3.rope.scaling.original_context_length = {original}; 2 at least is needed"
+        )
+    fields["original_max_position_embeddings"] = original
+    made = {"rope_type": "longrope", "original_max_position_embeddings": original}
+    if attention is not None:
+        made["attention_factor"] = attention
+    return made | {_FACTORS[name]: _numbers(name, found.get(name), turned // 2) for name in _FACTORS}
+
+
+def _numbers(name: str, value: Value | None, count: int) -> list[float]:
+    if not isinstance(value, Tensor) or tuple(value.shape) != (count,) or not bool(((value > 0) & value.isfinite()).all()):
+        shape = "missing" if value is None else list(value.shape)
+        raise CheckpointError(f"{name} is {shape}; {count} positive numbers are needed")
+    return value.float().tolist()
 
 
 def items(info: CheckpointInfo, model: Any) -> Iterator[tuple[str, Value]]:
     """The tensors of a file under the names, and in the shapes, of a transformers checkpoint of the same model."""
     arch, _ = architecture_of(info)
-    for name, value in io.read(info):
+    for name, value in gguf_model.with_scales(info):
         if name == "rope_freqs.weight":
             _slow_down(model, value)
         elif name in gguf_names.DERIVED:
-            raise UnsupportedError(f"{info.path} has {name}: rotary embeddings with a factor for every frequency (longrope) are not loaded")
-        elif name.endswith(".scale"):
-            if not isinstance(value, Tensor) or bool((value != 1).any()):
-                raise UnsupportedError(f"{info.path} has {name}, a scale beside a weight, which a QuantLinear does not apply")
-        elif not name.endswith(".input_scale"):  # which is for activations
-            yield from _named(str(gguf_names.to_hf(arch, name)), name, _as_in_hf(arch, name, value, info.settings))
-
-
-def _as_in_hf(arch: str, name: str, value: Value, settings: Mapping[str, Any]) -> Value:
-    """Undo what llama.cpp's converters do to a weight."""
-    if heads := gguf_names.rotated_heads(arch, name, settings):
-        rows = gguf_names.rows_to_hf(value.shape[0], heads)
-        return take(value, rows) if isinstance(value, QuantTensor) else value[rows]  # type: ignore[index]  # a plain tensor
-    if isinstance(value, Tensor):
-        if offset := gguf_names.norm_offset(arch, name):
-            return value.float() - offset
-        if "ffn_gate_inp_shexp" in name:
-            return value.reshape(1, -1)  # of one output
-    return value
+            if arch != "phi3":
+                raise UnsupportedError(f"{info.path} has {name}, factors of the rotary embedding, which are loaded of phi3 alone")
+        else:
+            yield from _named(str(gguf_names.to_hf(arch, name)), name, gguf_model.as_in_hf(arch, name, value, info.settings))
 
 
 def _named(target: str, name: str, value: Value) -> Iterator[tuple[str, Value]]:

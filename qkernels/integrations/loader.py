@@ -14,12 +14,14 @@ from qkernels import reference
 from qkernels.checkpoint import _tie
 from qkernels.convert import _set, _why_skip, tie_key
 from qkernels.embedding import QuantEmbedding
-from qkernels.errors import CheckpointError
+from qkernels.errors import CheckpointError, FormatError, UnsupportedError
 from qkernels.formats import QuantStack, QuantTensor
 from qkernels.integrations import conversion, experts
 from qkernels.integrations.transformers import few, namer, unexpected
 from qkernels.io.modules import ACTIVATION_LEAVES
 from qkernels.kernels.registry import Compute
+from qkernels.linear import QuantLinear
+from qkernels.scaled import SCALE, ScaledLinear
 
 log = logging.getLogger("qkernels")
 Value = QuantTensor | QuantStack | Tensor
@@ -49,6 +51,7 @@ class Loader:
         self.experts: dict[str, dict[str, nn.ModuleList]] = {}
         self.saved: dict[str, dict[tuple[int, int], Value]] = {}  # parameter of all experts -> (expert, part) -> what was saved of it
         self.scaled: dict[str, Tensor] = {}
+        self.inputs: dict[str, Tensor] = {}  # name of a Linear -> what its input is multiplied by
         self.of_tie: dict[Any, dict[str, Value | None]] = {}  # tied names -> what the checkpoint has for each
         for name, t in self.own.items():
             self.of_tie.setdefault(tie_key(t), {})[name] = None
@@ -75,6 +78,8 @@ class Loader:
         module = _submodule(self.model, owner)
         if leaf == "scales" and isinstance(value, Tensor) and module is not None and not any(True for _ in module.parameters()):
             self.scaled[owner] = value  # AWQ: the activation before a Linear is divided by them
+        elif leaf == SCALE and isinstance(value, Tensor) and f"{owner}.weight" in self.own:
+            self.inputs[owner] = value
         elif (m := _OF_EXPERT.fullmatch(name)) and (target := m[1] if leaf == "weight" else f"{m[1]}_bias") in self.own:
             self.saved.setdefault(target, {})[int(m[2]), int(m[3] or 0)] = value
         elif leaf in ACTIVATION_LEAVES:
@@ -194,9 +199,20 @@ class Loader:
             _set(self.model, owner, experts.replacement(self.model.get_submodule(owner), layers).eval())
         for owner, scales in self.scaled.items():
             _set(self.model, owner, ScaledActivation(self.model.get_submodule(owner), scales.to(self.device, self.dtype)).eval())
+        for owner, scale in self.inputs.items():
+            self._scale_input(owner, scale)
         self.model.to(self.device)  # the buffers that no checkpoint holds
         for part in (*self.model.modules(), *self.model.parameters(), *self.model.buffers()):
             part._is_hf_initialized = True
+
+    def _scale_input(self, owner: str, scale: Tensor) -> None:
+        linear = self.model.get_submodule(owner)
+        if not isinstance(linear, QuantLinear):
+            raise UnsupportedError(f"{owner}.{SCALE} multiplies the input of a {type(linear).__name__}; that of a QuantLinear alone can be")
+        try:
+            _set(self.model, owner, ScaledLinear.of(linear, scale.to(self.device)).eval())
+        except FormatError as error:
+            raise CheckpointError(f"{owner}: {error}") from error
 
     def _put_tied(self) -> Iterator[tuple[str, str]]:
         """Put tied weights in place, each once; return (name, name of the same tensor) for those that become one parameter."""
@@ -220,9 +236,20 @@ class Loader:
             held.clear()
 
     def _untie(self, held: Mapping[str, Value | None], value: Value) -> None:
-        """Give every name a module of its own: a quantised weight is no parameter that several could share."""
-        for name, own in held.items():
-            self._put(name, value if own is None else own)
+        """Give every name a module of its own, as a quantised weight is no parameter that several could share.
+
+        An embedding holds nothing where a head has the same weight, and its rows can be taken out of the form of that head's kernel.
+        """
+        modules = {name: self.model.get_submodule(name.rpartition(".")[0]) for name in held}
+        heads: dict[int, QuantLinear] = {}  # id of a value -> who holds it
+        for name in sorted(held, key=lambda name: isinstance(modules[name], nn.Embedding)):
+            own = value if (found := held[name]) is None else found
+            self._put(name, own)
+            new = self.made.get(id(modules[name]), (None, None))[1]
+            if isinstance(new, QuantLinear):
+                heads[id(own)] = new
+            elif isinstance(new, QuantEmbedding) and id(own) in heads and (new.format.block or new.format.group[0] == 1):
+                new.share(heads[id(own)])
         for config in (self.model.config, self.model.config.get_text_config()):
             config.tie_word_embeddings = False  # nothing may put the one's codes into the other later
 

@@ -44,8 +44,8 @@ def from_pretrained(
     device         where the weights go as they are read; None is the CPU
     compute        as in QuantLinear
     model_kwargs   for the model's class, such as attn_implementation
-    A quantised embedding decodes the rows that are looked up (QuantEmbedding). Where it is tied to the head, the head is a QuantLinear
-    that has its kernel's own form of the same weight besides. Experts become QuantExperts. What is quantised in a place where no
+    A quantised embedding decodes the rows that are looked up (QuantEmbedding); where it is tied to the head, out of the form that the
+    head's kernel has of the weight, which is held once. Experts become QuantExperts. What is quantised in a place where no
     QuantLinear can be is decoded, and logged. A directory that is not quantised is loaded as it is, with a warning.
     Raises CheckpointError (damaged, or not what config.json describes), UnsupportedError (sound, but not loaded: it is named),
     QKernelsError (no transformers).

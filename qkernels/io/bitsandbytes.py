@@ -7,14 +7,16 @@
     X.weight.quant_state.bitsandbytes__nf4     JSON, as bytes
     X.weight, X.SCB                            8 bit: int8 [N, K], float32 [N]; W = weight * SCB / 127
 
-Whether a weight is quantised is told by its tensors: with full-precision ones the config only asks to quantise on load.
-Source: the tensors that bitsandbytes 0.50.2 saves.
+Whether a weight is quantised is told by its tensors: with full-precision ones the config only asks to quantise on load. GPTQModel has other
+names for the same: X.weight_absmax, …, X.weight_quant_state without the kind, which the JSON tells, and X.weight_scb.
+Source: the tensors that bitsandbytes 0.50.2 saves; of the other names, GPTQModel 7.7.0, nn_modules/qlinear/bitsandbytes.py.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,22 +34,59 @@ from qkernels.io.weights import Add, Value, assemble, kept, single
 log = logging.getLogger("qkernels")
 
 _INT8 = Int(8, 128)
+_OF_GPTQMODEL = {f"weight_{side}": f"weight.{side}" for side in four_bits.SIDES if "." not in side} | {"weight_scb": "SCB"}
 
 
 def read(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Iterator[tuple[str, QuantTensor | Tensor]]:
     """Go through a checkpoint: 4- and 8-bit weights as QuantTensor, everything else as it is. See `qkernels.io`."""
     _check_settings(settings)
+    tensors = _Renamed(tensors)
     count = 0
     for name, quantised in by_owner(tensors, lambda name: _weight_of(name, tensors)):
         count += quantised
         if not quantised:
-            yield name, _plain(name, tensors)
-        elif f"{name.removesuffix('.weight')}.SCB" in tensors:
-            yield name, _read_int8(name, tensors)
-        else:
-            yield name, four_bits.read_weight(name, tensors)
+            yield name, dense(name, tensors[name])
+            continue
+        is_int8 = f"{name.removesuffix('.weight')}.SCB" in tensors
+        q = _read_int8(name, tensors) if is_int8 else four_bits.read_weight(name, tensors)
+        yield name, replace(q, origin={**q.origin, "names": "GPTQModel"}) if name in tensors.of_gptqmodel else q
     if not count:
         log.warning("no weight of this bitsandbytes checkpoint is quantised: its config asks to quantise on load, which is not done")
+
+
+class _Renamed(Mapping[str, Tensor]):
+    """Tensors by the names of bitsandbytes, whatever names they have; `of_gptqmodel` are the weights whose names were GPTQModel's."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors, self._stored = tensors, dict[str, str]()
+        self.of_gptqmodel: set[str] = set()
+        for name in tensors:
+            module, _, leaf = name.rpartition(".")
+            known = name
+            if leaf == "weight_quant_state":
+                known = f"{module}.weight.{four_bits.STATE}{four_bits.kind(name, tensors[name])}"
+            elif leaf in _OF_GPTQMODEL:
+                known = f"{module}.{_OF_GPTQMODEL[leaf]}"
+            if known != name:
+                self.of_gptqmodel.add(f"{module}.weight")
+            if self._stored.setdefault(known, name) != name:
+                raise CheckpointError(f"{self._stored[known]} and {name} are the same tensor of {module}.weight")
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[self._stored[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+
+def _name_of_gptqmodel(name: str) -> str:
+    if f".weight.{four_bits.STATE}" in name:
+        return f"{name.partition(f'.weight.{four_bits.STATE}')[0]}.weight_quant_state"
+    ours = next((ours for ours, leaf in _OF_GPTQMODEL.items() if name.endswith(f".{leaf}")), None)
+    return name if ours is None else f"{name.removesuffix(_OF_GPTQMODEL[ours])}{ours}"
 
 
 def _check_settings(values: Mapping[str, Any]) -> None:
@@ -60,6 +99,17 @@ def _check_settings(values: Mapping[str, Any]) -> None:
     # what each tensor says of itself, and how bitsandbytes computes
     settings.ignore("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_quant_storage", "bnb_4bit_compute_dtype")
     settings.ignore("llm_int8_threshold", "llm_int8_skip_modules", "llm_int8_has_fp16_weight", "llm_int8_enable_fp32_cpu_offload")
+    # GPTQModel's; what its tensors say of themselves again
+    settings.take("method", of=str, default="bitsandbytes", choices=("bitsandbytes",))
+    for name in ("format", "checkpoint_format"):
+        settings.take(name, of=str, default="bitsandbytes", choices=("bitsandbytes", "nf4", "fp4", "int8"))
+    settings.take("bits", of=int, default=4, choices=(4, 8))
+    settings.take("group_size", of=int, default=-1, choices=(-1,))
+    settings.take("desc_act", of=bool, default=False, choices=(False,))
+    settings.take("sym", of=bool, default=True, choices=(True,))
+    if rotation := settings.take("rotation", of=str, default=None):
+        raise UnsupportedError(f"quantization_config: rotation is {rotation!r}; weights that are multiplied by rotations are not read")
+    settings.ignore("block_size", "compress_statistics", "dynamic", "lm_head", "activation", "pack_dtype", "meta")
     settings.done()
 
 
@@ -75,12 +125,6 @@ def _weight_of(name: str, tensors: Mapping[str, Tensor]) -> str | None:
         return weight
     quantised = any(f"{name}.{side}" in tensors for side in four_bits.SIDES) or (leaf == "weight" and f"{module}.SCB" in tensors)
     return name if quantised else None
-
-
-def _plain(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
-    if any(f"{name}_{leaf}" in tensors for leaf in ("quant_state", "scb")) or name.endswith(("_quant_state", "_scb")):
-        raise UnsupportedError(f"{name}: GPTQModel's names of bitsandbytes tensors are not read; those that bitsandbytes itself saves are")
-    return dense(name, tensors[name])
 
 
 def _read_int8(name: str, tensors: Mapping[str, Tensor]) -> QuantTensor:
@@ -110,7 +154,9 @@ def write(items: Iterable[tuple[str, Value]], settings: Mapping[str, Any] | None
             add(name, value)
             skipped += [name.removesuffix(".weight")] if value.dim() == 2 and name.endswith(".weight") else []
         else:
-            kinds.setdefault(_write_weight(name, single(name, value, "bitsandbytes"), add), name)
+            q = single(name, value, "bitsandbytes")
+            theirs = kept(q, four_bits.LAYOUT).get("names") == "GPTQModel"
+            kinds.setdefault(_write_weight(name, q, (lambda n, t: add(_name_of_gptqmodel(n), t)) if theirs else add), name)
     if "int8" in kinds and len(kinds) > 1:
         raise UnsupportedError(f"bitsandbytes loads 4 or 8 bits in one model, not both: {', '.join(kinds.values())}")
     return _made_settings(kinds, skipped) if settings is None else settings

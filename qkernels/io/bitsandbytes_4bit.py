@@ -56,6 +56,13 @@ def read_weight(name: str, tensors: Mapping[str, Tensor]) -> QuantTensor:
     return assemble(name, state.book, (state.n, state.k), (1, group), codes, scales, origin=origin)
 
 
+def kind(name: str, state: Tensor) -> str:
+    """ "nf4" or "fp4": what the JSON of a weight says, where the name of its tensor does not."""
+    said = Settings(checked.json_object(checked.text(name, checked.fitting(name, state, (torch.uint8,)), checked.MOST_JSON), name), name)
+    found: str = said.take("quant_type", of=str, choices=tuple(BOOKS))
+    return found
+
+
 def _codes(packed: Tensor, n: int, k: int) -> tuple[Tensor, Tensor]:
     """Codes that follow each other as rows, and the last nibble where their number is odd."""
     if k % 2 == 0:

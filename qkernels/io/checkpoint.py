@@ -12,10 +12,11 @@ from typing import Any
 from torch import Tensor
 
 from qkernels import formats
-from qkernels.errors import CheckpointError, FormatError
+from qkernels.errors import CheckpointError, FormatError, UnsupportedError
 from qkernels.formats import QuantTensor
 from qkernels.io import directory, native, shards
 from qkernels.io.detect import CheckpointInfo, detect
+from qkernels.io.modules import PRE_QUANT_SCALE
 from qkernels.io.weights import Value, single
 
 _LEAVES = {"codes": "weight", "scales": "scales", "zeros": "zeros", "tensor_scale": "tensor_scale", "perm": "perm"}  # of native
@@ -79,14 +80,23 @@ def write(
     if layout not in LAYOUTS:
         near = difflib.get_close_matches(str(layout), LAYOUTS, n=1, cutoff=0.0)[0]
         raise FormatError(f"unknown layout {layout!r}; {', '.join(LAYOUTS)} can be written; nearest: {near}")
+    if layout == "qkernels":
+        _write_native(items, path, shard_bytes)
+        return
+    items = _without_scaled_inputs(items, layout)
     if layout == "gguf":
         _reader("gguf").write(items, Path(path), settings, config)
-    elif layout == "qkernels":
-        _write_native(items, path, shard_bytes)
     else:
         with directory.Writer(path, shard_bytes) as writer:
             stated = _reader(layout).write(items, settings, writer.add)
             writer.config = {**(config or {}), "quantization_config": stated}
+
+
+def _without_scaled_inputs(items: Iterable[tuple[str, Value]], layout: str) -> Iterator[tuple[str, Value]]:
+    for name, value in items:
+        if name.endswith(f".{PRE_QUANT_SCALE}"):
+            raise UnsupportedError(f"{name} multiplies the input of its layer, which no loader of {layout} would do; qkernels holds it")
+        yield name, value
 
 
 def try_write(items: Iterable[tuple[str, Value]], layout: str, settings: Mapping[str, Any] | None = None) -> None:

@@ -6,7 +6,7 @@ import difflib
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import Tensor
 from qkernels import formats, reference
 from qkernels.errors import CheckpointError, FormatError, UnsupportedError
 from qkernels.formats import Int, QuantFormat, QuantStack, QuantTensor
-from qkernels.io import checkpoint, directory, gguf_file, gguf_model, gguf_tokenizer
+from qkernels.io import checkpoint, directory, gguf_config, gguf_file, gguf_model, gguf_tokenizer
 from qkernels.io.detect import CheckpointInfo, detect
 from qkernels.io.forms import code_bits, dense, few_rows, forms, has_minima
 from qkernels.io.gptq_family import stays_dense
@@ -99,13 +99,14 @@ class _Conversion:
         self._companions(config)
         return self.report
 
-    def items(self) -> Iterator[tuple[str, Value]]:
+    def items(self) -> Iterable[tuple[str, Value]]:
         """What is read, under the names and in the order of rows that the target has."""
-        source: Iterator[tuple[str, Value]] = checkpoint.read(self.info)
-        if self.layout == "gguf" and self.info.layout != "gguf":
-            assert self.settings is not None
-            return gguf_model.items(source, self.settings, self.info.config)
-        return gguf_model.to_hf(source, self.info.settings) if self.info.layout == "gguf" and self.layout != "gguf" else source
+        if self.info.layout == "gguf":
+            return checkpoint.read(self.info) if self.layout == "gguf" else gguf_model.to_hf(self.info)
+        if self.layout != "gguf":
+            return checkpoint.read(self.info)
+        assert self.settings is not None
+        return gguf_model.items(checkpoint.read(self.info), self.settings, self.info.config)
 
     # -- the look ----------------------------------------------------------------------------------------------------------------------
 
@@ -201,7 +202,7 @@ class _Conversion:
             return None
         assert self.settings is not None
         layers = self.settings.get(f"{self.settings.get('general.architecture')}.block_count", 0)
-        tied = bool(self.info.config.get("tie_word_embeddings")) if self.info.layout != "gguf" else not self._has_output()
+        tied = gguf_config.is_tied(self.info.config) if self.info.layout != "gguf" else not self._has_output()
         return gguf_model.type_of(self.variant, name, value.shape[-1], layers, tied)
 
     def _has_output(self) -> bool:
@@ -210,14 +211,13 @@ class _Conversion:
     # -- what is stated ----------------------------------------------------------------------------------------------------------------
 
     def _key_values(self) -> Mapping[str, Any]:
+        stated = gguf_file.KeyValues(self.info.settings)
         if self.info.layout != "gguf":
-            made = gguf_model.key_values(self.info.config, self.variant)
+            made = gguf_config.key_values(self.info.config)
             tokenizer = gguf_tokenizer.key_values(self.info.path, self.info.config)
-            return gguf_model.KeyValues({**made, **tokenizer}, {**made.types, **tokenizer.types})
-        if not self.variant:
-            return self.info.settings
-        stated = gguf_model.KeyValues(self.info.settings)
-        stated["general.file_type"] = gguf_model.MIXES[self.variant][2]
+            stated = gguf_file.KeyValues({**made, **tokenizer}, {**made.types, **tokenizer.types})
+        if self.variant:
+            stated["general.file_type"] = gguf_model.MIXES[self.variant][2]
         return stated
 
     def _settings(self, group: int | None = None) -> Mapping[str, Any] | None:

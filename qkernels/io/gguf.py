@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -95,6 +95,16 @@ def read(info: CheckpointInfo) -> Iterator[tuple[str, Value]]:
     if unread:
         reasons = {reason: f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}" for reason, names in unread.items()}
         raise UnsupportedError(f"{info.path}: not every tensor could be read", reasons)
+
+
+def some(info: CheckpointInfo, names: Container[str]) -> dict[str, Value]:
+    """Read those of these tensors that are there and can be read, and no other."""
+    found = dict[str, Value]()
+    for path in info.files:
+        header, data = gguf_file.parse(path), _Map(path)
+        wanted = (t for t in header.tensors if t.name in names and not _why_not(t, header.big_endian))
+        found |= {t.name: _value(t, data, header.big_endian) for t in wanted}
+    return found
 
 
 def _why_not(t: TensorInfo, big_endian: bool) -> str | None:

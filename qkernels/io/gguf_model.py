@@ -1,9 +1,9 @@
-"""Hugging Face models as GGUF files have them: names, order of rows, stacked experts, hyper-parameters; llama.cpp's mixes of types."""
+"""Hugging Face models as GGUF files have them: names, order of rows, norms, stacked experts; llama.cpp's mixes of types."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,8 +12,11 @@ from torch import Tensor
 from qkernels import formats
 from qkernels.errors import CheckpointError, FormatError, UnsupportedError
 from qkernels.formats import QuantFormat, QuantStack, QuantTensor
-from qkernels.io import gguf_names
-from qkernels.io.gguf_file import KeyValues
+from qkernels.formats.ggml import TYPES
+from qkernels.io import gguf, gguf_file, gguf_names
+from qkernels.io.detect import CheckpointInfo
+from qkernels.io.forms import forms
+from qkernels.io.gguf_config import derived
 
 Value = QuantTensor | QuantStack | Tensor
 # mix -> (the type of most tensors, the one of those that matter most, llama.cpp's number of the mix)
@@ -27,91 +30,24 @@ MIXES = {
     "Q5_K_M": ("q5_k", "q6_k", 17),
     "Q6_K": ("q6_k", "q6_k", 18),
 }
+_NVFP4 = 40  # ggml's id
 _NARROWER = {"q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}  # where K is no multiple of 256
-# keys of a GGUF file, behind the architecture -> config.json's; those that all models have, and those of experts
-REQUIRED = {
-    "block_count": "num_hidden_layers",
-    "context_length": "max_position_embeddings",
-    "embedding_length": "hidden_size",
-    "feed_forward_length": "intermediate_size",
-    "attention.head_count": "num_attention_heads",
-}
-EXPERTS = {
-    "expert_count": "num_experts",  # num_local_experts of Mixtral
-    "expert_used_count": "num_experts_per_tok",
-    "expert_feed_forward_length": "moe_intermediate_size",
-}
-_KEYS = {
-    **REQUIRED,
-    "attention.head_count_kv": "num_key_value_heads",
-    "attention.key_length": "head_dim",
-    "attention.value_length": "head_dim",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
-    "attention.sliding_window": "sliding_window",
-    "rope.freq_base": "rope_theta",
-    "vocab_size": "vocab_size",
-    **EXPERTS,
-}
-_WRITTEN = ("llama", "qwen2", "qwen3", "qwen3moe")  # of which these keys say all that llama.cpp asks for
-_FLOATS = ("attention.layer_norm_rms_epsilon", "rope.freq_base")
-
-
-def key_values(config: Mapping[str, Any], mix: str) -> KeyValues:
-    """Architecture and hyper-parameters of config.json, as llama.cpp calls them.
-
-    Raises UnsupportedError for a model whose names are not known, CheckpointError for a config.json that lacks what all models have.
-    """
-    kind = config.get("model_type")
-    arch = gguf_names.ARCHITECTURES.get(str(kind))
-    if arch not in _WRITTEN:
-        known = ", ".join(name for name, arch in gguf_names.ARCHITECTURES.items() if arch in _WRITTEN)
-        raise UnsupportedError(f"model_type {kind!r}: a GGUF file of such a model is not written; those of {known} are")
-    if (scaling := _rope(config).get("rope_type", "default")) not in ("default", "llama3"):
-        raise UnsupportedError(f"rope_type {scaling!r}: a GGUF file of such a model is not written; 'default' and 'llama3' are")
-    stated = {**config, "num_experts": config.get("num_local_experts", config.get("num_experts"))}
-    found = KeyValues({"general.architecture": arch, "general.quantization_version": 2})
-    if mix:
-        found["general.file_type"] = MIXES[mix][2]
-    for key, name in _KEYS.items():
-        value = stated.get(name, _rope(config).get(name))
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            found[f"{arch}.{key}"] = float(value) if key in _FLOATS else value
-    if missing := [name for key, name in REQUIRED.items() if f"{arch}.{key}" not in found]:
-        raise CheckpointError(f"config.json has no number {', '.join(missing)}")
-    return found
-
-
-def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What is said of the rotary embedding, under the key of today or of before."""
-    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    return {**found, "rope_type": found.get("rope_type", found.get("type", "default"))}
-
-
-def rope_factors(config: Mapping[str, Any]) -> Tensor | None:
-    """What llama.cpp divides the frequencies of Llama 3.1 by, [head / 2] float32; None where it needs nothing. Source: transformers."""
-    rope = _rope(config)
-    if rope["rope_type"] != "llama3":
-        return None
-    size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    base = rope.get("rope_theta", config.get("rope_theta", 10000.0))
-    turns = rope["original_max_position_embeddings"] / (2 * math.pi) * base ** -(torch.arange(0, size, 2).double() / size)
-    low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
-    smooth = ((turns - low) / (high - low)).clamp(0, 1)  # 0: slow, divided by all of the factor
-    return (1 / ((1 - smooth) / factor + smooth)).float()
 
 
 def items(source: Iterable[tuple[str, Value]], settings: Mapping[str, Any], config: Mapping[str, Any]) -> Iterator[tuple[str, Value]]:
     """Rename a model's tensors, reorder the rows of q and k, add what norms lack, and stack experts, held until all of a tensor are there.
 
     settings   of `key_values`, which were made of config
+    Gemma's head is left out where a checkpoint has it: it is tied, and llama.cpp knows no other.
     """
-    if (factors := rope_factors(config)) is not None:
-        yield "rope_freqs.weight", factors
+    yield from derived(config).items()
     arch = settings["general.architecture"]
     count = settings.get(f"{arch}.expert_count", 0)
     gathered: dict[str, dict[int, Value]] = {}
     for hf_name, value in source:
         name, expert = gguf_names.to_gguf(arch, hf_name)
+        if name == "output.weight" and arch in ("gemma2", "gemma3"):
+            continue
         value = _as_stored(arch, name, value, settings)
         if expert is None:
             yield name, value
@@ -130,8 +66,25 @@ def _as_stored(arch: str, name: str, value: Value, settings: Mapping[str, Any]) 
     heads = gguf_names.rotated_heads(arch, name, settings)
     if heads is not None:
         value = _take_rows(name, value, gguf_names.rows_to_gguf(value.shape[0], heads))
-    if isinstance(value, Tensor) and value.dim() == 1:
-        value = value.float() + gguf_names.norm_offset(arch, name)  # llama.cpp wants its norms and biases in fp32
+    if ".ffn_gate_inp_shexp." in name:
+        value = value[0] if isinstance(value, Tensor) else replace(value, origin={"axes": 1})  # type: ignore[arg-type]  # no stack
+    if isinstance(value, Tensor) and (value.dim() == 1 or ".ffn_gate_inp." in name):
+        value = value.float() + gguf_names.norm_offset(arch, name)  # llama.cpp wants its norms, biases and routers in fp32
+    return value
+
+
+def as_in_hf(arch: str, name: str, value: Value, settings: Mapping[str, Any]) -> Value:
+    """Undo what llama.cpp's converters do to a weight.
+
+    Raises CheckpointError where the key-values do not say of how many heads the rows of q and k are, or it cannot be so many.
+    """
+    if (heads := gguf_names.rotated_heads(arch, name, settings)) is not None:
+        return _take_rows(name, value, gguf_names.rows_to_hf(value.shape[0], heads))
+    if isinstance(value, Tensor):
+        if offset := gguf_names.norm_offset(arch, name):
+            return value.float() - offset
+        if ".ffn_gate_inp_shexp." in name:
+            return value.reshape(1, -1)  # of one output
     return value
 
 
@@ -152,18 +105,53 @@ def _stacked(name: str, experts: list[Value]) -> Value:
     return QuantStack.of([e for e in experts if isinstance(e, QuantTensor)])
 
 
-def to_hf(source: Iterator[tuple[str, Value]], settings: Mapping[str, Any]) -> Iterator[tuple[str, Value]]:
+def with_scales(info: CheckpointInfo) -> Iterator[tuple[str, Value]]:
+    """The tensors of a file, its NVFP4 weights with the scale that "<name>.scale" has for each, or for each expert of it, as their own.
+
+    "<name>.input_scale", which is for activations, is left out. Raises UnsupportedError for a scale but 1 beside a weight of another type,
+    CheckpointError for one that is no float32 for each weight.
+    """
+    names = {t.name for path in info.files for t in gguf_file.parse(path).tensors}
+    owners = {f"{stem}.scale": f"{stem}.weight" for name in names if (stem := name.removesuffix(".scale")) != name}
+    scales = {owners[name]: value for name, value in gguf.some(info, owners).items()}
+    if alone := sorted(set(owners.values()) - names):
+        raise CheckpointError(f"{info.path} has {alone[0].removesuffix('weight')}scale, and no {alone[0]}")
+    for name, value in gguf.read(info):
+        if name in scales:
+            yield name, _scaled(name, value, scales[name])
+        elif name not in owners and not name.endswith(".input_scale"):
+            yield name, value
+
+
+def _scaled(name: str, value: Value, scale: Value) -> Value:
+    own = f"{name.removesuffix('weight')}scale"
+    count = len(value) if isinstance(value, QuantStack) else 1
+    if not isinstance(scale, Tensor) or scale.dtype != torch.float32 or tuple(scale.shape) != (count,):
+        raise CheckpointError(f"{own} is {list(scale.shape)}; {count} numbers of float32 are needed, one for each weight")
+    if bool((scale == 1).all()):
+        return value
+    if isinstance(value, Tensor) or value.format != TYPES[_NVFP4]:
+        kind = value.dtype if isinstance(value, Tensor) else value.format.name
+        raise UnsupportedError(f"{own} is a scale beside a weight of {kind}; it is held of {TYPES[_NVFP4].name} alone")
+    if isinstance(value, QuantStack):
+        return QuantStack.of([_of_scale(value[e], scale[e : e + 1]) for e in range(count)])
+    return _of_scale(value, scale)
+
+
+def _of_scale(q: QuantTensor, scale: Tensor) -> QuantTensor:
+    """The same codes and scales of groups, not in blocks, and the scale of all."""
+    _, grouped, *_ = forms(q)
+    return replace(grouped, format=replace(grouped.format, tensor_scale=True, name=""), tensor_scale=scale.clone())
+
+
+def to_hf(info: CheckpointInfo) -> Iterator[tuple[str, Value]]:
     """A GGUF file's tensors under the names of Hugging Face, q and k in the order of its rows, norms without what was added."""
-    arch = str(settings.get("general.architecture"))
-    for name, value in source:
+    arch, settings = str(info.settings.get("general.architecture")), info.settings
+    for name, value in with_scales(info):
         hf = gguf_names.to_hf(arch, name)
         if hf is None:
             continue
-        heads = gguf_names.rotated_heads(arch, name, settings)
-        if heads is not None:
-            value = _take_rows(name, value, gguf_names.rows_to_hf(value.shape[0], heads))
-        if isinstance(value, Tensor) and (offset := gguf_names.norm_offset(arch, name)):
-            value = value.float() - offset
+        value = as_in_hf(arch, name, value, settings)
         if "*" in hf and not isinstance(value, QuantTensor):
             yield from ((hf.replace("*", str(e)), value[e]) for e in range(value.shape[0]))
         else:
@@ -183,6 +171,8 @@ def type_of(mix: str, name: str, k: int, layers: int, tied: bool) -> QuantFormat
     most, best, _ = MIXES[mix]
     if stem == "output" or (stem == "token_embd" and tied):
         most = "q8_0" if most == "q8_0" else "q6_k"
+    elif stem == "attn_qkv":
+        most = {"Q4_K_M": "q5_k", "Q5_K_M": "q6_k"}.get(mix, most)
     elif stem in ("attn_v", "ffn_down", "ffn_down_exps"):
         i = int(name.split(".")[1])
         if i < layers // 8 or i >= 7 * layers // 8 or (i - layers // 8) % 3 == 2:

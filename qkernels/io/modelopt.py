@@ -7,8 +7,8 @@
     MXFP8                        weight_scale [N, K / 32] uint8: exponents
     MIXED_PRECISION              one of these for each module of `quantized_layers`
 
-Scales of activations and caches (modules.ACTIVATION_LEAVES) come as plain tensors. A `pre_quant_scale` multiplies the input of its
-layer, which no canonical weight says: UnsupportedError. Source: vLLM 0.32 and ModelOpt's export.
+Scales of activations and caches (modules.ACTIVATION_LEAVES) come as plain tensors, and so does a `pre_quant_scale` [K], which the input of
+its layer has to be multiplied by: no canonical weight says that. Source: vLLM 0.32 and ModelOpt's export.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from torch import Tensor
 from qkernels.errors import CheckpointError, UnsupportedError
 from qkernels.formats import QuantStack, QuantTensor
 from qkernels.io import floats
-from qkernels.io.modules import Module, walk
+from qkernels.io.modules import PRE_QUANT_SCALE, Module, walk
 from qkernels.io.settings import Settings
 from qkernels.io.weights import Value
 
-MARKS = ("weight_scale", "weight_scale_2", "pre_quant_scale")
+MARKS = ("weight_scale", "weight_scale_2", PRE_QUANT_SCALE)
 LEAVES = ("weight", *MARKS)
 BLOCK = [128, 128]
 _FP4 = ("NVFP4", "W4A16_NVFP4", "NVFP4_AWQ")
@@ -49,13 +49,14 @@ def read(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Iterator
             raise CheckpointError(f"{name} has a scale, and exclude_modules says that it is not quantised")
         if layers is not None and found.name not in layers:
             raise CheckpointError(f"{name} has a scale, and quantized_layers does not list it")
-        yield name, _weight(found, algorithm if layers is None else layers[found.name])
+        value = _weight(found, algorithm if layers is None else layers[found.name])
+        yield name, value
+        if (scale := found.find(PRE_QUANT_SCALE, torch.float32, torch.float16, torch.bfloat16, shape=(value.shape[-1],))) is not None:
+            yield found.full(PRE_QUANT_SCALE), scale
         found.done()
 
 
 def _weight(module: Module, algorithm: str) -> QuantTensor | QuantStack:
-    if module.find("pre_quant_scale", torch.float32, torch.float16, torch.bfloat16) is not None:
-        raise UnsupportedError(f"{module.full('pre_quant_scale')} multiplies the input of its layer; such layers are not read")
     name, scale = module.full("weight"), module.full("weight_scale")
     if algorithm in _FP4:
         scales = module.take("weight_scale", torch.float8_e4m3fn)

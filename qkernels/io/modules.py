@@ -15,6 +15,7 @@ ACTIVATION_LEAVES = frozenset(
     [f"{of}_{what}" for of in ("input", "output", "q", "k", "v") for what in ("scale", "zero_point", "global_scale")]
     + ["activation_scale", "activation_scale_ub", "input_scale_ub", "kv_scale", "qscale_act"]
 )
+PRE_QUANT_SCALE = "pre_quant_scale"  # last part of a name: [K], by which the input of a layer has to be multiplied, ModelOpt's
 
 
 class Module:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from qkernels import formats, reference
 from qkernels.formats import QuantFormat, QuantTensor
+from qkernels.formats.rows import take
 from qkernels.kernels.registry import Kernel, Problem, register
 
 
@@ -95,5 +96,6 @@ KERNEL = register(
         run=run,
         packed_type=Packed,
         dequantize=dequantize,
+        rows=lambda packed, index: take(restore(packed), index),
     )
 )

@@ -66,6 +66,7 @@ class Kernel:
     run       (x [..., K], packed, bias [N] or None) -> [..., N]
     bind      optional, for `matmul`: what is known of a format and shape [N, K] is worked out beforehand
     dequantize  optional: packed -> [N, K] float32
+    rows      optional: (packed, [R] int64) -> these rows, canonical, of a format whose rows have scales of their own
     backward  optional: (gradient of the result [..., N], packed) -> that of x [..., K]; without it, `dequantize` and a matmul
     batch_invariant   whether a row of the result has the same bits whatever other rows there are
     """
@@ -81,6 +82,7 @@ class Kernel:
     run: Callable[[Tensor, Packed, Tensor | None], Tensor]
     packed_type: type
     dequantize: Callable[[Packed], Tensor] | None = None
+    rows: Callable[[Packed, Tensor], QuantTensor] | None = None
     backward: Callable[[Tensor, Packed], Tensor] | None = None
     bind: Callable[[QuantFormat, tuple[int, int]], Matmul] | None = None
     batch_invariant: bool = False

@@ -71,25 +71,80 @@ def prepare(q: QuantTensor) -> Packed:
 
 def restore(packed: Packed) -> QuantTensor:
     """Invert `prepare`, bit for bit."""
-    (n, k), bits = packed.shape, packed.format.bits
-    if _is_kept(packed.format):
-        return QuantTensor(packed.format, packed.shape, packed.weight.clone().view(n, -1), perm=packed.perm)
-    assert packed.scales is not None
+    (n, k), format = packed.shape, packed.format
+    if _is_kept(format):
+        return QuantTensor(format, packed.shape, packed.weight.clone().view(n, -1), perm=packed.perm)
     panels = -(-n // PANEL)
-    weight = _panels(packed.weight.view(panels, -1, PANEL * bits))
-    if bits == 4:
-        bytes_ = weight.unflatten(2, (PANEL, 4))
-        tiles = torch.stack([bytes_ & 15, bytes_ >> 4], 2)
-    else:
-        tiles = unpack(weight.unflatten(2, (2, 8 * bits)), bits, 64).unflatten(-1, (PANEL, 4))
+    tiles = _codes(_panels(packed.weight.view(panels, -1, PANEL * format.bits)), format.bits)
     codes = tiles.permute(0, 3, 1, 2, 4).reshape(panels * PANEL, -1)[:n]
-    codes = _crop_groups(codes, packed.format, n, k)
-    scales = _canonical_rows(packed.scales, packed.format, n, k, _scale_lanes(packed.format, n, k))
-    zeros = None if packed.zeros is None else _canonical_rows(packed.zeros, packed.format, n, k, PANEL)
-    if packed.format.block is not None:
-        return QuantTensor(packed.format, packed.shape, _joined(packed, codes, scales, zeros), perm=packed.perm)
-    scales = scales.view(SCALE_DTYPES[packed.format.scale])
-    return QuantTensor(packed.format, packed.shape, pack(codes, bits), scales, zeros, packed.tensor_scale, packed.perm)
+    numbers = (None if t is None else _canonical_rows(t, format, n, k, lanes) for t, lanes in _numbers(packed))
+    return _canonical(packed, codes, *numbers)
+
+
+def rows(packed: Packed, index: Tensor) -> QuantTensor:
+    """Take rows out, canonical: `take(restore(packed), index)` of a format whose rows have scales of their own, without the other panels.
+
+    index   [R] int64, below N
+    """
+    if _is_kept(packed.format):
+        return QuantTensor(packed.format, (len(index), packed.shape[1]), packed.weight.view(packed.shape[0], -1)[index], perm=packed.perm)
+    bits, panels, panel, lane = packed.format.bits, -(-packed.shape[0] // PANEL), index // PANEL, index % PANEL
+    # What is taken is as little as begins at a byte: a row of 4 bits in a tile, of others two rows of half a tile.
+    units, unit = ((1, PANEL, 4), lane) if bits == 4 else ((2, PANEL // 2, bits), lane // 2)
+    taken = _units(packed.weight.view(panels, -1, PANEL * bits), units, panel, unit)
+    if bits == 4:
+        codes = torch.cat([taken & 15, taken >> 4], 2)
+    else:
+        codes = unpack(taken, bits, 8).unflatten(-1, (2, 4))[torch.arange(len(index), device=index.device), :, :, lane % 2]
+    numbers = (None if t is None else _lanes(t, panels, panel, lane) for t, _ in _numbers(packed))
+    return _canonical(packed, codes.flatten(1), *numbers)
+
+
+def _lanes(t: Tensor, panels: int, panel: Tensor, lane: Tensor) -> Tensor:
+    """Scales or zeros [R, G] of rows."""
+    raw = t.view(_BYTES[t.element_size()]).view(panels, -1, PANEL)
+    return _units(raw, (1, PANEL, 1), panel, lane).flatten(1).view(t.dtype)
+
+
+def _units(strips: Tensor, units: tuple[int, int, int], panel: Tensor, unit: Tensor) -> Tensor:
+    """Parts of panels that lie as `_strips` lays them [panels, tiles or groups, elements of one], one a panel: [R, tiles, a, c].
+
+    units   [a, b, c] = elements of one; unit [R] says which of b
+    """
+    whole = strips.shape[0] // STRIP * STRIP
+    if whole == strips.shape[0]:
+        return _in_strips(strips).unflatten(-1, units)[panel // STRIP, :, panel % STRIP, :, unit]
+    alone = strips.unflatten(-1, units)[panel, :, :, unit]
+    within = panel < whole
+    if bool(within.any()):
+        alone[within] = _units(strips[:whole], units, panel[within], unit[within])
+    return alone
+
+
+def _codes(panels: Tensor, bits: int) -> Tensor:
+    """Codes of tiles: [panels, tiles, bytes of one] -> [panels, tiles, 2, 16, 4]."""
+    if bits == 4:
+        bytes_ = panels.unflatten(2, (PANEL, 4))
+        return torch.stack([bytes_ & 15, bytes_ >> 4], 2)
+    return unpack(panels.unflatten(2, (2, 8 * bits)), bits, 64).unflatten(-1, (PANEL, 4))
+
+
+def _numbers(packed: Packed) -> tuple[tuple[Tensor | None, int], ...]:
+    """Scales, zeros and the scales of scales, where panels have them; and how many there are of a group in a panel."""
+    outer = packed.tensor_scale if packed.format.block is not None else None
+    return (packed.scales, _scale_lanes(packed.format, *packed.shape)), (packed.zeros, PANEL), (outer, PANEL)
+
+
+def _canonical(packed: Packed, codes: Tensor, scales: Tensor | None, zeros: Tensor | None, outer: Tensor | None) -> QuantTensor:
+    """The weight of these codes [R, padded K] and numbers [R, G]."""
+    (n, k), format = packed.shape, packed.format
+    assert scales is not None
+    codes = _crop_groups(codes, format, n, k)
+    shape = len(codes), k
+    if format.block is not None:
+        return QuantTensor(format, shape, _joined(format, codes, scales, zeros, outer), perm=packed.perm)
+    scales = scales.view(SCALE_DTYPES[format.scale])
+    return QuantTensor(format, shape, pack(codes, format.bits), scales, zeros, packed.tensor_scale, packed.perm)
 
 
 def _apart(q: QuantTensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -106,17 +161,16 @@ def _apart(q: QuantTensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None
     return parts.codes.flatten(1), scales, zeros, outer
 
 
-def _joined(packed: Packed, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
+def _joined(format: QuantFormat, codes: Tensor, scales: Tensor, zeros: Tensor | None, outer: Tensor | None) -> Tensor:
     """Raw blocks [N, bytes] from codes [N, K] and the numbers of the groups [N, G]."""
-    block, alike = packed.format.block, _parts(packed.format)
+    block, alike = format.block, _parts(format)
     assert block is not None and block.join is not None
-    blocks = packed.shape[1] // block.elements, -1
+    blocks = codes.shape[1] // block.elements, -1
     codes, scales = codes.unflatten(1, blocks), scales.unflatten(1, blocks)
     zeros = None if zeros is None else zeros.unflatten(1, blocks)
-    if packed.tensor_scale is None:
+    if outer is None:
         return block.join(Parts(codes, scales.view(alike.d.dtype), m=zeros)).flatten(1)
-    outer = _canonical_rows(packed.tensor_scale, packed.format, *packed.shape, PANEL).unflatten(1, blocks)
-    d, *m = outer.split(1, -1)
+    d, *m = outer.unflatten(1, blocks).split(1, -1)
     return block.join(Parts(codes, d, scales, m[0] if m else None, zeros)).flatten(1)
 
 

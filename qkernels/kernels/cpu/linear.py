@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qkernels.formats import Int, QuantFormat
 from qkernels.kernels.cpu import layout, library
-from qkernels.kernels.cpu.layout import Packed, prepare, restore
+from qkernels.kernels.cpu.layout import Packed, prepare, restore, rows
 from qkernels.kernels.registry import Kernel, Matmul, Problem, register
 
 # Reading in GB/s, then 10^9 operations a second with int8, fp32 and bf16 activations: what the kernels reached at M = 1 and M = 128 on two
@@ -105,6 +105,7 @@ S8 = register(
         bind=_bind_s8,
         packed_type=Packed,
         dequantize=dequantize,
+        rows=rows,
         batch_invariant=True,
     )
 )
@@ -123,6 +124,7 @@ F32 = register(
         bind=_bind_f32,
         packed_type=Packed,
         dequantize=dequantize,
+        rows=rows,
         batch_invariant=True,
     )
 )

@@ -321,6 +321,7 @@ KERNEL = register(
         cost=_cost,
         prepare=prepare,
         restore=restore,
+        rows=layout.rows,
         run=run,
         bind=bind,
         packed_type=Packed,

@@ -116,6 +116,15 @@ def restore(packed: Packed) -> QuantTensor:
     return QuantTensor(format, packed.shape, pack(codes.contiguous(), format.bits), scales, zeros, packed.tensor_scale, packed.perm)
 
 
+def rows(packed: Packed, index: Tensor) -> QuantTensor:
+    """Take rows [R] out, canonical: `take(restore(packed), index)` of a format whose rows have scales of their own, without the others."""
+    (n, k), weight = packed.shape, packed.weight
+    planes = (plane.reshape(len(weight), n, plane.shape[1] // n) for plane in weight.tensor_split([n * WORDS], 1))
+    zeros = None if packed.zeros is None else packed.zeros[:, index]
+    words = torch.cat([plane[:, index].flatten(1) for plane in planes], 1)
+    return restore(packed._replace(shape=(len(index), k), weight=words, scales=packed.scales[:, index], zeros=zeros))
+
+
 def _words(codes: Tensor, format: QuantFormat) -> Tensor:
     """The codes of every word [tiles, N, 16, 32 / B] -> planes [tiles, N W] int32."""
     (wide, narrow), bits = planes(format.bits), _wide_bits(format)

@@ -65,6 +65,14 @@ def restore(packed: Packed) -> QuantTensor:
     return QuantTensor(format, (n, k), codes, scales.view(n, 1), None if zeros is None else zeros.view(n, 1), tensor_scale, perm)
 
 
+def rows(packed: Packed, index: Tensor) -> QuantTensor:
+    """Take rows [R] out, canonical, without the others."""
+    zeros = None if packed.zeros is None else packed.zeros[index]
+    return restore(
+        packed._replace(shape=(len(index), packed.shape[1]), weight=packed.weight[index], scales=packed.scales[index], zeros=zeros)
+    )
+
+
 # -- tiles ----------------------------------------------------------------------------------------------------------------------------
 
 
@@ -191,6 +199,7 @@ KERNEL = register(
         cost=_cost,
         prepare=prepare,
         restore=restore,
+        rows=rows,
         run=run,
         bind=bind,
         packed_type=Packed,

@@ -107,6 +107,14 @@ def restore(packed: Packed) -> QuantTensor:
     return QuantTensor(format, shape, pack(_codes(packed), 4), scales.t().contiguous(), canonical, None, perm)
 
 
+def rows(packed: Packed, index: Tensor) -> QuantTensor:
+    """Take rows [R] out, canonical, without the others."""
+    zeros = None if packed.zeros is None else packed.zeros[:, index]
+    return restore(
+        packed._replace(shape=(len(index), packed.shape[1]), weight=packed.weight[:, index], scales=packed.scales[:, index], zeros=zeros)
+    )
+
+
 def _codes(packed: Packed) -> Tensor:
     """Codes [N, K] as the format has them."""
     (n, k), weight = packed.shape, packed.weight
@@ -267,6 +275,7 @@ KERNEL = register(
         cost=_cost,
         prepare=prepare,
         restore=restore,
+        rows=rows,
         run=run,
         bind=bind,
         packed_type=Packed,
