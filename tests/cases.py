@@ -1,7 +1,9 @@
 """Quantised weights to test with: random codes over the whole range, scales of both signs, zeros at both ends."""
 
+import dataclasses
 import os
 
+import pytest
 import torch
 
 from qkernels.formats import Int, QuantTensor
@@ -57,6 +59,20 @@ def random_blocks(format, n, k, seed=0, perm=False):
             bad[bad.clone()] = ~_sensible(block.split(fresh[None]).d)[0]
     order = torch.randperm(k, generator=g).to(torch.int32) if perm else None
     return QuantTensor(format, (n, k), raw.flatten(1), perm=order)
+
+
+def whole(format, k):
+    """k, or the next that is a multiple of the format's blocks."""
+    return k if format.block is None else -(-k // format.block.elements) * format.block.elements
+
+
+def with_parts(q, **changed):
+    """A weight of nested blocks with other parts [N, B, ...]; a function changes what is there."""
+    if q.format.block.join is None:
+        pytest.skip("its parts cannot be joined")
+    parts = q.format.block.split(q.codes.unflatten(-1, (-1, q.format.block.nbytes)))
+    changed = {name: new(getattr(parts, name)) if callable(new) else new for name, new in changed.items()}
+    return dataclasses.replace(q, codes=q.format.block.join(parts._replace(**changed)).flatten(1))
 
 
 def plain(formats):

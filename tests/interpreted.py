@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from cases import SWEEP, assert_rows, plain, random_quant
+from cases import SWEEP, assert_rows, random_quant, whole, with_parts
 
 from qkernels import UnsupportedError, formats, reference
 from qkernels.kernels import registry
@@ -19,15 +19,33 @@ from qkernels.testing import assert_matmul_close
 H100 = Device("cuda", sm=90)
 BIASED = ("u4b8_g64_zf_sf16", "u8b128_g64_zf_sf16", "u4b8_g-1_zf_sf16", "u5b16_g64_zf_sbf16")  # float zeros of codes that have a bias
 PLANES = ("int3_g256", "int5_g16", "int6_g-1")  # codes of two planes
+MINIMA = ("u8_g-1_zm_sf32", "u5b3_g64_zm_sbf16", "u4b3_g-1_sf16")  # and a bias that is not in the middle
 MORE = [
     formats.get(n)
-    for n in ("int4_g32", "int4_g-1", "int4_g256", "int8_g32", "u8_g16_zi_sf16", "u4_g64_zi_sbf16", "u2b2_g512_sf32", *BIASED, *PLANES)
-]
-FORMATS = [f for f in (*plain(formats.all_formats()), *MORE) if layout.why_not(registry.Problem(f, 64, 1024, device=H100)) is None]
+    for n in (
+        "int4_g32", "int4_g-1", "int4_g256", "int8_g32", "u8_g16_zi_sf16", "u4_g64_zi_sbf16", "u2b2_g512_sf32", *BIASED, *PLANES, *MINIMA,
+    )
+]  # fmt: skip
+
+
+def held(format):
+    return layout.why_not(registry.Problem(format, 64, 1024, device=H100)) is None
+
+
+ALL = [f for f in (*formats.all_formats(), *MORE) if held(f)]
+NEWER = [f for f in ALL if f.block is not None or f.zero == "min"]
+FORMATS = ALL if SWEEP else [f for f in ALL if f not in NEWER]
+# scale alone, minimum, byte x scale signed and not, with minimum and without; bias, one bit, several float8 a block
+FEW = ("q4_0", "q5_1", "q2_k", "q3_k", "q4_k", "q6_k", "q1_0", "q2_0", "ggml_mxfp4", "ggml_nvfp4", "u4_g32_zm_sf16", "u5b3_g64_zm_sbf16")
 ROWS = (0, 1, 3, 8, 16, 17, 33, 130, 300)
 SHAPES = ((1, 8), (17, 40), (70, 300), (130, 515), (64, 1024))
+BLOCK_SHAPES = ((1, 256), (17, 256), (70, 512), (130, 768), (64, 1024))
 every_format = pytest.mark.parametrize("format", FORMATS, ids=lambda f: f.name)
 some_formats = pytest.mark.parametrize("format", FORMATS if SWEEP else FORMATS[::3], ids=lambda f: f.name)
+
+
+def shapes(format):
+    return SHAPES if format.block is None else BLOCK_SHAPES
 
 
 def able(format, n, k):
@@ -35,14 +53,30 @@ def able(format, n, k):
 
 
 def test_formats():
-    assert {f.bits for f in FORMATS} == {2, 3, 4, 5, 6, 8} and len(FORMATS) >= 40
-    assert {f.zero for f in FORMATS} == {"none", "int", "float"} and {f.scale for f in FORMATS} == {"f32", "f16", "bf16", "e4m3", "e8m0"}
+    assert {f.bits for f in FORMATS} >= {2, 3, 4, 5, 6, 8} and len(FORMATS) >= 40
+    assert {f.zero for f in ALL} == {"none", "int", "float", "min"} and {f.scale for f in FORMATS} == {"f32", "f16", "bf16", "e4m3", "e8m0"}
+    few = [f for f in NEWER if f.name in FEW]
+    kinds = [{(layout.held(f).scale, layout.held(f).zero) for f in some if f.block is not None} for some in (NEWER, few)]
+    assert len(few) == len(FEW) and kinds[0] == kinds[1]
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_blocks_and_minima(name):
+    """A part of what `make sweep` does with them as with all others, which follows."""
+    n, k = 70 if name in ("q3_k", "q4_k") else 17, 512
+    q = random_quant(formats.get(name), n, k, perm=True)
+    packed, weight = f16_gemm.prepare(q), reference.decode(q, torch.float64)
+    assert f16_gemm.restore(packed).equal(q)
+    torch.testing.assert_close(f16_gemm.dequantize(packed), reference.decode(q), rtol=1e-6, atol=0)
+    x, grad, bias = torch.randn(17, k).bfloat16(), torch.randn(3, n).half(), torch.randn(n).bfloat16()
+    assert_matmul_close(f16_gemm.run(x, packed, bias), x, weight, bias)
+    assert_matmul_close(f16_gemm.KERNEL.backward(grad, packed), grad, weight.t())
 
 
 @every_format
 def test_against_fp64(format):
     ran = 0
-    for i, ((n, k), m) in enumerate(itertools.product(SHAPES, ROWS)):
+    for i, ((n, k), m) in enumerate(itertools.product(shapes(format), ROWS)):
         if not able(format, n, k) or (m > 100 and n > 20) or (i + len(format.name)) % (2 if SWEEP else 3):  # slow here: a part of the cases
             continue
         dtype = (torch.bfloat16, torch.float16, torch.float32)[i % 3]
@@ -58,7 +92,7 @@ def test_against_fp64(format):
 
 @every_format
 def test_restore_inverts_prepare(format):
-    for (n, k), perm in itertools.product(SHAPES, (False, True)):
+    for (n, k), perm in itertools.product(shapes(format), (False, True)):
         if able(format, n, k):
             q = random_quant(format, n, k, perm=perm)
             packed = f16_gemm.prepare(q)
@@ -69,30 +103,43 @@ def test_restore_inverts_prepare(format):
 
 @some_formats
 def test_nan_and_inf_stay_in_their_row_and_column(format):
-    q = random_quant(format, 48, 300)
-    if not able(format, 48, 300):
+    k = whole(format, 300)
+    q = random_quant(format, 48, k)
+    if not able(format, 48, k):
         pytest.skip("not at this K")
-    x = torch.randn(20, 300, dtype=torch.float16)
+    x = torch.randn(20, k, dtype=torch.float16)
     x[7, 5] = float("inf")
-    x[9, 299] = float("nan")
+    x[9, k - 1] = float("nan")
     y = f16_gemm.run(x, f16_gemm.prepare(q), None)
     assert not y[7].isfinite().all() and y[9].isnan().all()
     assert y[[i for i in range(20) if i not in (7, 9)]].isfinite().all()
     if format.group[0] != 1:
         return
-    q.scales[3, -1] = torch.nan
-    y = f16_gemm.run(torch.randn(5, 300, dtype=torch.float16), f16_gemm.prepare(q), None)
+
+    def with_nan(scales):
+        scales[3, -1] = torch.nan
+        return scales
+
+    if format.block is None:
+        with_nan(q.scales)
+    else:
+        q = with_parts(q, d=lambda d: with_nan(d.clone()))
+    y = f16_gemm.run(torch.randn(5, k, dtype=torch.float16), f16_gemm.prepare(q), None)
     assert y[:, 3].isnan().all() and int(y.isfinite().sum()) == 5 * 47
 
 
-@pytest.mark.parametrize("name", ["int4", "int4_g32", "hqq4", "nvfp4", "int8", "fp8_block", "int2", "int3", "int5"])
-@pytest.mark.parametrize("sums", [False, True])
+CUT = ("int4", "int4_g32", "hqq4", "nvfp4", "int8", "fp8_block", "int2", "int3", "int5")
+
+
+@pytest.mark.parametrize(("name", "sums"), [*itertools.product(CUT, (False, True)), ("q4_k", False)])
 def test_every_way_of_cutting(name, sums):
     """Tiles, splits (more than there are tiles of K, too), steps: the sums differ by their order alone."""
-    format, n, k = formats.get(name), 70, 400
+    format, n = formats.get(name), 70
+    k = whole(format, 400)
     q = random_quant(format, n, k)
     packed, weight = f16_gemm.prepare(q), reference.decode(q, torch.float64)
-    for m, (block_n, block_m), split, raster, step in ((5, (64, 16), 1, 8, 2), (20, (128, 16), 3, 1, 1), (17, (64, 32), 16, 2, 2)):
+    cases = ((5, (64, 16), 1, 8, 2), (20, (128, 16), 3, 1, 1), (17, (64, 32), 16, 2, 2))
+    for m, (block_n, block_m), split, raster, step in cases[: 1 if format.block and not SWEEP else None]:
         x, out = torch.randn(m, k).to(torch.float16), torch.empty(m, n, dtype=torch.float16)
         tile = Tile(block_n, block_m, 4, split_k=split, sums=sums, raster=raster, step=step)
         f16_gemm.fused(x, Stored(*packed[2:6]), None, format, out, tile)
@@ -102,10 +149,22 @@ def test_every_way_of_cutting(name, sums):
         assert torch.equal(out, again)
 
 
+@pytest.mark.parametrize("name", ["int4_g32", "q6_k", "q4_k", "q2_k", "q5_1", "u5b3_g64_zm_sbf16"])
+def test_weights_are_rounded_once(name, monkeypatch):
+    """In the products' own type, fp16, as on a GPU. Activations are positive: what scales and minima lose shows for all of a group."""
+    import triton.language as tl
+
+    monkeypatch.setattr(f16_gemm, "arithmetic", lambda *args: {"ASM": None, "DTYPE": tl.float16})
+    q, x = random_quant(formats.get(name), 17, 512), torch.rand(17, 512).half()
+    weight, y = reference.decode(q, torch.float64), unrounded(f16_gemm.fused, x, q)
+    lost, of_one = (y - x.double() @ weight.t()).norm(), (x.double() @ (weight.half().double() - weight).t()).norm()
+    assert 0.95 * of_one < lost < 1.05 * of_one
+
+
 @every_format
 def test_gradients_against_fp64(format):
     ran = 0
-    for i, ((n, k), m) in enumerate(itertools.product(SHAPES, (0, 1, 3, 17, 33, 70))):
+    for i, ((n, k), m) in enumerate(itertools.product(shapes(format), (0, 1, 3, 17, 33, 70))):
         if not able(format, n, k) or (m and (i + len(format.name)) % (2 if SWEEP else 4)):
             continue
         dtype = (torch.bfloat16, torch.float16, torch.float32)[i % 3]
@@ -145,8 +204,9 @@ def test_many_rows_of_gradients_go_by_slices(monkeypatch):
 
 @some_formats
 def test_nan_and_inf_stay_in_their_row_of_gradients(format):
-    q = random_quant(format, 70, 300)
-    if not able(format, 70, 300):
+    k = whole(format, 300)
+    q = random_quant(format, 70, k)
+    if not able(format, 70, k):
         pytest.skip("not at this K")
     grad = torch.randn(20, 70, dtype=torch.float16)
     grad[7, 5], grad[9, 69] = float("inf"), float("nan")
@@ -190,7 +250,7 @@ def unrounded(multiply, x, q):
     return out
 
 
-@pytest.mark.parametrize("name", ["int4", "int4_g32", "int4_g-1", "int4_asym", "nf4", "int8", "int2", "fp8_block"])
+@pytest.mark.parametrize("name", ["int4", "int4_g32", "int4_g-1", "int4_asym", "nf4", "int8", "int2", "fp8_block", "q2_k", "q4_k"])
 def test_invariant_tiles(name):
     """One split of K and one place of scales for all m; and they fit every GPU."""
     format = formats.get(name)

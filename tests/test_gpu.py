@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from cases import equal_values, plain, random_quant
+from cases import equal_values, random_quant, whole
 from emulated_cuda import quantize
 from torch import nn
 
@@ -27,9 +27,10 @@ MORE = [
     formats.get(n)
     for n in (
         "int4_g32", "int4_g-1", "int4_g256", "int3_g256", "int8_g32", "u8_g16_zi_sf16", "u4_g64_zi_sbf16", "u4_g-1_zi_sf32",
+        "u5b3_g64_zm_sbf16",
     )
 ]  # fmt: skip
-PAIRS = [pytest.param(k, f, id=f"{k.name}-{f.name}") for k in KERNELS for f in (*plain(formats.all_formats()), *MORE)]
+PAIRS = [pytest.param(k, f, id=f"{k.name}-{f.name}") for k in KERNELS for f in (*formats.all_formats(), *MORE)]
 SHAPES = ((1, 8), (70, 300), (130, 515), (512, 1024), (512, 8192), (4096, 4096))
 ROWS = (0, 1, 3, 16, 17, 33, 64, 100, 130, 257, 600, 2100)
 
@@ -40,7 +41,7 @@ def test_against_fp64(kernel, format):
     for i, ((n, k), m) in enumerate(itertools.product(SHAPES, ROWS)):
         if i % 4 and n < 4096:  # each tile is compiled, and most of them serve all of these shapes
             continue
-        dtype = (torch.bfloat16, torch.float16)[(i + i // 12) % 2]
+        dtype, k = (torch.bfloat16, torch.float16)[(i + i // 12) % 2], whole(format, k)
         if why_not(kernel, Problem(format, n, k, m, dtype, device=here)):
             continue
         q = random_quant(format, n, k, seed=i, perm=i % 5 == 1).to("cuda")
@@ -86,10 +87,11 @@ def test_compute_sanitizer(kernel, tool):
 
 
 @pytest.mark.parametrize("kernel", [k for k in KERNELS if k.batch_invariant], ids=lambda k: k.name)
-@pytest.mark.parametrize("name", ["int4", "int4_g32", "int4_asym", "nf4", "int8", "int8_asym"])
+@pytest.mark.parametrize("name", ["int4", "int4_g32", "int4_asym", "nf4", "int8", "int8_asym", "q4_k", "q6_k"])
 @pytest.mark.parametrize(("n", "k"), [(4096, 4096), (28672, 1024), (512, 8192), (70, 300)])
 def test_rows_do_not_depend_on_the_batch(kernel, name, n, k):
     format = formats.get(name)
+    k = whole(format, k)
     if reason := why_not(kernel, Problem(format, n, k, device=devices.current("cuda"), batch_invariant=True)):
         pytest.skip(reason)
     packed = kernel.prepare(random_quant(format, n, k).to("cuda"))
@@ -103,7 +105,7 @@ def test_rows_do_not_depend_on_the_batch(kernel, name, n, k):
 def test_restore_and_dequantize(kernel, format):
     if reason := why_not(kernel, Problem(format, 130, 1024, device=devices.current("cuda"))):
         pytest.skip(reason)
-    for (n, k), perm in itertools.product(((130, 1024), (17, 300)), (False, True)):
+    for (n, k), perm in itertools.product(((130, 1024), (17, whole(format, 300))), (False, True)):
         if why_not(kernel, Problem(format, n, k, device=devices.current("cuda"))) is None:
             q = random_quant(format, n, k, perm=perm).to("cuda")
             packed = kernel.prepare(q)
@@ -153,6 +155,7 @@ def test_layers(name):
 def test_gradients_against_fp64(kernel, format):
     here, ran = devices.current("cuda"), 0
     for i, ((n, k), m) in enumerate(itertools.product(((70, 300), (512, 1024), (4096, 4096)), (0, 1, 17, 64, 100, 300, 600))):
+        k = whole(format, k)
         if why_not(kernel, Problem(format, n, k, m, device=here)):
             continue
         q = random_quant(format, n, k, seed=i, perm=i % 5 == 1).to("cuda")

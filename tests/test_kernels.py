@@ -10,7 +10,7 @@ import re
 
 import pytest
 import torch
-from cases import assert_rows, random_quant
+from cases import assert_rows, random_quant, whole, with_parts
 
 from qkernels import FormatError, UnsupportedError, config, formats, kernels, reference, rtn
 from qkernels.formats import Codebook
@@ -48,20 +48,6 @@ def able(kernel, format, n, k, **fields):
 
 def shapes(format):
     return SHAPES if format.block is None else BLOCK_SHAPES
-
-
-def whole(format, k):
-    """k, or the next that is a multiple of the format's blocks."""
-    return k if format.block is None else -(-k // format.block.elements) * format.block.elements
-
-
-def with_parts(q, **changed):
-    """A weight of nested blocks with other parts [N, B, ...]; a function changes what is there."""
-    if q.format.block.join is None:
-        pytest.skip("its parts cannot be joined")
-    parts = q.format.block.split(q.codes.unflatten(-1, (-1, q.format.block.nbytes)))
-    changed = {name: new(getattr(parts, name)) if callable(new) else new for name, new in changed.items()}
-    return dataclasses.replace(q, codes=q.format.block.join(parts._replace(**changed)).flatten(1))
 
 
 @functools.lru_cache(maxsize=16)

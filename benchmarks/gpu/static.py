@@ -26,10 +26,10 @@ KIB = 1 << 10
 SHARED = {80: 163 * KIB, 86: 99 * KIB, 89: 99 * KIB, 90: 227 * KIB, 100: 227 * KIB, 120: 99 * KIB}  # bytes that a block may have
 MATRIX = ("HGMMA", "IGMMA", "HMMA", "IMMA", "UTCHMMA", "UTCIMMA")
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16"}
-SCALES = {"f16": "*fp16", "bf16": "*bf16", "f32": "*fp32", "e4m3": "*u8", "e8m0": "*u8"}
+SCALES = {"f16": "*fp16", "bf16": "*bf16", "f32": "*fp32", "e4m3": "*u8", "e8m0": "*u8", "i8": "*i8", "u8": "*u8", "u4": "*u8"}
 CASES = tuple(
     (name, n, m)
-    for name in ("int3", "int4", "int4_g32", "int5", "int6", "nf4", "mxfp4", "int8", "fp8")
+    for name in ("int3", "int4", "int4_g32", "int5", "int6", "nf4", "mxfp4", "int8", "fp8", "q4_0", "q4_k", "q6_k")
     for n, m in ((4096, 1), (28672, 1), (4096, 64), (4096, 1024))
 )
 W4_CASES = ("int4", "int4_asym", "int4_g64", "int4_g-1")
@@ -155,10 +155,13 @@ def build_backward(name: str, m: int, sm: int, dtype: torch.dtype = torch.bfloat
 
 def _types(f: QuantFormat, dtype: torch.dtype, parts: int) -> dict[str, str | None]:
     """Of the arguments that products with 16-bit activations share."""
-    scale, split = SCALES[f.scale], parts > 1
+    what, split = layout.held(f), parts > 1
+    scale, outer = SCALES[what.scale], "*fp16" if what.zero == "none" else "*i32"
+    minimum = None if what.scale == "u4" else scale
     return {
-        "p_w": "*i32", "p_s": scale, "p_z": {"none": None, "int": "*u8", "float": scale}[f.zero],
-        "p_tensor_scale": "*fp32" if f.tensor_scale else None, "p_table": "*fp32" if layout.is_table(f.code) else None,
+        "p_w": "*i32", "p_s": scale, "p_z": {"none": None, "int": "*u8", "float": scale, "min": minimum}[what.zero],
+        "p_tensor_scale": outer if what.columns else "*fp32" if f.tensor_scale else None,
+        "p_table": "*fp32" if layout.is_table(f.code) else None,
         "p_out": POINTERS[dtype], "p_part": "*fp32" if split else None, "p_count": "*i32" if split else None,
         "M": "i32", "N": "i32", "K": "i32",
     }  # fmt: skip

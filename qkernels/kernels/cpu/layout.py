@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qkernels.formats import Codebook, Float, Int, QuantFormat, QuantTensor
-from qkernels.formats.format import SCALE_DTYPES, Code, Parts
+from qkernels.formats import Codebook, Float, Int, QuantFormat, QuantTensor, nested
+from qkernels.formats.format import SCALE_DTYPES, Code
 from qkernels.formats.ggml_grids import grid
 from qkernels.formats.packing import in_order, pack, unpack
 from qkernels.kernels.cpu import memory
@@ -54,7 +54,7 @@ class Packed(NamedTuple):
 def prepare(q: QuantTensor) -> Packed:
     """Re-lay a canonical weight in panels and tiles."""
     (n, k), bits = q.shape, q.format.bits
-    if _is_kept(q.format):
+    if nested.is_kept(q.format):
         return Packed(q.format, q.shape, memory.empty(q.codes.numel()).copy_(q.codes.flatten()), None, None, None, q.perm)
     codes, scales, zeros, tensor_scale = _apart(q)
     codes = F.pad(_pad_groups(codes, q.format, n, k), (0, 0, 0, -n % PANEL))
@@ -72,7 +72,7 @@ def prepare(q: QuantTensor) -> Packed:
 def restore(packed: Packed) -> QuantTensor:
     """Invert `prepare`, bit for bit."""
     (n, k), format = packed.shape, packed.format
-    if _is_kept(format):
+    if nested.is_kept(format):
         return QuantTensor(format, packed.shape, packed.weight.clone().view(n, -1), perm=packed.perm)
     panels = -(-n // PANEL)
     tiles = _codes(_panels(packed.weight.view(panels, -1, PANEL * format.bits)), format.bits)
@@ -86,7 +86,7 @@ def rows(packed: Packed, index: Tensor) -> QuantTensor:
 
     index   [R] int64, below N
     """
-    if _is_kept(packed.format):
+    if nested.is_kept(packed.format):
         return QuantTensor(packed.format, (len(index), packed.shape[1]), packed.weight.view(packed.shape[0], -1)[index], perm=packed.perm)
     bits, panels, panel, lane = packed.format.bits, -(-packed.shape[0] // PANEL), index // PANEL, index % PANEL
     # What is taken is as little as begins at a byte: a row of 4 bits in a tile, of others two rows of half a tile.
@@ -142,42 +142,18 @@ def _canonical(packed: Packed, codes: Tensor, scales: Tensor | None, zeros: Tens
     codes = _crop_groups(codes, format, n, k)
     shape = len(codes), k
     if format.block is not None:
-        return QuantTensor(format, shape, _joined(format, codes, scales, zeros, outer), perm=packed.perm)
+        blocks = nested.joined(format, nested.Apart(codes, scales, zeros, outer))
+        return QuantTensor(format, shape, blocks, perm=packed.perm)
     scales = scales.view(SCALE_DTYPES[format.scale])
     return QuantTensor(format, shape, pack(codes, format.bits), scales, zeros, packed.tensor_scale, packed.perm)
 
 
-def _apart(q: QuantTensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Codes [N, K]; scales and zeros [N / group_n, G]; the scale of all, or those of nested blocks [N, B], with minima [N, 2 B]."""
-    if q.format.block is None:
-        assert q.scales is not None
-        return unpack(q.codes, q.format.bits, q.shape[1]), q.scales, q.zeros, q.tensor_scale
-    parts = q.format.block.split(q.codes.unflatten(-1, (-1, q.format.block.nbytes)))
-    inner = (parts.d, parts.m, None) if parts.scales is None else (parts.scales, parts.mins, parts.d)
-    if parts.scales is not None and parts.m is not None:
-        inner = *inner[:2], torch.cat([parts.d, parts.m], -1)
-    scales, zeros, outer = (None if t is None else t.flatten(1) for t in inner)
-    assert scales is not None
-    return parts.codes.flatten(1), scales, zeros, outer
-
-
-def _joined(format: QuantFormat, codes: Tensor, scales: Tensor, zeros: Tensor | None, outer: Tensor | None) -> Tensor:
-    """Raw blocks [N, bytes] from codes [N, K] and the numbers of the groups [N, G]."""
-    block, alike = format.block, _parts(format)
-    assert block is not None and block.join is not None
-    blocks = codes.shape[1] // block.elements, -1
-    codes, scales = codes.unflatten(1, blocks), scales.unflatten(1, blocks)
-    zeros = None if zeros is None else zeros.unflatten(1, blocks)
-    if outer is None:
-        return block.join(Parts(codes, scales.view(alike.d.dtype), m=zeros)).flatten(1)
-    d, *m = outer.unflatten(1, blocks).split(1, -1)
-    return block.join(Parts(codes, d, scales, m[0] if m else None, zeros)).flatten(1)
-
-
-def _parts(format: QuantFormat) -> Parts:
-    """Those of two blocks of zeros: what there is, and its dtypes."""
-    assert format.block is not None
-    return format.block.split(torch.zeros(1, 2, format.block.nbytes, dtype=torch.uint8, device="cpu"))
+def _apart(q: QuantTensor) -> nested.Apart:
+    """Codes [N, K]; scales and zeros [N / group_n, G]; the scale of all, or what multiplies those of nested blocks."""
+    if q.format.block is not None:
+        return nested.apart(q)
+    assert q.scales is not None
+    return nested.Apart(unpack(q.codes, q.format.bits, q.shape[1]), q.scales, q.zeros, q.tensor_scale)
 
 
 def _strips(panels: Tensor) -> Tensor:
@@ -257,18 +233,14 @@ def describe(format: QuantFormat, n: int, k: int) -> Described:
     """table and (bits, group, code, offset, minima) for the ops."""
     found = _DESCRIBED.get((format, n, k))
     if found is None:
-        table, bits, code, offset = _describe_kept(format) if _is_kept(format) else _describe_code(format.code)
-        minima = format.zero == "min" if format.block is None else _parts(format).m is not None
+        table, bits, code, offset = _describe_kept(format) if nested.is_kept(format) else _describe_code(format.code)
+        minima = format.zero == "min" if format.block is None else nested.parts_of(format).m is not None
         found = _DESCRIBED[format, n, k] = table, (bits, format.group_extent(n, k)[1], code, offset, minima)
     return found
 
 
 # Blocks that are kept as they lie: what their indices name, see formats/ggml_grids.py.
 _GRIDS = {name: name for name in ("iq1_s", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s")} | {"iq1_m": "iq1_s", "tq1_0": None}
-
-
-def _is_kept(format: QuantFormat) -> bool:
-    return format.block is not None and format.block.join is None
 
 
 def _describe_kept(format: QuantFormat) -> tuple[Tensor | None, int, str, int]:
@@ -286,17 +258,9 @@ def _describe_code(code: Code) -> tuple[Tensor | None, int, str, int]:
 
 
 def _why_not_blocks(format: QuantFormat) -> str | None:
-    if _is_kept(format):
+    if nested.is_kept(format):
         return None if format.name in _GRIDS else f"{format.name} does not come apart into codes of one width and scales of groups"
-    assert format.block is not None
-    parts = _parts(format)
-    finest = parts.d if parts.scales is None else parts.scales
-    if format.group != (1, format.block.elements // finest.shape[-1]):
-        return f"{format.name} has {finest.shape[-1]} scales a block, which its group {format.group} does not say"
-    outer = [t for t in (parts.d, parts.m) if t is not None and parts.scales is not None]
-    if any(t.dtype != torch.float16 or t.shape[-1] != 1 for t in outer):
-        return f"{format.name} has scales of scales that are not one float16 a block"
-    return None
+    return nested.why_not(format)
 
 
 def why_not(p: Problem) -> str | None:

@@ -20,8 +20,8 @@ from qkernels import formats
 from qkernels.formats import Int, QuantFormat
 from qkernels.kernels.cuda import wgmma
 from qkernels.kernels.registry import Matmul, Problem, register
-from qkernels.kernels.triton import f16_gemm
-from qkernels.kernels.triton.f16_format import Stored
+from qkernels.kernels.triton import f16_gemm, layout
+from qkernels.kernels.triton.f16_format import Stored, why_not_bias
 from qkernels.kernels.triton.launch import check, gathered, over_rows, regular
 from qkernels.kernels.triton.layout import Packed
 
@@ -75,7 +75,7 @@ def run(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
 
 
 def _why_not(p: Problem) -> str | None:
-    if reason := wgmma.why_not(p) or f16_gemm.KERNEL.why_not(p):
+    if reason := wgmma.why_not(p) or layout.why_not_plain(p) or f16_gemm.KERNEL.why_not(p) or why_not_bias(p.format):
         return reason
     f, group = p.format, p.format.group_extent(p.n, p.k)
     if not isinstance(f.code, Int) or f.bits != 4 or f.zero == "float":

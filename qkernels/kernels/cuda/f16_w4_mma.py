@@ -29,7 +29,7 @@ from qkernels.kernels.cuda import library, w4_gemv
 from qkernels.kernels.cuda.w4_gemv import KINDS, begins_early
 from qkernels.kernels.registry import Matmul, Problem, register
 from qkernels.kernels.triton import f16_backward, f16_dequantize, f16_gemm, layout
-from qkernels.kernels.triton.f16_format import Stored, table
+from qkernels.kernels.triton.f16_format import Stored, table, why_not_bias
 from qkernels.kernels.triton.launch import check, counters_of, gathered, gpu_of, over_rows
 from qkernels.kernels.triton.layout import Packed
 
@@ -182,7 +182,7 @@ def run(x: Tensor, packed: Packed, bias: Tensor | None, batch_invariant: bool = 
 
 
 def _why_not(p: Problem) -> str | None:
-    if reason := library.why_not(p, SOURCE, OLDEST) or f16_gemm.why_not_format(p):
+    if reason := library.why_not(p, SOURCE, OLDEST) or layout.why_not_plain(p) or f16_gemm.why_not_format(p) or why_not_bias(p.format):
         return reason
     f, group = p.format, p.format.group_extent(p.n, p.k)
     if f.bits not in (4, 8) or not (isinstance(f.code, Int) or layout.is_table(f.code)):

@@ -131,7 +131,7 @@ def dequantize(packed: Packed) -> Tensor:
 
 
 def _why_not(p: Problem) -> str | None:
-    if reason := library.why_not(p, "w4_gemv", 75) or layout.why_not(p) or why_not_dtype(p.dtype, p.device.sm):
+    if reason := library.why_not(p, "w4_gemv", 75) or layout.why_not_plain(p) or layout.why_not(p) or why_not_dtype(p.dtype, p.device.sm):
         return reason
     if p.format.bits not in (4, 8) or not (isinstance(p.format.code, Int) or layout.is_table(p.format.code)):
         return f"code {p.format.code.name}: integers of 4 and 8 bits and tables of 4 bits are taken"

@@ -26,24 +26,28 @@ class Stored(NamedTuple):
 def constants(format: QuantFormat, n: int, k: int) -> dict[str, Any]:
     """The compile-time constants that a format and a shape decide, but for those of the activations' type."""
     tile_k, (rows, group) = layout.tile_columns(format), format.group_extent(n, k)
+    code, scale, zero, columns = layout.held(format)
     return {
-        "BITS": format.bits,
+        "BITS": code.bits,
         "TILE_K": tile_k,
         "WORDS": layout.words_per_row(format),
-        "CODE": "table" if layout.is_table(format.code) else "int" if isinstance(format.code, Int) else format.code.name,
-        "SCALE": format.scale,
-        "ZERO": format.zero,
-        "BASE": float(base(format.code) - (format.code.bias if isinstance(format.code, Int) and format.zero == "float" else 0)),
+        "CODE": "table" if layout.is_table(code) else "int" if isinstance(code, Int) else code.name,
+        "SCALE": scale,
+        "ZERO": zero,
+        "BASE": float(base(code) - (code.bias if isinstance(code, Int) else 0)),
         "GROUP_ROWS": 1 << 30 if rows == n > 1 else rows,
         "GROUP_TILES": 1 << 30 if group == k else max(1, group // tile_k),
         "PER_TILE": layout.groups_per_tile(format, n, k),
+        "OUTER_TILES": columns // tile_k,
     }
 
 
 def mode(format: QuantFormat, n: int, k: int, sums: bool) -> str:
-    """Where the kernel applies scales: once to a row's sums, to those of every tile, or to the weights."""
+    """Where the kernel applies scales: once to a row's sums, to those of every tile, or, as minima always are, to the weights."""
     group = format.group_extent(n, k)[1]
-    if group == k:
+    if layout.held(format).zero == "min":
+        return "word"
+    if group == k and not layout.held(format).columns:
         return "row"
     return "sum" if sums and group % layout.tile_columns(format) == 0 else "word"
 
@@ -60,9 +64,9 @@ def rest_needed(format: QuantFormat, dtype: torch.dtype) -> bool:
     exact = {
         torch.float16: ("f16", "e4m3"),
         torch.bfloat16: ("bf16", "e4m3", "e8m0"),
-        torch.float32: ("f32", "f16", "bf16", "e4m3", "e8m0"),
+        torch.float32: ("f32", "f16", "bf16", "e4m3", "e8m0", "i8", "u8", "u4"),
     }
-    return format.scale not in exact[dtype]
+    return layout.held(format).scale not in exact[dtype]
 
 
 def arithmetic(format: QuantFormat, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
@@ -72,9 +76,16 @@ def arithmetic(format: QuantFormat, dtype: torch.dtype, device: torch.device) ->
     if device.type == "cpu" or dtype == torch.float32:  # the interpreter, which has no products of bf16
         return {"ASM": None, "DTYPE": tl.float32}
     types = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-    return {"ASM": _asm(format, dtype), "DTYPE": types[dtype]}
+    return {"ASM": _asm(layout.held(format).code, dtype), "DTYPE": types[dtype]}
 
 
 @functools.lru_cache(maxsize=256)
-def _asm(format: QuantFormat, dtype: torch.dtype) -> str:
-    return unpack_asm(format.code, dtype)
+def _asm(code: Code, dtype: torch.dtype) -> str:
+    return unpack_asm(code, dtype)
+
+
+def why_not_bias(format: QuantFormat) -> str | None:
+    """What kernels cannot read that take one zero point of all codes for granted."""
+    if isinstance(format.code, Int) and format.zero == "none" and format.code.bias != base(format.code):
+        return f"code {format.code.name}: without zero points, integers of {format.bits} bits have the bias {base(format.code)}"
+    return None

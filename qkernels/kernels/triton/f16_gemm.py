@@ -4,6 +4,7 @@ The dequantised weight is the left operand of the tensor core's product, which o
 columns, in multiples of 16. Sums are float32; a split of K adds its parts in a fixed order, so a result is the same on every run. How K is
 split depends on the number of rows, but for `triton_f16_wN_gemm_invariant`, the same kernel cut in one way for all of them.
 Many rows, and float32 activations, go through f16_dequantize.py and torch's matmul; gradients through f16_backward.py.
+With nested blocks (ggml's) and minima no GPU has run it yet.
 
 Layout: see layout.py.
 
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from qkernels import formats
 from qkernels.errors import UnsupportedError
-from qkernels.formats import Int, QuantFormat, QuantTensor
+from qkernels.formats import QuantFormat, QuantTensor
 from qkernels.kernels.registry import Kernel, Matmul, Problem, register
 from qkernels.kernels.triton import layout, tables
 from qkernels.kernels.triton.f16_backward import backward
@@ -43,7 +44,6 @@ from qkernels.kernels.triton.launch import (
     workspace,
 )
 from qkernels.kernels.triton.layout import Packed, restore
-from qkernels.kernels.triton.unpack_asm import base
 
 TOKENS_FUSED = 1024  # from here on, dequantising the weight costs less than torch's matmul gains
 ROWS_INVARIANT = 1024  # a launch, where K is split for any M: the parts of more rows would take too much memory
@@ -64,17 +64,23 @@ class Tile(NamedTuple):
     registers: int = 0  # of a thread, at most; 0: as many as the compiler likes
 
 
-def choose(n: int, k: int, m: int, tile_k: int, gpu: Gpu, where: str = "sum", zeros: bool = False, groups: int = 1) -> Tile:
+def choose(
+    n: int, k: int, m: int, tile_k: int, gpu: Gpu, where: str = "sum", zeros: bool = False, groups: int = 1, heavy: bool = False
+) -> Tile:
     """The tile for x [m, k] and a weight [n, k]: the best of a sweep on an H100 (benchmarks/NOTES.md), by classes of shapes.
 
     Whatever the tile, two blocks or more on every processor are wanted: while one unpacks weights, the other multiplies.
-    where: the `mode`; scales on the weights, and zero points, take registers; so do many groups in a tile.
+    where: the `mode`; scales on the weights, and zero points, take registers; so do many groups in a tile, and where it is heavy: with
+    minima, or scales of scales, of which no sweep was made.
     """
     plain = where != "word" and not zeros
     wide = -(-n // 64) >= 2 * gpu.processors  # enough rows to fill the GPU without splitting K
     deep = k >= 8192
     if m <= 16 and wide:  # as many blocks as fit: what is on its way bounds the bandwidth
-        t = Tile(64, 16, 4, early=True, registers=(72 if plain else 80 if groups < 8 else 96) if gpu.early and tile_k <= 128 else 0)
+        few = 128 if heavy else 72 if plain else 80 if groups < 8 else 96
+        t = Tile(64, 16, 4, early=True, registers=few if gpu.early and tile_k <= 128 else 0)
+    elif heavy and tile_k == 256:  # twice the numbers of a tile: with more sums, or threads, there is no room for a second block
+        t = Tile(64, 16 if m <= 16 else 32 if m <= 32 or zeros else 64, 4, early=True)
     elif m <= 16:
         t = Tile(64, 16, 4, early=True, step=2) if deep else Tile(128, 16, 8, early=True)
     elif m <= 32:
@@ -84,7 +90,7 @@ def choose(n: int, k: int, m: int, tile_k: int, gpu: Gpu, where: str = "sum", ze
     elif m <= 128:
         t = Tile(64, 128, 4) if plain and (wide or deep) else Tile(64, 64, 4)
     elif m > 512 or (m <= 256 and wide):
-        t = Tile(128, 256, 8, sums=False)
+        t = Tile(128, 128 if heavy else 256, 8, sums=False)
     elif m <= 256:
         t = Tile(64, 128, 4) if -(-n // 64) <= gpu.processors // 2 else Tile(64, 64, 4)
     else:
@@ -116,8 +122,9 @@ def choose_for(format: QuantFormat, n: int, k: int, m: int, gpu: Gpu) -> Tile:
 
 def choose_by_shape(format: QuantFormat, n: int, k: int, m: int, gpu: Gpu) -> Tile:
     """`choose`, for a weight in `format`."""
-    groups = layout.groups_per_tile(format, n, k)
-    return choose(n, k, m, layout.tile_columns(format), gpu, mode(format, n, k, True), format.zero != "none", groups)
+    what, groups = layout.held(format), layout.groups_per_tile(format, n, k)
+    heavy = what.zero == "min" or what.columns > 0
+    return choose(n, k, m, layout.tile_columns(format), gpu, mode(format, n, k, True), what.zero != "none", groups, heavy)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -285,11 +292,9 @@ def run(x: Tensor, packed: Packed, bias: Tensor | None, batch_invariant: bool = 
 
 
 def why_not_format(p: Problem) -> str | None:
-    """What neither this kernel nor others over the layout can do, whatever they are written in."""
+    """What the layout, or the op, cannot take."""
     if reason := layout.why_not(p):
         return reason
-    if isinstance(p.format.code, Int) and p.format.zero == "none" and p.format.code.bias != base(p.format.code):
-        return f"code {p.format.code.name}: without zero points, integers of {p.format.bits} bits have the bias {base(p.format.code)}"
     if not formats.is_known(p.format):
         return f"the name {p.format.name}, by which its op takes a format, finds another one or none: register the format"
     return None

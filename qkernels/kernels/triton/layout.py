@@ -18,24 +18,29 @@ bytes. Of code 2 i + e of wide word w
 Turned left by 2 C (w % R), a narrow word has its bits right beside the place of the wide ones: in every 2 B bits, the lower B of the wide
 word and the upper of the narrow one make the code of an even i, the lower of the narrow and the upper of the wide that of an odd one.
 
-K is padded to whole tiles with code 0. Scales and zeros lie in the same order: for every tile, or for every group if those are wider, one
-run of its groups for each row, or for each block of rows that share them.
+K is padded to whole tiles with code 0. Scales, zeros and minima lie in the same order: for every tile, or for every group if those are
+wider, one run of its groups for each row, or for each block of rows that share them.
+
+Nested blocks (ggml's) come apart into the same (formats/nested.py). Where a block has a scale of its scales, these are bytes, and that of
+every block lies as scales of groups do, with the scale of its minima, if it has one, in the upper half of the same word.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qkernels.formats import Int, QuantFormat, QuantTensor
-from qkernels.formats.format import SCALE_DTYPES, Code
-from qkernels.formats.packing import pack, unpack
+from qkernels.formats import Int, QuantFormat, QuantTensor, nested
+from qkernels.formats.format import SCALE_DTYPES, Code, ZeroType, scale_type
+from qkernels.formats.packing import in_order, pack, unpack
 from qkernels.kernels.registry import Problem
 
 WORDS = 16  # of a row in a tile, in its wide plane
+LEAST_GROUP = 16  # where a tile has several
 _INTS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # padding and transposing work for these, not for every 8-bit float
 
 
@@ -45,8 +50,9 @@ class Packed(NamedTuple):
     Shapes, with T columns a tile, and Q = N rows, or blocks of rows that share scales:
         weight        [ceil(K / T), N W]       int32; W = 16 words a row, and those of its narrow plane, which follows the whole wide one
         scales        [S, Q, P]                uint8 for e4m3 and e8m0, else the scale type; P groups a tile and S tiles, or S groups
-        zeros         [S, Q, P]                uint8 or the scale type
-        tensor_scale  [1]                      float32
+        zeros         [S, Q, P]                uint8 or the scale type; minima as well, unless scales have them in their bytes
+        tensor_scale  [1]                      float32; or what multiplies the scales of a nested block, and its minima:
+                      [B, N]                   float16 or, where there are both, int32
         perm          [K]                      int32
     """
 
@@ -59,6 +65,40 @@ class Packed(NamedTuple):
     perm: Tensor | None
 
 
+class Held(NamedTuple):
+    """What the layout holds of a format: what its fields say, or its blocks do.
+
+    scale    a scale type; "i8", "u8" or "u4" where scales are whole numbers, which a float16 of their block multiplies; "u4" is the lower
+             half of a byte, of which the minimum has the upper
+    columns  of a block that has such a number; 0: there is none
+    zero     "min" where there are minima
+    """
+
+    code: Code
+    scale: str
+    zero: ZeroType
+    columns: int = 0
+
+
+@functools.lru_cache(maxsize=1024)
+def held(format: QuantFormat) -> Held:
+    """For any format of which `why_not` says nothing."""
+    code = Int(2, 2) if _is_sign(format.code) else format.code
+    if format.block is None:
+        return Held(code, format.scale, format.zero)
+    parts = nested.parts_of(format)
+    zero: ZeroType = "none" if parts.m is None else "min"
+    if parts.scales is None:
+        return Held(code, scale_type(parts.d.dtype), zero)
+    half = parts.mins is not None and max(int(parts.scales.max()), int(parts.mins.max())) < 16
+    return Held(code, "u4" if half else "i8" if parts.scales.dtype == torch.int8 else "u8", zero, format.block.elements)
+
+
+def _is_sign(code: Code) -> bool:
+    """Whether codes of one bit are -1 and 1, which the layout holds as integers of 2 bits."""
+    return code.values == (-1.0, 1.0)
+
+
 def planes(bits: int) -> tuple[int, int]:
     """Bits of the wide plane, the largest power of two, and of the narrow one: 0 where the wide one has all."""
     wide = 1 << (bits.bit_length() - 1)
@@ -67,12 +107,12 @@ def planes(bits: int) -> tuple[int, int]:
 
 def tile_columns(format: QuantFormat) -> int:
     """Columns of a tile."""
-    return 32 * WORDS // planes(format.bits)[0]
+    return 32 * WORDS // planes(held(format).code.bits)[0]
 
 
 def words_per_row(format: QuantFormat) -> int:
     """Words of a row in a tile, those of the narrow plane included."""
-    wide, narrow = planes(format.bits)
+    wide, narrow = planes(held(format).code.bits)
     return WORDS + WORDS * narrow // wide
 
 
@@ -89,20 +129,18 @@ def is_table(code: Code) -> bool:
 
 def prepare(q: QuantTensor) -> Packed:
     """Re-lay a canonical weight in tiles."""
-    (n, k), bits = q.shape, q.format.bits
-    assert q.scales is not None
-    codes = F.pad(unpack(q.codes, bits, k), (0, -k % tile_columns(q.format)))
+    n, k = q.shape
+    codes, scales, zeros, outer = _numbers(q)
+    codes = F.pad(codes, (0, -k % tile_columns(q.format)))
     steps = tile_columns(q.format) // 64
     split = codes.view(n, -1, 4, steps, 2, 4, 2).permute(1, 0, 5, 2, 3, 4, 6)  # tile, row, c, s', s, h, e
     weight = _words(split.reshape(-1, n, WORDS, 4 * steps), q.format)
-    scales = _tiled(q.scales, q.format, n, k)
-    zeros = None if q.zeros is None else _tiled(q.zeros, q.format, n, k)
+    scales = _tiled(scales, groups_per_tile(q.format, n, k))
+    zeros = None if zeros is None else _tiled(zeros, groups_per_tile(q.format, n, k))
     if weight.is_cuda:  # a kernel may fetch weights while the one before it still ends: that one must not be who writes them
         torch.cuda.current_stream(weight.device).synchronize()
-    return Packed(
-        q.format, q.shape, weight, scales.view(torch.uint8) if scales.element_size() == 1 else scales,
-        zeros, q.tensor_scale, q.perm,
-    )  # fmt: skip
+    scales = scales.view(torch.uint8) if scales.is_floating_point() and scales.element_size() == 1 else scales
+    return Packed(q.format, q.shape, weight, scales, zeros, q.tensor_scale if outer is None else outer, q.perm)
 
 
 def restore(packed: Packed) -> QuantTensor:
@@ -110,10 +148,42 @@ def restore(packed: Packed) -> QuantTensor:
     format, (n, k) = packed.format, packed.shape
     steps = tile_columns(format) // 64
     split = _codes(packed.weight, format, n).view(-1, n, 4, 4, steps, 2, 2)
-    codes = split.permute(1, 0, 3, 4, 5, 2, 6).reshape(n, -1)[:, :k]
-    scales = _canonical(packed.scales, format, n, k).view(SCALE_DTYPES[format.scale])
+    codes = split.permute(1, 0, 3, 4, 5, 2, 6).reshape(n, -1)[:, :k].contiguous()
+    codes = codes >> 1 if _is_sign(format.code) else codes
+    scales = _canonical(packed.scales, format, n, k)
     zeros = None if packed.zeros is None else _canonical(packed.zeros, format, n, k)
-    return QuantTensor(format, packed.shape, pack(codes.contiguous(), format.bits), scales, zeros, packed.tensor_scale, packed.perm)
+    if format.block is not None:
+        if held(format).scale == "u4":
+            scales, zeros = scales & 15, scales >> 4
+        blocks = nested.joined(format, nested.Apart(codes, scales, zeros, _by_rows(packed)))
+        return QuantTensor(format, packed.shape, blocks, perm=packed.perm)
+    scales = scales.view(SCALE_DTYPES[format.scale])
+    return QuantTensor(format, packed.shape, pack(codes, format.bits), scales, zeros, packed.tensor_scale, packed.perm)
+
+
+def _numbers(q: QuantTensor) -> nested.Apart:
+    """Codes as they are held [N, K]; scales and zeros or minima [Q, G]; what multiplies those of nested blocks, as `Packed` has it."""
+    if q.format.block is None:
+        assert q.scales is not None
+        a = nested.Apart(unpack(q.codes, q.format.bits, q.shape[1]), q.scales, q.zeros, None)
+    else:
+        a = nested.apart(q)
+    codes = a.codes << 1 | 1 if _is_sign(q.format.code) else a.codes
+    if a.outer is None:
+        return a._replace(codes=codes)
+    both = 1 if a.minima is None else 2
+    outer = _tiled(a.outer, both).view(torch.float16 if both == 1 else torch.int32).squeeze(2)
+    if held(q.format).scale == "u4":
+        assert a.minima is not None
+        return nested.Apart(codes, a.scales | a.minima << 4, None, outer)
+    return a._replace(codes=codes, outer=outer)
+
+
+def _by_rows(packed: Packed) -> Tensor | None:
+    """What multiplies the scales of nested blocks, and the minima, as `nested.Apart` has it."""
+    if packed.tensor_scale is None:
+        return None
+    return in_order(packed.tensor_scale.t()).view(torch.float16)
 
 
 def rows(packed: Packed, index: Tensor) -> QuantTensor:
@@ -122,12 +192,14 @@ def rows(packed: Packed, index: Tensor) -> QuantTensor:
     planes = (plane.reshape(len(weight), n, plane.shape[1] // n) for plane in weight.tensor_split([n * WORDS], 1))
     zeros = None if packed.zeros is None else packed.zeros[:, index]
     words = torch.cat([plane[:, index].flatten(1) for plane in planes], 1)
-    return restore(packed._replace(shape=(len(index), k), weight=words, scales=packed.scales[:, index], zeros=zeros))
+    outer = packed.tensor_scale  # of blocks that are nested one a row and block, of others one for all
+    outer = outer if outer is None or packed.format.block is None else outer[:, index]
+    return restore(packed._replace(shape=(len(index), k), weight=words, scales=packed.scales[:, index], zeros=zeros, tensor_scale=outer))
 
 
 def _words(codes: Tensor, format: QuantFormat) -> Tensor:
     """The codes of every word [tiles, N, 16, 32 / B] -> planes [tiles, N W] int32."""
-    (wide, narrow), bits = planes(format.bits), _wide_bits(format)
+    (wide, narrow), bits = planes(held(format).code.bits), _wide_bits(format)
     if not narrow:
         return _pack_words(codes, wide, bits)
     odd = _odd(codes)
@@ -139,7 +211,7 @@ def _words(codes: Tensor, format: QuantFormat) -> Tensor:
 
 def _codes(weight: Tensor, format: QuantFormat, n: int) -> Tensor:
     """Invert `_words`."""
-    (wide, narrow), bits = planes(format.bits), _wide_bits(format)
+    (wide, narrow), bits = planes(held(format).code.bits), _wide_bits(format)
     words = weight.view(torch.uint8).unflatten(1, (-1, 4))
     codes = unpack(words[:, : n * WORDS], wide, 32 // wide)[..., bits // wide]
     if not narrow:
@@ -155,14 +227,14 @@ def _pack_words(codes: Tensor, width: int, bits: Tensor) -> Tensor:
 
 def _wide_bits(format: QuantFormat) -> Tensor:
     """Where a word has its codes."""
-    wide = planes(format.bits)[0]
+    wide = planes(held(format).code.bits)[0]
     code = torch.arange(32 // wide)
-    return wide * code if is_table(format.code) else wide * (code // 2) + 16 * (code % 2)
+    return wide * code if is_table(held(format).code) else wide * (code // 2) + 16 * (code % 2)
 
 
 def _narrow_bits(format: QuantFormat) -> Tensor:
     """Where a narrow word has its bits of the codes of R words, one word after the other."""
-    wide, narrow = planes(format.bits)
+    wide, narrow = planes(held(format).code.bits)
     bits = _wide_bits(format)
     turned = bits + torch.where(_odd(bits), -narrow, wide)
     return ((turned - 2 * narrow * torch.arange(wide // narrow)[:, None]) % 32).flatten()
@@ -173,9 +245,8 @@ def _odd(codes: Tensor) -> Tensor:
     return torch.arange(codes.shape[-1], device=codes.device) // 2 % 2 == 1
 
 
-def _tiled(per_group: Tensor, format: QuantFormat, n: int, k: int) -> Tensor:
+def _tiled(per_group: Tensor, per_tile: int) -> Tensor:
     """[Q, G] -> [S, Q, P]."""
-    per_tile = groups_per_tile(format, n, k)
     raw = per_group.view(_INTS[per_group.element_size()])
     padded = F.pad(raw, (0, -raw.shape[1] % per_tile))
     return padded.view(len(raw), -1, per_tile).transpose(0, 1).contiguous().view(per_group.dtype)
@@ -188,16 +259,22 @@ def _canonical(tiled: Tensor, format: QuantFormat, n: int, k: int) -> Tensor:
 
 def why_not(p: Problem) -> str | None:
     """What the layout cannot hold."""
-    if p.format.zero == "min":
-        return "minima in place of zero points are not held"
-    if p.format.block is not None:
-        return f"{p.format.name} keeps its blocks; codes of one width and groups are held"
-    bits, code = p.format.bits, p.format.code
-    if not (isinstance(code, Int) and bits in (2, 3, 4, 5, 6, 8)) and not is_table(code) and code.name not in ("e4m3", "e5m2"):
-        return f"code {code.name} has {bits} bits; integers of 2 to 6 and of 8 bits, tables of 4 bits, e4m3 and e5m2 are held"
+    if nested.is_kept(p.format):
+        return f"{p.format.name} does not come apart into codes and scales from which its bytes can be made again"
+    if p.format.block is not None and (reason := nested.why_not(p.format)):
+        return reason
+    code = held(p.format).code
+    if not (isinstance(code, Int) and code.bits in (2, 3, 4, 5, 6, 8)) and not is_table(code) and code.name not in ("e4m3", "e5m2"):
+        return f"code {code.name} has {code.bits} bits; integers of 2 to 6 and of 8 bits, tables of 4 bits, e4m3 and e5m2 are held"
     group = p.format.group_extent(p.n, p.k)[1]
     tile = tile_columns(p.format)
-    least = tile // 4 if tile == 64 else tile // 8  # two groups a word: its columns' halves
-    if group < p.k and group % tile and (tile % group or group < least):
-        return f"groups of {group}; of {bits} bits, multiples of {tile} and divisors of it down to {least} are held"
+    if group < p.k and group % tile and (tile % group or group < LEAST_GROUP):
+        return f"groups of {group}; of {code.bits} bits, multiples of {tile} and divisors of it down to {LEAST_GROUP} are held"
     return None
+
+
+def why_not_plain(p: Problem) -> str | None:
+    """What is held, and read by the kernels in Triton alone."""
+    if p.format.block is not None:
+        return f"{p.format.name} has nested blocks, which the Triton kernels read"
+    return "minima in place of zero points, which the Triton kernels read" if p.format.zero == "min" else None

@@ -12,8 +12,8 @@ def gemm(
     p_y, p_w, p_s, p_z, p_tensor_scale, p_table, p_out, p_part, p_count, M, N, K, stride_y,
     BITS: tl.constexpr, TILE_K: tl.constexpr, WORDS: tl.constexpr, ASM: tl.constexpr, CODE: tl.constexpr, SCALE: tl.constexpr,
     ZERO: tl.constexpr, BASE: tl.constexpr, REST: tl.constexpr, GROUP_ROWS: tl.constexpr, GROUP_TILES: tl.constexpr,
-    PER_TILE: tl.constexpr, DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, SPLIT_N: tl.constexpr,
-    RASTER: tl.constexpr, LAST: tl.constexpr,
+    PER_TILE: tl.constexpr, OUTER_TILES: tl.constexpr, DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+    SPLIT_N: tl.constexpr, RASTER: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """One tile [BLOCK_M, columns of a tile of the weight] of grad_x [M, K], or its part over a run of N.
 
@@ -33,7 +33,6 @@ def gemm(
     p_tile = p_w + kt.to(tl.int64) * N * WORDS
     p_words, p_narrow = p_tile + o_rows * 16 + o_word, narrow_words(p_tile, o_rows, N, WORDS)
     p_grads = p_y + o_m.to(tl.int64)[:, None] * stride_y + tl.arange(0, BLOCK_N)[None, :]
-    rows_s = tl.cdiv(N, GROUP_ROWS)  # of the scales
     sums = tl.zeros([BLOCK_M, TILE_K], tl.float32)
     for nt in range(begin, end):
         first = nt * BLOCK_N
@@ -41,21 +40,25 @@ def gemm(
         m_n = o_n < N
         y = tl.load(p_grads + first, m_m[:, None] & m_n[None, :], other=0.0).to(DTYPE)
         words, narrow = fetch(p_words + first * 16, p_narrow + first * (WORDS - 16), first + o_rows < N, 0, WORDS)
-        scale, zero = stored(p_s, p_z, kt, o_n, m_n, rows_s, ZERO, True, GROUP_ROWS, GROUP_TILES, PER_TILE)
+        scale, zero, outer = stored(
+            p_s, p_z, p_tensor_scale, kt, o_n, m_n, N, ZERO, True, GROUP_ROWS, GROUP_TILES, PER_TILE, OUTER_TILES
+        )  # fmt: skip
         w = tile(
-            words, narrow, scale, zero, p_table, BLOCK_N, BITS, TILE_K, ASM, CODE, SCALE, ZERO, True, REST, BASE, PER_TILE, DTYPE, LAST
+            words, narrow, scale, zero, outer, p_table, BLOCK_N, BITS, TILE_K, ASM, CODE, SCALE, ZERO, True, REST, BASE, PER_TILE,
+            OUTER_TILES, DTYPE, LAST,
         )  # fmt: skip
         sums = finished(tl.dot(y, w, sums, input_precision="ieee"), ASM)
 
+    p_tensor = p_tensor_scale if OUTER_TILES == 0 else None
     p_tile = o_m.to(tl.int64)[:, None] * K + o_k[None, :]
     m_tile = m_m[:, None] & (o_k < K)[None, :]
     if SPLIT_N > 1:
         p_own = p_part + p_tile
         if arrives_last(sums, p_own, p_count + pid, split, M, K, m_tile, SPLIT_N):
             sums = all_parts(p_own, p_count + pid, M, K, m_tile, SPLIT_N, 1)
-            finish(sums, p_tensor_scale, p_out + p_tile, m_tile)
+            finish(sums, p_tensor, p_out + p_tile, m_tile)
     else:
-        finish(sums, p_tensor_scale, p_out + p_tile, m_tile)
+        finish(sums, p_tensor, p_out + p_tile, m_tile)
 
 
 @triton.jit

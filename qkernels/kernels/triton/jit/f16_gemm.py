@@ -51,33 +51,70 @@ def as_rows(words, BLOCK_N: tl.constexpr, LAST: tl.constexpr):
 
 @triton.jit
 def tile(
-    words, narrow, raw_scale, raw_zero, p_table, BLOCK_N: tl.constexpr, BITS: tl.constexpr, TILE_K: tl.constexpr, ASM: tl.constexpr,
+    words, narrow, raw_scale, raw_zero, outer, p_table, BLOCK_N: tl.constexpr, BITS: tl.constexpr, TILE_K: tl.constexpr, ASM: tl.constexpr,
     CODE: tl.constexpr, SCALE: tl.constexpr, ZERO: tl.constexpr, SCALED: tl.constexpr, REST: tl.constexpr, BASE: tl.constexpr,
-    PER_TILE: tl.constexpr, DTYPE: tl.constexpr, LAST: tl.constexpr,
+    PER_TILE: tl.constexpr, OUTER_TILES: tl.constexpr, DTYPE: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """Words of a tile -> [BLOCK_N, TILE_K] of DTYPE: value - zero, and times the scale where SCALED.
+    """Words of a tile -> [BLOCK_N, TILE_K] of DTYPE: value - zero, and times the scale where SCALED; plus the minimum.
 
     raw_…: [BLOCK_N, PER_TILE] as stored. Numbers of more than 16 bits come in two parts, so that a weight is rounded as if they had not.
     """
     w = columns(as_rows(words, BLOCK_N, LAST), as_rows(narrow, BLOCK_N, LAST), ASM, CODE, p_table, BITS, TILE_K, DTYPE)
+    if ZERO == "none" and BASE != 0:
+        w += BASE
     if ZERO == "none" and not SCALED:
         return w
     w = tl.reshape(w, [BLOCK_N, PER_TILE, TILE_K // PER_TILE])
-    if ZERO != "none":
+    if ZERO == "int" or ZERO == "float":
         wide = raw_zero.to(tl.float32) - BASE
         zero = wide.to(DTYPE)
         w -= zero[:, :, None]
         if ZERO == "float":
             w -= (wide - zero.to(tl.float32)).to(DTYPE)[:, :, None]
     if SCALED:
-        wide = to_float(raw_scale, SCALE)
+        wide = numbers(raw_scale, outer, SCALE, OUTER_TILES, 0)
         scale = wide.to(DTYPE)
-        if REST:
+        if ZERO == "min":
+            w = with_minima(w, wide, numbers(raw_zero, outer, SCALE, OUTER_TILES, 16) + BASE * wide, 2 ** (BITS - 1), DTYPE)
+        elif REST:
             rest = (wide - scale.to(tl.float32)).to(DTYPE)
             w = tl.fma(w, tl.broadcast_to(scale[:, :, None], w.shape), w * rest[:, :, None])
         else:
             w *= scale[:, :, None]
     return tl.reshape(w, [BLOCK_N, TILE_K])
+
+
+@triton.jit
+def numbers(raw, outer, SCALE: tl.constexpr, OUTER_TILES: tl.constexpr, AT: tl.constexpr):
+    """Scales or minima [ROWS, PER_TILE] as float32, of nested blocks times the float16 that is at bit AT of `outer` [ROWS]."""
+    wide = to_float((raw >> (AT // 4)) & 15 if SCALE == "u4" else raw, SCALE)
+    if OUTER_TILES > 0:
+        half = (outer >> AT).to(tl.int16).to(tl.float16, bitcast=True) if outer.dtype == tl.int32 else outer
+        wide *= half.to(tl.float32)[:, None]
+    return wide
+
+
+@triton.jit
+def with_minima(w, scale, minimum, MOST: tl.constexpr, DTYPE: tl.constexpr):
+    """w · scale + minimum, rounded to DTYPE but once: w [ROWS, PER_TILE, columns] are integers up to MOST, the others float32 of groups.
+
+    Both come in two parts, of which the coarser are multiples of a unit so large that DTYPE holds w times the one plus the other.
+    """
+    if DTYPE == tl.float32:  # noqa: SIM300
+        return w * scale[:, :, None] + minimum[:, :, None]
+    PRECISION: tl.constexpr = 8 if DTYPE == tl.bfloat16 else 11  # noqa: SIM300
+    largest = tl.abs(minimum) + MOST * tl.abs(scale)
+    power = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)  # of two, not above it
+    rounder = power * (1.5 * 2 ** (25 - PRECISION))  # float32 sums with it are multiples of the unit, 4 · power / 2^PRECISION
+    coarse_scale, coarse_minimum = scale + rounder - rounder, minimum + rounder - rounder
+    fine = tl.fma(w, of_columns(scale - coarse_scale, w, DTYPE), of_columns(minimum - coarse_minimum, w, DTYPE))
+    return tl.fma(w, of_columns(coarse_scale, w, DTYPE), of_columns(coarse_minimum, w, DTYPE)) + fine
+
+
+@triton.jit
+def of_columns(per_group, w, DTYPE: tl.constexpr):
+    """[ROWS, PER_TILE] -> as w [ROWS, PER_TILE, columns], of DTYPE."""
+    return tl.broadcast_to(per_group.to(DTYPE)[:, :, None], w.shape)
 
 
 @triton.jit
@@ -95,32 +132,39 @@ def finished(sums, ASM: tl.constexpr):
 
 @triton.jit
 def stored(
-    p_s, p_z, kt, o_n, m_n, rows_s, ZERO: tl.constexpr, SCALED: tl.constexpr, GROUP_ROWS: tl.constexpr, GROUP_TILES: tl.constexpr,
-    PER_TILE: tl.constexpr,
+    p_s, p_z, p_outer, kt, o_n, m_n, N, ZERO: tl.constexpr, SCALED: tl.constexpr, GROUP_ROWS: tl.constexpr, GROUP_TILES: tl.constexpr,
+    PER_TILE: tl.constexpr, OUTER_TILES: tl.constexpr,
 ):  # fmt: skip
-    """Scales and zeros of tile kt, [BLOCK_N, PER_TILE] as they are stored; what is not wanted is the other one, which then is not used."""
+    """Scales, and zeros or minima, of tile kt, [BLOCK_N, PER_TILE] as they are stored; and what multiplies them, [BLOCK_N].
+
+    What is not wanted is one of the others, which then is not used.
+    """
+    rows_s = tl.cdiv(N, GROUP_ROWS)  # of the scales
     o_group = (kt // GROUP_TILES * rows_s + o_n // GROUP_ROWS)[:, None] * PER_TILE + tl.arange(0, PER_TILE)[None, :]
-    if SCALED and ZERO != "none":
-        return tl.load(p_s + o_group, m_n[:, None], other=0), tl.load(p_z + o_group, m_n[:, None], other=0)
-    elif SCALED:
+    if SCALED:
         scale = tl.load(p_s + o_group, m_n[:, None], other=0)
-        return scale, scale
+        zero, outer = scale, scale
+        if p_z is not None:
+            zero = tl.load(p_z + o_group, m_n[:, None], other=0)
+        if OUTER_TILES > 0:
+            outer = tl.load(p_outer + kt // OUTER_TILES * N + o_n, m_n, other=0)
+        return scale, zero, outer
     else:
         zero = tl.load(p_z + o_group, m_n[:, None], other=0)
-        return zero, zero
+        return zero, zero, zero
 
 
 @triton.jit
 def add_tile(
-    sums, words, narrow, x, scale, zero, p_s, p_table, kt, o_n, m_n, rows_s, BLOCK_N: tl.constexpr, BITS: tl.constexpr,
+    sums, words, narrow, x, scale, zero, outer, p_s, p_table, kt, o_n, m_n, rows_s, BLOCK_N: tl.constexpr, BITS: tl.constexpr,
     TILE_K: tl.constexpr, ASM: tl.constexpr, CODE: tl.constexpr, SCALE: tl.constexpr, ZERO: tl.constexpr, BASE: tl.constexpr,
-    REST: tl.constexpr, GROUP_ROWS: tl.constexpr, GROUP_TILES: tl.constexpr, PER_TILE: tl.constexpr, MODE: tl.constexpr,
-    DTYPE: tl.constexpr, LAST: tl.constexpr,
+    REST: tl.constexpr, GROUP_ROWS: tl.constexpr, GROUP_TILES: tl.constexpr, PER_TILE: tl.constexpr, OUTER_TILES: tl.constexpr,
+    MODE: tl.constexpr, DTYPE: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """sums + (words of tile kt, as weights) · x."""
     w = tile(
-        words, narrow, scale, zero, p_table, BLOCK_N, BITS, TILE_K, ASM, CODE, SCALE, ZERO, MODE == "word", REST, BASE, PER_TILE, DTYPE,
-        LAST,
+        words, narrow, scale, zero, outer, p_table, BLOCK_N, BITS, TILE_K, ASM, CODE, SCALE, ZERO, MODE == "word", REST, BASE, PER_TILE,
+        OUTER_TILES, DTYPE, LAST,
     )  # fmt: skip
     if MODE == "sum":  # loaded only now: earlier, with the words, it kept them waiting (NOTES.md)
         wide = to_float(tl.load(p_s + kt // GROUP_TILES * rows_s + o_n // GROUP_ROWS, m_n, other=0), SCALE)
@@ -134,8 +178,9 @@ def gemm(
     p_x, p_w, p_s, p_z, p_tensor_scale, p_table, p_bias, p_out, p_part, p_count, M, N, K, stride_x,
     BITS: tl.constexpr, TILE_K: tl.constexpr, WORDS: tl.constexpr, ASM: tl.constexpr, CODE: tl.constexpr, SCALE: tl.constexpr,
     ZERO: tl.constexpr, BASE: tl.constexpr, REST: tl.constexpr, GROUP_ROWS: tl.constexpr, GROUP_TILES: tl.constexpr,
-    PER_TILE: tl.constexpr, MODE: tl.constexpr, DTYPE: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
-    SPLIT_K: tl.constexpr, RASTER: tl.constexpr, STEP: tl.constexpr, LAST: tl.constexpr, EARLY: tl.constexpr,
+    PER_TILE: tl.constexpr, OUTER_TILES: tl.constexpr, MODE: tl.constexpr, DTYPE: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, SPLIT_K: tl.constexpr, RASTER: tl.constexpr, STEP: tl.constexpr, LAST: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """One tile of y [M, N], or its part over a run of K.
 
@@ -144,6 +189,7 @@ def gemm(
     TILE_K       columns of a tile of the weight; WORDS: of a row there, those beyond 16 in the narrow plane
     MODE         where scales are applied: "row" once to the sums, "sum" to every tile's sums, "word" to the weights
     GROUP_ROWS   rows that share scales; GROUP_TILES: tiles that do; PER_TILE: scales of one tile
+    OUTER_TILES  tiles of a nested block, whose scales, and minima, p_tensor_scale multiplies; 0: there is no such number
     SPLIT_K      runs of K; their float32 sums meet in p_part, and the last one to arrive adds them up, always in the same order
     EARLY        the kernel before this one may still be running: what it wrote is touched only after it has ended; weights are older,
                  and the first of them are fetched meanwhile
@@ -174,10 +220,11 @@ def gemm(
     if STEP == 2:
         second, second_narrow = fetch(p_words, p_narrow, m_rows, tl.where(begin < last, N * WORDS, 0), WORDS)
     NUMBERS: tl.constexpr = MODE == "word" or ZERO != "none"
-    scale, zero = None, None
+    scale, zero, outer = None, None, None
     if NUMBERS and STEP == 1:
-        scale, zero = stored(
-            p_s, p_z, tl.minimum(begin, tiles_k - 1), o_n, m_n, rows_s, ZERO, MODE == "word", GROUP_ROWS, GROUP_TILES, PER_TILE
+        scale, zero, outer = stored(
+            p_s, p_z, p_tensor_scale, tl.minimum(begin, tiles_k - 1), o_n, m_n, N, ZERO, MODE == "word", GROUP_ROWS, GROUP_TILES,
+            PER_TILE, OUTER_TILES,
         )  # fmt: skip
     if EARLY:
         tl.extra.cuda.gdc_wait()
@@ -199,31 +246,35 @@ def gemm(
             after, after_narrow = second, second_narrow
             second, second_narrow = fetch(p_words, p_narrow, m_rows, tl.where(kt + 2 < last, N * WORDS, 0), WORDS)
         if NUMBERS and STEP == 1:
-            this_scale, this_zero = scale, zero
-            scale, zero = stored(
-                p_s, p_z, tl.minimum(kt + 1, last), o_n, m_n, rows_s, ZERO, MODE == "word", GROUP_ROWS, GROUP_TILES, PER_TILE
+            this_scale, this_zero, this_outer = scale, zero, outer
+            scale, zero, outer = stored(
+                p_s, p_z, p_tensor_scale, tl.minimum(kt + 1, last), o_n, m_n, N, ZERO, MODE == "word", GROUP_ROWS, GROUP_TILES, PER_TILE,
+                OUTER_TILES,
             )  # fmt: skip
         elif NUMBERS:
-            this_scale, this_zero = stored(
-                p_s, p_z, kt, o_n, m_n, rows_s, ZERO, MODE == "word", GROUP_ROWS, GROUP_TILES, PER_TILE
+            this_scale, this_zero, this_outer = stored(
+                p_s, p_z, p_tensor_scale, kt, o_n, m_n, N, ZERO, MODE == "word", GROUP_ROWS, GROUP_TILES, PER_TILE, OUTER_TILES
             )  # fmt: skip
-            second_scale, second_zero = stored(
-                p_s, p_z, tl.minimum(kt + 1, last), o_n, m_n, rows_s, ZERO, MODE == "word", GROUP_ROWS, GROUP_TILES, PER_TILE
+            second_scale, second_zero, second_outer = stored(
+                p_s, p_z, p_tensor_scale, tl.minimum(kt + 1, last), o_n, m_n, N, ZERO, MODE == "word", GROUP_ROWS, GROUP_TILES, PER_TILE,
+                OUTER_TILES,
             )  # fmt: skip
         else:
-            this_scale, this_zero, second_scale, second_zero = None, None, None, None
+            this_scale, this_zero, this_outer, second_scale, second_zero, second_outer = None, None, None, None, None, None
         sums = add_tile(
-            sums, now, now_narrow, x, this_scale, this_zero, p_s, p_table, kt, o_n, m_n, rows_s, BLOCK_N, BITS, TILE_K, ASM, CODE,
-            SCALE, ZERO, BASE, REST, GROUP_ROWS, GROUP_TILES, PER_TILE, MODE, DTYPE, LAST,
+            sums, now, now_narrow, x, this_scale, this_zero, this_outer, p_s, p_table, kt, o_n, m_n, rows_s, BLOCK_N, BITS, TILE_K, ASM,
+            CODE, SCALE, ZERO, BASE, REST, GROUP_ROWS, GROUP_TILES, PER_TILE, OUTER_TILES, MODE, DTYPE, LAST,
         )  # fmt: skip
         if STEP == 2:
             sums = add_tile(
-                sums, after, after_narrow, second_x, second_scale, second_zero, p_s, p_table, tl.minimum(kt + 1, last), o_n, m_n, rows_s,
-                BLOCK_N, BITS, TILE_K, ASM, CODE, SCALE, ZERO, BASE, REST, GROUP_ROWS, GROUP_TILES, PER_TILE, MODE, DTYPE, LAST,
+                sums, after, after_narrow, second_x, second_scale, second_zero, second_outer, p_s, p_table, tl.minimum(kt + 1, last), o_n,
+                m_n, rows_s, BLOCK_N, BITS, TILE_K, ASM, CODE, SCALE, ZERO, BASE, REST, GROUP_ROWS, GROUP_TILES, PER_TILE, OUTER_TILES,
+                MODE, DTYPE, LAST,
             )  # fmt: skip
 
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
+    p_tensor = p_tensor_scale if OUTER_TILES == 0 else None
     o_out = o_m.to(tl.int64)[None, :] * N + o_n[:, None]
     m_out = m_n[:, None] & m_m[None, :]
     if SPLIT_K > 1:
@@ -231,9 +282,9 @@ def gemm(
         if arrives_last(sums, p_own, p_count + pid, split, M, N, m_out, SPLIT_K):
             UNROLL: tl.constexpr = SPLIT_K if BLOCK_N * BLOCK_M * SPLIT_K <= 32768 else 1
             sums = all_parts(p_own, p_count + pid, M, N, m_out, SPLIT_K, UNROLL)
-            finish(sums, p_s, p_tensor_scale, p_bias, p_out + o_out, o_n, m_n, m_out, SCALE, MODE, GROUP_ROWS)
+            finish(sums, p_s, p_tensor, p_bias, p_out + o_out, o_n, m_n, m_out, SCALE, MODE, GROUP_ROWS)
     else:
-        finish(sums, p_s, p_tensor_scale, p_bias, p_out + o_out, o_n, m_n, m_out, SCALE, MODE, GROUP_ROWS)
+        finish(sums, p_s, p_tensor, p_bias, p_out + o_out, o_n, m_n, m_out, SCALE, MODE, GROUP_ROWS)
 
 
 @triton.jit
@@ -255,7 +306,7 @@ def dequantize(
     p_w, p_s, p_z, p_tensor_scale, p_table, p_out, first_row, first_tile, rows, N, K, stride_out,
     BITS: tl.constexpr, TILE_K: tl.constexpr, WORDS: tl.constexpr, ASM: tl.constexpr, CODE: tl.constexpr, SCALE: tl.constexpr,
     ZERO: tl.constexpr, BASE: tl.constexpr, GROUP_ROWS: tl.constexpr, GROUP_TILES: tl.constexpr, PER_TILE: tl.constexpr,
-    DTYPE: tl.constexpr, BLOCK_N: tl.constexpr,
+    OUTER_TILES: tl.constexpr, DTYPE: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Ŵ from first_row and first_tile on, in the type of p_out [rows, stride_out]: exact products in float32, rounded once."""
     kt = first_tile + tl.program_id(1)
@@ -265,15 +316,19 @@ def dequantize(
     p_tile = p_w + kt.to(tl.int64) * N * WORDS
     words, narrow = fetch(p_tile + o_rows * 16 + o_word, narrow_words(p_tile, o_rows, N, WORDS), m_n[:, None], 0, WORDS)
     w = columns(words, narrow, ASM, CODE, p_table, BITS, TILE_K, DTYPE).to(tl.float32)
-    # one scale per column group: [BLOCK_N, PER_TILE] spread over the columns
-    o_group = kt // GROUP_TILES * tl.cdiv(N, GROUP_ROWS) + (first_row + o_n) // GROUP_ROWS
-    o_s = o_group[:, None] * PER_TILE + tl.arange(0, PER_TILE)[None, :]
-    scale = to_float(tl.load(p_s + o_s, m_n[:, None], other=0), SCALE)
+    # numbers of column groups: [BLOCK_N, PER_TILE] spread over the columns
+    scale, zero, outer = stored(
+        p_s, p_z, p_tensor_scale, kt, first_row + o_n, m_n, N, ZERO, True, GROUP_ROWS, GROUP_TILES, PER_TILE, OUTER_TILES
+    )  # fmt: skip
     w = tl.reshape(w, [BLOCK_N, PER_TILE, TILE_K // PER_TILE])
-    if ZERO != "none":
-        w -= (tl.load(p_z + o_s, m_n[:, None], other=0).to(tl.float32) - BASE)[:, :, None]
-    w *= scale[:, :, None]
-    if p_tensor_scale is not None:
+    if ZERO == "int" or ZERO == "float":
+        w -= (zero.to(tl.float32) - BASE)[:, :, None]
+    else:
+        w += BASE
+    w *= numbers(scale, outer, SCALE, OUTER_TILES, 0)[:, :, None]
+    if ZERO == "min":
+        w += numbers(zero, outer, SCALE, OUTER_TILES, 16)[:, :, None]
+    if p_tensor_scale is not None and OUTER_TILES == 0:
         w *= tl.load(p_tensor_scale)
     o_k = kt * TILE_K + tl.arange(0, TILE_K)
     w = tl.reshape(w, [BLOCK_N, TILE_K])
