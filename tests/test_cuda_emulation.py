@@ -118,7 +118,7 @@ FAULTS = {
     "a flag before all have left their sums": ("w4", TILE, "sync_warps(1, threads);\n    if", "if"),
     "flags left raised": ("w4", TILE, "flags[helper] = 0;", ""),
     "zero points left out": ("s8_w8", S8, "sum -= zero[h] * token.sum;", ";"),
-    "a subtraction that borrows": ("s8_w4", S8, "(word & 0x0f0f0f0f | 0x80808080)", "(word & 0x0f0f0f0f)"),
+    "a subtraction that borrows": ("s8_w4", S8, "lower_halves(word, HIGHEST)", "lower_halves(word, 0)"),
 }
 
 

@@ -249,7 +249,7 @@ FAULTS = {
     "a stage that others have not copied": (W8, MMA, "__syncthreads();  // all", "// all"),
     "a stage filled while it is read": (W4, MMA, "stage == 0 ? STAGES - 1 : stage - 1;", "stage;"),
     "rows beyond the last": (W8, MMA, "m + e >= a.m || n >= a.n", "n >= a.n"),
-    "a subtraction that borrows": (W4, MMA, "(groups ? 0x80808080 : 0)", "(groups ? 0x00808080 : 0)"),
+    "a subtraction that borrows": (W4, MMA, "(groups ? HIGHEST : 0)", "(groups ? 0x00808080 : 0)"),
     "parts not yet seen by others": (W8, TILE, "__threadfence();\n", ""),
     "weights in another order": (W8, MMA, "lane % 16, 2 * span + lane / 16", "lane % 8 + lane / 16 * 8, 2 * span + lane / 8 % 2"),
     "a stage not waited for": (W8, MMA, WAIT, ""),

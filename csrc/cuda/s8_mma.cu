@@ -12,6 +12,7 @@
 // subtracting under a guard bit, LiquidGEMM; stream-K, Osama et al. 2023. Written from scratch.
 
 #include "cuda/tile.cuh"
+#include "cuda/unpack.cuh"
 
 #include <algorithm>
 #include <optional>
@@ -114,18 +115,14 @@ struct W4 {
       load_shared(words, stage + ((span * T::ROWS + row + 8 * h + lane / 4) * 4 + lane % 4) * 4 * WORDS);
 #pragma unroll
       for (int s = 0; s < WORDS; ++s) {
-        to[s][h] = codes(words[s], a, zero[h]);
-        to[s][2 + h] = codes(words[s] >> 4, a, zero[h]);
+        to[s][h] = codes(lower_halves(words[s], a.flip), zero[h]);
+        to[s][2 + h] = codes(lower_halves(words[s] >> 4, a.flip), zero[h]);
       }
     }
   }
 
  private:
-  // A bit in front keeps a subtraction from borrowing of the next byte; turning it afterwards takes 128 off.
-  __device__ static uint32_t codes(uint32_t word, const Arguments& a, uint32_t zero) {
-    const uint32_t four = (word & 0x0f0f0f0f) ^ a.flip;
-    return GROUPS ? (four - zero) ^ 0x80808080 : four;
-  }
+  __device__ static uint32_t codes(uint32_t four, uint32_t zero) { return GROUPS ? less_zeros(four, zero) : four; }
 };
 
 // The scales and zero points of a lane's rows, in one of the tiles of a step: of four lanes, which have the same rows, each loads another's.
@@ -420,7 +417,7 @@ void s8_w4_mma(Tensor x, Tensor rows, Tensor weight, Tensor scales, std::optiona
                   "weight [", a.tiles, ", ", weight.size(1), ", ", weight.size(2), "] with scales [", a.runs, ", ", scales.size(1),
                   "] does not fit");
   a.zero = 8;
-  a.flip = (zeros ? 0 : 0x08080808) | (groups ? 0x80808080 : 0);
+  a.flip = (zeros ? 0 : 0x08080808) | (groups ? HIGHEST : 0);
   const How how{tile_rows, tokens, blocks, raster, whole, early, reinterpret_cast<cudaStream_t>(stream)};
   if (!groups && words == 4) return launch_for<W4<4, false>>(a, room(parts), flags.numel(), how);
   if (words == 4) return launch_for<W4<4, true>>(a, room(parts), flags.numel(), how);

@@ -1,6 +1,7 @@
 // What kernels share that work through tiles of a product: where parts of a tile meet, and some of the host's side.
 #pragma once
 
+#include "common/ptx.h"
 #include "cuda/numbers.cuh"
 #include "cuda/stream_k.h"
 
