@@ -114,7 +114,7 @@ FAULTS = {
     "parts of another block": ("w4", TILE, "helper * part", "(helper + 1) * part"),
     "a part left out": ("w4", TILE, "schedule.first_helper(work), last", "schedule.block() - 1, last"),
     "parts not waited for": ("w4", TILE, "wait_for_flag(flags + helper);", ""),
-    "parts not yet seen by others": ("w4", TILE, "__threadfence();\n", ""),
+    "parts not yet seen by others": ("w4", TILE, "__threadfence();\n    sync_warps", "sync_warps"),
     "a flag before all have left their sums": ("w4", TILE, "sync_warps(1, threads);\n    if", "if"),
     "flags left raised": ("w4", TILE, "flags[helper] = 0;", ""),
     "zero points left out": ("s8_w8", S8, "sum -= zero[h] * token.sum;", ";"),

@@ -211,7 +211,7 @@ def test_more_rows_are_multiplied_eight_by_eight(compiled, monkeypatch):
 
 # -- the emulation sees faults -------------------------------------------------------------------------------------------------------
 
-SOURCE = "w4_gemv.cu"
+SOURCE, TILE = "w4_gemv.cu", "tile.cuh"
 FEWER = [  # of a kernel that is broken one variant is enough, and compiled sooner
     (SOURCE, "x.scalar_type() == ScalarType::BFloat16 ? launch_codes<bf16> : launch_codes<f16>", "launch_codes<f16>"),
     (SOURCE, "if (a.table && mirrored) return launch_parts<T, Table<T, true>, false>(a, how);", ""),
@@ -238,15 +238,16 @@ FAULTS = {
     "columns beyond the last": ("const int there = a.k - begin - i;", "const int there = a.k - begin - i + 8;"),
     "rows beyond the last": ("n < a.n && token", "token"),
     "tokens beyond the last": (" && token < a.m;", ";"),
-    "parts not yet seen by others": ("__threadfence();\n  __syncthreads();", "__syncthreads();"),
+    "parts not yet seen by others": ("__threadfence();\n  __syncthreads();", "__syncthreads();", TILE),
     "a block's own part before the others": ("sum = 0;\n  for (int i = 0; inside && i < a.blocks_k; ++i)", OTHERS_THEN),
-    "a counter left raised": ("if (threadIdx.x == 0) *counter = 0;", ""),
+    "a counter left raised": ("if (threadIdx.x == 0) *counter = 0;", "", TILE),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_seen(folder, fault):
-    broken = build("w4_gemv", folder, [*FEWER, (SOURCE, *FAULTS[fault])])
+    old, new, *file = FAULTS[fault]
+    broken = build("w4_gemv", folder, [*FEWER, (*(file or [SOURCE]), old, new)])
     with pytest.raises((AssertionError, RuntimeError)):
         check(broken, *cut(), seeds=range(20))
         check(broken, *cancelling(), seeds=range(20))

@@ -31,7 +31,7 @@ MORE = [
 ]  # fmt: skip
 PAIRS = [pytest.param(k, f, id=f"{k.name}-{f.name}") for k in KERNELS for f in (*plain(formats.all_formats()), *MORE)]
 SHAPES = ((1, 8), (70, 300), (130, 515), (512, 1024), (512, 8192), (4096, 4096))
-ROWS = (0, 1, 3, 16, 17, 33, 64, 100, 130, 257, 600, 2100)
+ROWS = (0, 1, 3, 8, 16, 17, 33, 64, 100, 130, 257, 600, 2100)
 
 
 @pytest.mark.parametrize(("kernel", "format"), PAIRS)
@@ -63,7 +63,7 @@ COMPILED = pytest.mark.parametrize("kernel", [k for k in KERNELS if k.backend ==
 @COMPILED
 def test_small_products(kernel):
     """With edges in all directions, and K cut."""
-    names = ("int4", "int4_g32", "int4_asym", "nf4", "hqq4", "int8", "int8_asym")
+    names = ("int4", "int4_g32", "int4_g64", "int4_g-1", "int4_asym", "nf4", "hqq4", "int8", "int8_asym")
     for name, (n, k), m in itertools.product(names, ((70, 304), (144, 2056)), (1, 7, 17, 70)):
         if why_not(kernel, Problem(formats.get(name), n, k, m, torch.float16, device=devices.current("cuda"))) is None:
             q, x = random_quant(formats.get(name), n, k).to("cuda"), torch.randn(m, k, device="cuda", dtype=torch.float16)

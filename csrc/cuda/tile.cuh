@@ -61,6 +61,17 @@ __device__ bool join_sums(Sum (&sums)[SIZE], const StreamK& schedule, const Work
   return true;
 }
 
+// Of blocks that leave parts of one result: whether this is the last of `count`, which then sees what all have left. The counter is 0 before
+// and after.
+__device__ inline bool comes_last(int* counter, int count) {
+  __threadfence();
+  __syncthreads();
+  if (!__syncthreads_or(threadIdx.x == 0 && atomicAdd(counter, 1) == count - 1)) return false;
+  __threadfence();
+  if (threadIdx.x == 0) *counter = 0;
+  return true;
+}
+
 // -- the host's side ---------------------------------------------------------------------------------------------------------------------
 
 using torch::headeronly::ScalarType;

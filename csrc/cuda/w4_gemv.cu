@@ -231,12 +231,7 @@ __device__ inline float sum_of_warps(const float (&sums)[2][4], uint32_t base, i
 __device__ inline bool sum_of_blocks(float& sum, const Arguments& a, int block_n, int block_k, int64_t at, bool inside) {
   const int64_t all = int64_t(a.m) * a.n;
   if (inside) __stcg(a.parts + block_k * all + at, sum);
-  __threadfence();
-  __syncthreads();
-  int* counter = a.counters + block_n;
-  if (!__syncthreads_or(threadIdx.x == 0 && atomicAdd(counter, 1) == a.blocks_k - 1)) return false;
-  __threadfence();
-  if (threadIdx.x == 0) *counter = 0;
+  if (!comes_last(a.counters + block_n, a.blocks_k)) return false;
   sum = 0;
   for (int i = 0; inside && i < a.blocks_k; ++i) sum += __ldcg(a.parts + i * all + at);
   return true;
