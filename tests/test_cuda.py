@@ -22,7 +22,10 @@ from qkernels.kernels.device import Device
 from qkernels.kernels.registry import Problem
 
 CSRC = Path(__file__).parents[1] / "csrc"
-OPS = ("s8_quantize", "s8_w4_gemv", "s8_w8_gemv", "s8_w4_mma", "s8_w4_wgmma", "s8_w8_mma", "s8_w8_wgmma", "w4_gemv", "w4_mma", "w4_wgmma")
+OPS = (
+    "s8_quantize", "s8_w4_gemv", "s8_w4_mma", "s8_w4_wgmma", "s8_w8_gemv", "s8_w8_mma", "s8_w8_wgmma",
+    "w4_gemv", "w4_mma", "w4_swiglu", "w4_wgmma",
+)  # fmt: skip
 
 # -- machine code ------------------------------------------------------------------------------------------------------------------
 

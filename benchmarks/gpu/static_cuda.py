@@ -126,8 +126,8 @@ def markdown() -> str:
     lines = ["| " + " | ".join(cells) + " |" for cells in (HEAD, ["---"] * len(HEAD), *(row(kernel) for kernel in kernels()))]
     note = (
         "Registers: of a thread at its start; on Hopper, those that multiply take more, from those that copy. Shared memory is given to a\n"
-        "launch, but for the static part. Spills, and instructions: of a thread, where there is a loop over K with products, of a warp or by\n"
-        "dp4a (IDP)."
+        "launch, but for the static part. Spills, and instructions: of a thread, where there is a loop over K with products, of a warp or\n"
+        "by dp4a (IDP)."
     )
     return f"{compiled.built()['cuda_compiler']}.\n{note}\n\n" + "\n".join(lines)
 

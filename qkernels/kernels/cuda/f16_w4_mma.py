@@ -181,6 +181,12 @@ def run(x: Tensor, packed: Packed, bias: Tensor | None, batch_invariant: bool = 
     return bind(packed.format, packed.shape, batch_invariant)(x, *packed[2:], bias)
 
 
+def swiglu(x: Tensor, gate: Packed, gate_bias: Tensor | None, up: Packed, up_bias: Tensor | None) -> Tensor | None:
+    """Up to eight rows in one launch; more want the tensor core twice."""
+    few = x.numel() <= w4_gemv.FEW * x.shape[-1]
+    return w4_gemv.swiglu(x, gate, gate_bias, up, up_bias) if few else None
+
+
 def _why_not(p: Problem) -> str | None:
     if reason := library.why_not(p, SOURCE, OLDEST) or f16_gemm.why_not_format(p):
         return reason
@@ -206,6 +212,7 @@ KERNEL = register(
         bind=bind,
         dequantize=dequantize,
         backward=backward,
+        swiglu=swiglu,
     )
 )
 INVARIANT = register(
@@ -216,6 +223,7 @@ INVARIANT = register(
         cost=lambda p: f16_gemm.INVARIANT.cost(p) + 0.1,
         run=functools.partial(run, batch_invariant=True),
         bind=functools.partial(bind, batch_invariant=True),
+        swiglu=None,
         batch_invariant=True,
     )
 )
