@@ -29,7 +29,7 @@ from qkernels.kernels.cuda import library, w4_gemv
 from qkernels.kernels.cuda.w4_gemv import KINDS, begins_early
 from qkernels.kernels.registry import Matmul, Problem, register
 from qkernels.kernels.triton import f16_backward, f16_dequantize, f16_gemm, layout
-from qkernels.kernels.triton.f16_format import Stored, table
+from qkernels.kernels.triton.f16_format import Stored, constants, table
 from qkernels.kernels.triton.launch import check, counters_of, gathered, gpu_of, over_rows
 from qkernels.kernels.triton.layout import Packed
 
@@ -77,11 +77,11 @@ def plan(launches: tuple[Launch, ...], n: int, m: int, steps: int, processors: i
     return Plan(row.tokens, blocks, False)
 
 
-def numbers(format: QuantFormat, n: int, k: int) -> tuple[int, int, int, int]:
-    """What csrc/cuda/w4_mma.cu wants to know: bits, type of the scales, the zero point of all codes, steps that share a scale."""
-    zero = format.code.bias if isinstance(format.code, Int) else 0
-    group, tile = format.group_extent(n, k)[1], layout.tile_columns(format)
-    return format.bits, KINDS.index(format.scale), zero, 1 << 30 if group == k else max(1, group // tile)
+@functools.lru_cache(maxsize=1024)
+def numbers(format: QuantFormat, n: int, k: int) -> tuple[int, int, int, int, int]:
+    """What csrc/cuda/w4_mma.cu wants to know: bits, type of the scales, the zero point of all codes, steps and rows that share a scale."""
+    zero, shared = format.code.bias if isinstance(format.code, Int) else 0, constants(format, n, k)
+    return format.bits, KINDS.index(format.scale), zero, shared["GROUP_TILES"], shared["GROUP_ROWS"]
 
 
 def aligned(x: Tensor) -> Tensor:
@@ -190,10 +190,10 @@ def swiglu(x: Tensor, gate: Packed, gate_bias: Tensor | None, up: Packed, up_bia
 def _why_not(p: Problem) -> str | None:
     if reason := library.why_not(p, SOURCE, OLDEST) or f16_gemm.why_not_format(p):
         return reason
-    f, group = p.format, p.format.group_extent(p.n, p.k)
+    f = p.format
     if f.bits not in (4, 8) or not (isinstance(f.code, Int) or layout.is_table(f.code)):
         return f"code {f.code.name}: integers of 4 and 8 bits and tables of 4 bits are taken"
-    return None if group[0] == 1 else f"scales for {group[0]} x {group[1]} weights; of groups within a row they are taken"
+    return None
 
 
 def _why_not_invariant(p: Problem) -> str | None:
