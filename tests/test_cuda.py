@@ -158,8 +158,10 @@ def test_machine_code_of_s8_gemv(compiled, weights, tokens):
         of_x = chunks if weights[2:] == ("1",) else 0  # sums of x, for zero points
         assert static_cuda.count(loop, "IDP.4A.S8.S8") == len(kernel.all_of("IDP")) == 4 * chunks + of_x, architecture
         first = next(i for i, instruction in enumerate(loop) if instruction.startswith("IDP"))
-        ahead = [i for i in loop[:first] if i.startswith("LDG.E") and ".128" in i]
-        before = [i for i in code[: len(code) - code[::-1].index(loop[-1])] if i.startswith("LDG.E") and ".128" in i]
+        ahead, before = (
+            [i for i in part if i.startswith("LDG.E") and ".128.CONSTANT" in i]  # Turing loads x likewise, but not as a constant
+            for part in (loop[:first], code[: len(code) - code[::-1].index(loop[-1])])
+        )
         assert len(ahead) == 4 and len(before) == 8, architecture
 
 

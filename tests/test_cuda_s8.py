@@ -407,7 +407,7 @@ FAULTS_OF_FEW = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("fault", [*FAULTS_OF_FEW][: None if SWEEP else 3])
+@pytest.mark.parametrize("fault", [*FAULTS_OF_FEW][: None if SWEEP else 1])
 def test_a_fault_of_few_rows_is_seen(folder, fault):
     old, new, *file = FAULTS_OF_FEW[fault]
     broken = build("s8_gemv", folder, [*FEWER_OF_FEW, (*(file or [GEMV]), old, new)])

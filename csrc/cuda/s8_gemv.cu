@@ -181,7 +181,7 @@ __device__ void store(const Arguments& a, int m, int n, Sum sum) {
 }
 
 template <class W, int TOKENS>
-__global__ void __launch_bounds__(THREADS, TOKENS > 1 ? W::GROUPS ? 1 : 2 : 3) gemv(const __grid_constant__ Arguments a) {
+__global__ void __launch_bounds__(THREADS, 3 - W::GROUPS - (TOKENS > 1)) gemv(const __grid_constant__ Arguments a) {
   using Sum = std::remove_all_extents_t<Sums<W, TOKENS>>;
   const uint32_t shared = shared_memory();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;

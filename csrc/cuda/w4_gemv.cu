@@ -59,6 +59,7 @@ struct Arguments {
   int64_t stride;  // of x
   int m, n, k, tiles, run, blocks_n, blocks_k;  // run: tiles of a block
   int rows;  // of both weights
+  int64_t half;  // bytes of weights from row 0 of a block to row 16
   int rows_of_scales, per_tile, rows_per_scale;
   uint64_t runs_of_tile;  // tile t has run t · runs_of_tile / 2^32 of the scales, without the fraction
   int zero;  // of all codes, where zeros is null or what is taken away afterwards
@@ -180,7 +181,8 @@ __device__ inline void load_numbers(float (&to)[4], uint32_t at) {
 template <class T, class Codes, int PARTS, bool FLOAT_ZERO>
 struct Gemv {
   static constexpr bool CODEBOOK = std::is_same_v<Codes, Table<T>>, FLOATS = std::is_same_v<Codes, Table<T, true>>;
-  static constexpr bool LIGHT = !CODEBOOK && !FLOATS && !FLOAT_ZERO, HEAVY = !LIGHT && PARTS > 1 && (TURING || (PARTS == 8 && !FLOATS));
+  static constexpr bool LIGHT = !CODEBOOK && !FLOATS && !FLOAT_ZERO, FULL = std::is_same_v<T, bf16> && Codes::COLUMNS == 128 && FLOAT_ZERO;
+  static constexpr bool HEAVY = !LIGHT && PARTS > 1 && (TURING || FULL || (PARTS == 8 && !FLOATS));
   static constexpr int RESIDENT = HEAVY ? 1 : LIGHT && PARTS == 1 ? 3 : 2;  // blocks of a processor: no registers of the loop are spilled
 
   // sums [2][4] += the products of a tile: of rows g, g + 8 and g + 16, g + 24, each for tokens 2 c and 2 c + 1.
@@ -265,10 +267,10 @@ __device__ void run(const Arguments& a) {
   uint32_t words[DEPTH][4][4] = {};
   const int rows = a.rows - block_n * ROWS - lane / 4;
   const uint8_t* from = a.of[0].codes + (int64_t(begin + warp) * a.n + a.row(block_n, 0)) * ROW_BYTES + lane * 16;
-  const int64_t turn = int64_t(WARPS) * a.n * ROW_BYTES, half = a.gated ? a.of[1].codes - a.of[0].codes : ROWS / 2 * ROW_BYTES;
+  const int64_t turn = int64_t(WARPS) * a.n * ROW_BYTES;
 #pragma unroll
   for (int d = 0; d < DEPTH; ++d, from += turn) {
-    if (warp + d * WARPS < count) load_words(words[d], from, half, rows);
+    if (warp + d * WARPS < count) load_words(words[d], from, a.half, rows);
   }
   let_next_begin();
   Numbers<Codes, PARTS, FLOAT_ZERO> numbers;
@@ -296,7 +298,7 @@ __device__ void run(const Arguments& a) {
 #pragma unroll
     for (int d = 0; d < DEPTH && left > 0; ++d) {
       G::add_tile(sums, codes, words[d], zero_of, x, scales, scales + zeros_beyond, a.zeros());
-      if (left > DEPTH * WARPS) load_words(words[d], from, half, rows);
+      if (left > DEPTH * WARPS) load_words(words[d], from, a.half, rows);
       left -= WARPS, from += turn, x += WARPS * Codes::COLUMNS * 2, scales += WARPS * PARTS * NUMBERS;
     }
   }
@@ -413,7 +415,7 @@ void multiply(const Tensor& x, const Layer& layer, const Layer* up, const std::o
   a.x = static_cast<const uint16_t*>(x.const_data_ptr()), a.out = static_cast<uint16_t*>(out.mutable_data_ptr());
   a.stride = x.stride(0), a.aligned = x.stride(0) % 8 == 0 && reinterpret_cast<uintptr_t>(a.x) % 16 == 0;
   a.m = int(m), a.n = int(n), a.k = int(k), a.tiles = int(tiles), a.run = int(std::min(f.run, tiles)), a.zero = int(f.zero);
-  a.rows = a.gated ? 2 * a.n : a.n;
+  a.rows = a.gated ? 2 * a.n : a.n, a.half = a.gated ? a.of[1].codes - a.of[0].codes : ROWS / 2 * ROW_BYTES;
   a.blocks_n = (a.rows + ROWS - 1) / ROWS, a.blocks_k = (a.tiles + a.run - 1) / a.run;
   a.rows_of_scales = int(scales.size(1)), a.per_tile = int(scales.size(2));
   a.rows_per_scale = int(f.rows_per_scale), a.scale_kind = Kind(f.scale_kind);
