@@ -89,7 +89,7 @@ emulate: build  ## the kernels' tests with AVX-512 emulated, for machines withou
 	cd $(EMULATED) && $(BIN)/python -m pytest -q tests/test_kernels.py tests/test_quantizers.py tests/test_golden.py
 
 sweep: build  ## all cases of the GPU kernels' tests, of which `make test` takes a part
-	QKERNELS_SWEEP=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal tests/test_triton.py tests/test_cuda_s8.py
+	QKERNELS_SWEEP=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal tests/test_triton.py tests/test_cuda_s8.py tests/test_cuda_gemv.py
 
 FUZZ_SECONDS := 60
 fuzz: $(VENV)/fuzz.stamp  ## broken files for the parsers of files from outside, a minute each

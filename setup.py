@@ -65,7 +65,7 @@ FLAGS = [
 CUDA_FLAGS = [*COMMON, "--expt-relaxed-constexpr", "-DUSE_CUDA", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 # What is compiled for one runs on later ones of the same major version: 8.0's on 8.6 and 8.9. The newest brings PTX for those to come.
 ARCHITECTURES = ("7.5", "8.0", "9.0", "10.0", "12.0")
-OLDEST = {"w4_gemv": "7.5"}  # the GPUs that a source is written for; all others need Ampere's copies and products
+OLDEST = dict.fromkeys(("w4_gemv", "s8_gemv", "s8_quantize"), "7.5")  # the GPUs of a source; others need Ampere's copies, products
 OLDEST_NVCC = (12, 5)  # has cudaGetDriverEntryPointByVersion
 
 

@@ -12,6 +12,7 @@ from qkernels.formats import QuantFormat, QuantTensor
 from qkernels.kernels.registry import explain
 from qkernels.linear import QuantLinear
 from qkernels.quantizers import rtn
+from qkernels.swiglu import swiglu
 from qkernels.warmup import warmup
 
 __version__ = "0.1.0"
@@ -52,5 +53,6 @@ __all__ = [
     "restore_linear",
     "rtn",
     "save",
+    "swiglu",
     "warmup",
 ]

@@ -45,6 +45,26 @@ def assert_matmul_close(
         raise AssertionError(_report(y, exact, error, allowed, bad))
 
 
+def assert_swiglu_close(
+    y: Tensor, x: Tensor, gate: Tensor, up: Tensor, gate_bias: Tensor | None = None, up_bias: Tensor | None = None
+) -> None:
+    """Compare y [..., N] with silu(x · gateᵀ + bias) · (x · upᵀ + bias) in fp64; raise AssertionError beyond the derived bound.
+
+    gate, up [N, K] float64, dequantised. The bound is that of either product, as it goes through, and one ulp: silu's slope is below 1.1.
+    """
+    bias = [None if b is None else b.double() for b in (gate_bias, up_bias)]
+    g, u = F.linear(x.double(), gate, bias[0]), F.linear(x.double(), up, bias[1])
+    exact, info = F.silu(g) * u, torch.finfo(x.dtype)
+    assert y.shape == exact.shape and y.dtype == x.dtype, f"got {list(y.shape)} {y.dtype}, want {list(exact.shape)} {x.dtype}"
+    if not y.numel():
+        return
+    of_g, of_u = 1.1 * _float_bound(x, gate, gate_bias, g), _float_bound(x, up, up_bias, u)
+    allowed = of_g * u.abs() + (F.silu(g).abs() + of_g) * of_u + info.eps * exact.abs() + info.smallest_normal * info.eps
+    error = (y.double() - exact).abs()
+    if bool((bad := ~(error <= allowed)).any()):
+        raise AssertionError(_report(y, exact, error, allowed, bad))
+
+
 def _float_bound(x: Tensor, weight: Tensor, bias: Tensor | None, exact: Tensor) -> Tensor:
     torch_y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     torch_error = (torch_y.double() - exact).abs().amax()

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "qkernels").rglob("*.py"))
 LAYERS = {
     "errors": -1, "config": -1, "progress": -1, "formats": 0, "reference": 1, "quantizers": 1, "io": 1, "kernels": 2,
-    "linear": 3, "scaled": 3, "embedding": 3, "convert": 3, "checkpoint": 3, "warmup": 3, "inspection": 3,
+    "linear": 3, "scaled": 3, "embedding": 3, "convert": 3, "checkpoint": 3, "warmup": 3, "swiglu": 3, "inspection": 3,
     "integrations": 4, "cli": 4, "testing": 4,
 }  # fmt: skip
 every_file = pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))

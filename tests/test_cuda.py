@@ -1,5 +1,6 @@
 """The CUDA kernels without a GPU: a look at their machine code, and at how blocks share the tiles of a product."""
 
+import dataclasses
 import importlib.util
 import itertools
 import random
@@ -12,7 +13,7 @@ import pytest
 import setuptools
 import torch
 
-from benchmarks.gpu import static, static_cuda
+from benchmarks.gpu import static_cuda
 from qkernels import formats
 from qkernels.kernels import compiled as compiled_libraries
 from qkernels.kernels import registry
@@ -21,7 +22,10 @@ from qkernels.kernels.device import Device
 from qkernels.kernels.registry import Problem
 
 CSRC = Path(__file__).parents[1] / "csrc"
-OPS = ("s8_quantize", "s8_w4_mma", "s8_w4_wgmma", "s8_w8_mma", "s8_w8_wgmma", "w4_gemv", "w4_mma", "w4_wgmma")
+OPS = (
+    "s8_quantize", "s8_w4_gemv", "s8_w4_mma", "s8_w4_wgmma", "s8_w8_gemv", "s8_w8_mma", "s8_w8_wgmma",
+    "w4_gemv", "w4_mma", "w4_swiglu", "w4_wgmma",
+)  # fmt: skip
 
 # -- machine code ------------------------------------------------------------------------------------------------------------------
 
@@ -87,18 +91,18 @@ def test_machine_code_for_hopper(compiled, source, arguments):
     assert len(roles) == 2 and "TRY_ALLOC" in roles[0] + roles[1] and "DEALLOC" in roles[0] + roles[1]
 
 
-OF_WARPS = {"w4_mma": "HMMA.16816.F32", "s8_mma": "IMMA.16832.S8.S8"}
+OF_K = {"w4_mma": "HMMA.16816.F32", "s8_mma": "IMMA.16832.S8.S8", "s8_gemv": "IDP.4A.S8.S8"}
 
 
 def test_machine_code_for_all_gpus(compiled):
-    """The matrix instructions that a kernel is written for, if it has any, and no others; and no register of its loop is spilled."""
+    """The products that a kernel is written for, if it has any, and no others; and no register of its loop is spilled."""
     seen = 0
     for (source, arguments), kernels in compiled.items():
         if source.endswith("_wgmma") or source == "w4_gemv":
             continue
         for architecture, kernel in kernels.items():
-            where, loop, matrix = (source, arguments, architecture), kernel.loop(), kernel.all_of(*static.MATRIX)
-            assert bool(loop) == (source in OF_WARPS) and all(i.startswith(OF_WARPS[source]) for i in matrix), where
+            where, loop, products = (source, arguments, architecture), kernel.loop(), kernel.all_of(*static_cuda.PRODUCTS)
+            assert bool(loop) == (source in OF_K) and all(i.startswith(OF_K[source]) for i in products), where
             assert not static_cuda.count(loop or [i for _, i in kernel.code], "LDL", "STL"), f"{where}: registers are spilled"
             seen += 1
     assert seen
@@ -139,6 +143,31 @@ def test_machine_code_of_s8_mma(compiled, arguments):
         loop = kernel.loop()
         assert static_cuda.count(loop, "IMMA.16832.S8.S8") == products, architecture
         assert static_cuda.count(loop, "LDGSTS") == copies, architecture
+
+
+@pytest.mark.parametrize("tokens", [1, 8])
+@pytest.mark.parametrize("weights", S8_WEIGHTS, ids="-".join)
+def test_machine_code_of_s8_gemv(compiled, weights, tokens):
+    """For every GPU: dp4a for all that a lane has of a tile; 16 bytes of four rows are on their way before the first of them, and
+    before the loop those of the first tile."""
+    kernels = compiled["s8_gemv", (*weights, str(tokens))]
+    assert kernels
+    chunks = (1 if weights[0] == "W8" else 2) * 4 * tokens  # of four codes, for a row
+    for architecture, kernel in kernels.items():
+        loop, code = kernel.loop(), [instruction for _, instruction in kernel.code]
+        of_x = chunks if weights[2:] == ("1",) else 0  # sums of x, for zero points
+        assert static_cuda.count(loop, "IDP.4A.S8.S8") == len(kernel.all_of("IDP")) == 4 * chunks + of_x, architecture
+        first = next(i for i, instruction in enumerate(loop) if instruction.startswith("IDP"))
+        ahead, before = (
+            [i for i in part if i.startswith("LDG.E") and ".128.CONSTANT" in i]  # Turing loads x likewise, but not as a constant
+            for part in (loop[:first], code[: len(code) - code[::-1].index(loop[-1])])
+        )
+        assert len(ahead) == 4 and len(before) == 8, architecture
+
+
+def test_every_kernel_of_s8_gemv_is_looked_at(compiled):
+    found = sorted(arguments for source, arguments in compiled if source == "s8_gemv")
+    assert found == sorted((*weights, tokens) for weights in S8_WEIGHTS for tokens in "18")
 
 
 GEMV = [
@@ -214,7 +243,7 @@ def test_architectures_that_nobody_can_read(setup, monkeypatch, asked):
 def test_architectures_of_a_source(setup):
     wanted = ["7.5", "8.0", "12.0+PTX"]
     assert setup.for_source("w4_wgmma", wanted) == ["9.0a"]
-    assert setup.for_source("w4_gemv", wanted) == wanted
+    assert setup.for_source("w4_gemv", wanted) == setup.for_source("s8_gemv", wanted) == wanted
     assert setup.for_source("w4_mma", wanted) == wanted[1:]
     assert setup.for_source("w4_mma", ["7.5"]) == []
     assert setup.gencodes(["9.0a", "12.0+PTX"]) == [
@@ -404,5 +433,8 @@ def test_int8_without_triton(name, kernel):
         )
         assert registry.plan(missing).kernel.name == kernel
         assert registry.plan(there).kernel.backend == "triton" and registry.plan(there, kernel).kernel.name == kernel
-    old = Problem(formats.get(name), 4100, 4100, device=Device("cuda", sm=75), compute="int8")
-    assert registry.plan(old).rejected[kernel] == "needs sm80, not sm75"
+    turing = Problem(formats.get(name), 4100, 4100, dtype=torch.float16, device=Device("cuda", sm=75), compute="int8")
+    assert registry.plan(turing).kernel.name == kernel  # by dp4a
+    assert registry.plan(dataclasses.replace(turing, compute="auto")).kernel.name != kernel
+    old = dataclasses.replace(turing, device=Device("cuda", sm=70))
+    assert registry.plan(old).rejected[kernel] == "needs sm75, not sm70"

@@ -114,11 +114,11 @@ FAULTS = {
     "parts of another block": ("w4", TILE, "helper * part", "(helper + 1) * part"),
     "a part left out": ("w4", TILE, "schedule.first_helper(work), last", "schedule.block() - 1, last"),
     "parts not waited for": ("w4", TILE, "wait_for_flag(flags + helper);", ""),
-    "parts not yet seen by others": ("w4", TILE, "__threadfence();\n", ""),
+    "parts not yet seen by others": ("w4", TILE, "__threadfence();\n    sync_warps", "sync_warps"),
     "a flag before all have left their sums": ("w4", TILE, "sync_warps(1, threads);\n    if", "if"),
     "flags left raised": ("w4", TILE, "flags[helper] = 0;", ""),
     "zero points left out": ("s8_w8", S8, "sum -= zero[h] * token.sum;", ";"),
-    "a subtraction that borrows": ("s8_w4", S8, "(word & 0x0f0f0f0f | 0x80808080)", "(word & 0x0f0f0f0f)"),
+    "a subtraction that borrows": ("s8_w4", S8, "lower_halves(word, HIGHEST)", "lower_halves(word, 0)"),
 }
 
 

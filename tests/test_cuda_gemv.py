@@ -1,15 +1,16 @@
 """csrc/cuda/w4_gemv.cu on the processor that tests/cuda_emulation makes of the host: against fp64, any order of threads, any other rows of
-x, and the faults that this sees."""
+x, the gated form, and the faults that this sees."""
 
 from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import random_quant
+from cases import SWEEP, random_quant
 from emulated_cuda import build, compile_begin, late, why_not
 
-from qkernels import explain, formats, reference
+import qkernels
+from qkernels import QuantLinear, explain, formats, reference
 from qkernels.kernels import device as devices
 from qkernels.kernels.cuda import w4_gemv
 from qkernels.kernels.device import Device
@@ -18,7 +19,7 @@ from qkernels.kernels.registry import why_not as why_not_of
 from qkernels.kernels.triton import layout
 from qkernels.kernels.triton.f16_format import table
 from qkernels.kernels.triton.launch import Gpu
-from qkernels.testing import assert_matmul_close
+from qkernels.testing import assert_matmul_close, assert_swiglu_close
 
 reason = why_not()
 pytestmark = [pytest.mark.skipif(reason is not None, reason=str(reason)), pytest.mark.usefixtures("one_thread")]
@@ -160,6 +161,142 @@ def test_what_does_not_fit_is_refused(compiled):
     refused("rows of x and out have to be dense", x=x.t().contiguous().t())
 
 
+# -- the gated form ----------------------------------------------------------------------------------------------------------------------
+
+
+def call_gated(emulated, gate, up, x, biases, run):
+    """Likewise, of two weights."""
+    (m, k), n = x.shape, gate.shape[0]
+    of_gate, of_up = layout.prepare(gate)[2:6], layout.prepare(up)[2:6]
+    blocks_k, around = -(-of_gate[0].shape[0] // run), torch.full((3, m, n), torch.nan, dtype=x.dtype)
+    parts = torch.full((blocks_k + 1, m, 2 * n), torch.nan) if blocks_k > 1 else None
+    counters = torch.zeros(-(-2 * n // w4_gemv.ROWS), dtype=torch.int32) if blocks_k > 1 else None
+    written = F.pad(x, (0, 8), value=torch.nan)
+    operands = (late(emulated, written)[:, :k], *of_gate, biases[0], *of_up, biases[1], table(gate.format.code, x.device))
+    emulated.ops.w4_swiglu(*operands, around[1], parts, counters, *w4_gemv.numbers(gate.format, n, k), run, 227 << 10, True, 0)
+    assert counters is None or not counters.any(), "a counter is left raised"
+    assert around[0].isnan().all() and around[2].isnan().all(), "results beside their place"
+    return around[1].clone()
+
+
+def check_gated(emulated, gate, up, x, biases, run, seeds):
+    first = None
+    for seed in seeds:
+        emulated.set_seed(seed)
+        y = call_gated(emulated, gate, up, x, biases, run)
+        if first is None:
+            assert_swiglu_close(y, x, *(reference.decode(q, torch.float64) for q in (gate, up)), *biases)
+            first = y
+        assert torch.equal(y, first), f"other bits with seed {seed}"
+
+
+def pair(name, case, dtype, biases, seed=0):
+    """Two weights of a format, x that keeps silu where it bends, and biases of a type or none."""
+    gate, x, bias = problem(name, case, dtype, biases[0], seed)
+    up = random_quant(gate.format, case.n, case.k, seed + 100)
+    scale = reference.decode(gate, torch.float64).square().sum(1).mean().sqrt()
+    return gate, up, (x / scale).to(dtype), (bias, None if biases[1] is None else torch.randn(case.n).to(biases[1])), case.run
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_gated_against_fp64(compiled, name):
+    for m in (1, 2, 8) if SWEEP else ((1, 2, 8)[FORMATS.index(name) % 3],):
+        turn = m + FORMATS.index(name)
+        n, k = ((16, 8), (48, 300), (144, 515), (64, 1560))[turn % 4]
+        kind = BIASES[turn % 4]
+        biases = ((kind, kind), (None, kind), (kind, None))[turn % 3]
+        check_gated(compiled, *pair(name, Case(n, k, m, (32, 8, 3)[turn % 3]), DTYPES[turn % 2], biases, turn), (turn,))
+
+
+def cut_pair():
+    return pair("u4_g64_zi_sf16", Case(80, 2456, 5, 7), torch.float16, (torch.float16, torch.float16))
+
+
+def test_gated_in_any_order_of_threads(compiled):
+    check_gated(compiled, *cut_pair(), range(4))
+
+
+def test_gated_rows_do_not_depend_on_the_others(compiled):
+    gate, up, x, biases, run = cut_pair()
+    y = call_gated(compiled, gate, up, x, biases, run)
+    for first, m in ((0, 1), (3, 2)):
+        assert torch.equal(call_gated(compiled, gate, up, x[first : first + m], biases, run), y[first : first + m])
+
+
+def test_a_pair_that_does_not_fit_is_refused(compiled):
+    gate, up, x, biases, run = cut_pair()
+
+    def refused(match, gate=gate, up=up, biases=biases):
+        with pytest.raises(RuntimeError, match=match):
+            call_gated(compiled, gate, up, x, biases, run)
+
+    refused("N = 72 is no multiple of 16", *(random_quant(gate.format, 72, 2456) for _ in range(2)), biases=(None, None))
+    refused("weight .20, 1024. does not fit", up=random_quant(gate.format, 64, 2456))
+    refused("scales and zero points of one type and shape", up=random_quant(formats.get("u4_g128_zi_sf16"), 80, 2456))
+    refused("scales and zero points of one type and shape", up=random_quant(formats.get("u4b8_g64_sf16"), 80, 2456))
+    refused("biases are of one type", biases=(biases[0], biases[1].float()))
+
+
+def layer(q, bias, kernel):
+    """A layer that is packed for a kernel, which no plan would choose on a CPU."""
+    made = QuantLinear(q.shape[1], q.shape[0], False, q.format, device="meta")
+    made._kernel, made.bias = kernel, None if bias is None else torch.nn.Parameter(bias)
+    made._hold(dict(zip(("codes", "scales", "zeros", "tensor_scale", "perm"), layout.prepare(q)[2:])))
+    return made
+
+
+@pytest.fixture
+def on_the_gpu(compiled, monkeypatch):
+    compiled.set_seed(1)  # forgets what a refused launch was given
+    for op in ("w4_gemv", "w4_swiglu"):
+        monkeypatch.setattr(torch.ops.qkernels, op, getattr(compiled.ops, op), raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
+    monkeypatch.setattr(devices, "current", lambda device: Device("cuda", sm=90))
+
+
+@pytest.mark.parametrize("name", ["u4b8_g128_sf16", "nf4_g64_sf32"])
+def test_swiglu_takes_one_launch_where_it_can(on_the_gpu, monkeypatch, name):
+    """And computes the same where it cannot."""
+    launches = []
+    monkeypatch.setattr(w4_gemv, "multiply_gated", lambda *given, of=w4_gemv.multiply_gated: (launches.append(len(given[0])), of(*given)))
+    gate, up, x, (bias, other), _ = pair(name, Case(48, 515, 11, 8), torch.bfloat16, (torch.float32, torch.float32))
+    weights = [reference.decode(q, torch.float64) for q in (gate, up)]
+
+    def taken(kernel, x, gate=gate, up=up, bias=bias, other=other):
+        launches.clear()
+        layers = layer(gate, bias, kernel), layer(up, other, kernel)
+        y = qkernels.swiglu(x, *layers)
+        assert_swiglu_close(y.flatten(0, -2), x.flatten(0, -2), *weights, bias, other)
+        return launches.copy()
+
+    with torch.no_grad():
+        assert taken("cuda_f16_wN_gemv", x.view(1, 11, 515)) == [8, 3]
+        assert taken("cuda_f16_w4_mma", x[:8]) == [8] and taken("cuda_f16_w4_mma", x[:0]) == []
+        assert taken("cuda_f16_w4_mma", x[:1], bias=None) == [1]
+        assert taken("cuda_f16_wN_gemv", x[:2], other=other.half()) == []
+        layers = layer(gate, bias, "cuda_f16_w4_mma"), layer(up, other, "cuda_f16_w4_mma")
+        compiled = torch.compile(lambda x: qkernels.swiglu(x, *layers), fullgraph=True, backend="eager")
+        launches.clear()
+        assert torch.equal(compiled(x[:3]), qkernels.swiglu(x[:3], *layers)) and launches == [3, 3]
+    assert taken("cuda_f16_wN_gemv", x[:2], bias=None, other=None) == [2]
+    assert taken("cuda_f16_wN_gemv", x[:2]) == []  # the biases want gradients
+
+
+def test_swiglu_where_there_is_no_such_kernel():
+    gate, up = (QuantLinear.from_linear(torch.nn.Linear(64, 40), "int4") for _ in range(2))
+    dense, x = torch.nn.Linear(64, 40), torch.randn(2, 3, 64)
+    for first, second in ((gate, up), (gate, dense), (dense, dense)):
+        assert torch.equal(qkernels.swiglu(x, first, second), F.silu(first(x)) * second(x))
+    with pytest.raises(qkernels.FormatError, match="in_features = 64"):
+        qkernels.swiglu(torch.randn(2, 65), gate, up)
+
+
+def test_opcheck_of_swiglu(on_the_gpu):
+    gate, up, x, biases, _ = pair("u4_g64_zi_sf16", Case(48, 300, 2, 8), torch.float16, (None, torch.float32))
+    operands = (*layout.prepare(gate)[2:6], biases[0], *layout.prepare(up)[2:6], biases[1])
+    torch.library.opcheck(torch.ops.qkernels.cuda_f16_wN_swiglu.default, (x, *operands, gate.format.name, 48))
+
+
 # -- what Python chooses ---------------------------------------------------------------------------------------------------------------
 
 GPUS = {"H200": Gpu(132, 227 << 10, True), "A10": Gpu(72, 99 << 10, False), "T4": Gpu(40, 64 << 10, False)}
@@ -211,7 +348,7 @@ def test_more_rows_are_multiplied_eight_by_eight(compiled, monkeypatch):
 
 # -- the emulation sees faults -------------------------------------------------------------------------------------------------------
 
-SOURCE = "w4_gemv.cu"
+SOURCE, TILE = "w4_gemv.cu", "tile.cuh"
 FEWER = [  # of a kernel that is broken one variant is enough, and compiled sooner
     (SOURCE, "x.scalar_type() == ScalarType::BFloat16 ? launch_codes<bf16> : launch_codes<f16>", "launch_codes<f16>"),
     (SOURCE, "if (a.table && mirrored) return launch_parts<T, Table<T, true>, false>(a, how);", ""),
@@ -229,7 +366,7 @@ FAULTS = {
     "scales of the wrong part": ("scales + j / EACH * NUMBERS", "scales"),
     "zero points of the wrong part": ("load_shared(zero_of, zeros + j / EACH * NUMBERS)", "load_shared(zero_of, zeros)"),
     "sums of one part run into the next": ("if (j % EACH == 0) {", "if (j == 0) {"),
-    "the wrong tile": ("DEPTH * WARPS) load_words(words[d], from, rows);", "DEPTH * WARPS) load_words(words[d], from - turn, rows);"),
+    "the wrong tile": ("DEPTH * WARPS) load_words(words[d], from,", "DEPTH * WARPS) load_words(words[d], from - turn,"),
     "the kernel before not waited for": ("  wait_for_previous();\n", ""),
     "copies not waited for": ("  copy_async_wait<0>();\n", ""),
     "x used before all of it is there": ("copy_async_wait<0>();\n  __syncthreads();", "copy_async_wait<0>();"),
@@ -238,15 +375,35 @@ FAULTS = {
     "columns beyond the last": ("const int there = a.k - begin - i;", "const int there = a.k - begin - i + 8;"),
     "rows beyond the last": ("n < a.n && token", "token"),
     "tokens beyond the last": (" && token < a.m;", ";"),
-    "parts not yet seen by others": ("__threadfence();\n  __syncthreads();", "__syncthreads();"),
+    "parts not yet seen by others": ("__threadfence();\n  __syncthreads();", "__syncthreads();", TILE),
     "a block's own part before the others": ("sum = 0;\n  for (int i = 0; inside && i < a.blocks_k; ++i)", OTHERS_THEN),
-    "a counter left raised": ("if (threadIdx.x == 0) *counter = 0;", ""),
+    "a counter left raised": ("if (threadIdx.x == 0) *counter = 0;", "", TILE),
 }  # fmt: skip
+
+
+FAULTS_OF_PAIRS = {
+    "scales of the first weight for both": ("of_scales = a.weight(lane).scales", "of_scales = a.of[0].scales"),
+    "words of the first weight for both": ("a.half = a.gated ? a.of[1].codes - a.of[0].codes :", "a.half ="),
+    "zero points of the other weight": ("of_zeros = a.weight(lane).zeros", "of_zeros = a.of[!(a.gated && lane >= 16)].zeros"),
+    "rows of another block": ("block * (ROWS / 2) + r", "(block ^ 1) * (ROWS / 2) + r"),
+    "the other sum of another row": ("__shfl_xor_sync(~0u, sum, ROWS / 2)", "__shfl_xor_sync(~0u, sum, ROWS / 4)"),
+    "both halves are stored": ("(!a.gated || lane < ROWS / 2)", "true"),
+    "parts of two tokens in one place": ("int64_t(token) * a.rows + place", "int64_t(token) * a.n + place"),
+    "no bias for the second": ("inside && of.bias)", "inside && of.bias && lane < 16)"),
+}
+
+
+@pytest.mark.parametrize("fault", [*FAULTS_OF_PAIRS][: None if SWEEP else 1])
+def test_a_fault_of_the_gated_form_is_seen(folder, fault):
+    broken = build("w4_gemv", folder, [*FEWER, (SOURCE, *FAULTS_OF_PAIRS[fault])])
+    with pytest.raises((AssertionError, RuntimeError)):
+        check_gated(broken, *cut_pair(), range(10))
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_seen(folder, fault):
-    broken = build("w4_gemv", folder, [*FEWER, (SOURCE, *FAULTS[fault])])
+    old, new, *file = FAULTS[fault]
+    broken = build("w4_gemv", folder, [*FEWER, (*(file or [SOURCE]), old, new)])
     with pytest.raises((AssertionError, RuntimeError)):
         check(broken, *cut(), seeds=range(20))
         check(broken, *cancelling(), seeds=range(20))

@@ -22,7 +22,7 @@ ROWS = 128
 FORMATS = [
     "u4b8_g128_sf16", "u4b8_g32_sf16", "u4b8_g64_sbf16", "u4b8_g16_sf32", "u4b8_g256_sf16", "u4b8_g-1_sf32",
     "u4_g128_zi_sf16", "u4_g32_zi_sbf16", "u4_g-1_zi_sf16", "u4_g64_zf_sf16", "u4_g128_zf_sbf16", "nf4", "fp4", "mxfp4", "nvfp4",
-    "int8", "int8_g32", "u8_g16_zi_sf16", "u8_g64_zf_sf16", "u8_g-1_zi_sf32",
+    "int8", "int8_g32", "u8_g16_zi_sf16", "u8_g64_zf_sf16", "u8_g-1_zi_sf32", "u4_g32x4_zi_sf16", "u8b128_g128x128_sf32", "nf4_g-1x-1_sf32",
 ]  # fmt: skip
 SHAPES = [(16, 264), (144, 136), (129, 520), (200, 1032), (7, 392), (257, 128)]
 COUNTS = (1, 8, 16, 17, 64, 129)
@@ -187,7 +187,6 @@ def test_who_serves(monkeypatch):
     for name, nk, reason in (
         ("int3", (64, 64), "integers of 4 and 8 bits and tables of 4 bits are taken"),
         ("fp8", (64, 64), "code e4m3"),
-        ("u4b8_g128x2_sf16", (64, 128), "scales for 2 x 128 weights"),
         ("int4_g12", (64, 64), "groups of 12"),
     ):
         assert reason in explain(name, nk, device="cuda:sm80").rejected["cuda_f16_w4_mma"]

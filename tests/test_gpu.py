@@ -19,7 +19,7 @@ from qkernels.kernels import device as devices
 from qkernels.kernels.cuda import library, s8_mma
 from qkernels.kernels.registry import Problem, why_not
 from qkernels.kernels.triton import int8
-from qkernels.testing import assert_matmul_close
+from qkernels.testing import assert_matmul_close, assert_swiglu_close
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 KERNELS = [k for k in kernels.all_kernels() if k.backend in ("triton", "cuda")]
@@ -32,7 +32,7 @@ MORE = [
 ]  # fmt: skip
 PAIRS = [pytest.param(k, f, id=f"{k.name}-{f.name}") for k in KERNELS for f in (*formats.all_formats(), *MORE)]
 SHAPES = ((1, 8), (70, 300), (130, 515), (512, 1024), (512, 8192), (4096, 4096))
-ROWS = (0, 1, 3, 16, 17, 33, 64, 100, 130, 257, 600, 2100)
+ROWS = (0, 1, 3, 8, 16, 17, 33, 64, 100, 130, 257, 600, 2100)
 
 
 @pytest.mark.parametrize(("kernel", "format"), PAIRS)
@@ -58,13 +58,38 @@ def test_against_fp64(kernel, format):
         pytest.skip(why_not(kernel, Problem(format, 4096, 4096, device=here)) or "none of these shapes")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["int4", "int4_g32", "int4_asym", "hqq4", "nf4", "mxfp4", "int8", "int8_asym"])
+def test_swiglu(name, dtype):
+    """In one launch, and again in a graph: the same bits."""
+    format, here = formats.get(name), devices.current("cuda")
+    for (n, k), m in itertools.product(((16, 64), (48, 320), (512, 1024), (14336, 4096)), (1, 2, 8, 19)):
+        if reason := why_not(kernels.get("cuda_f16_wN_gemv"), Problem(format, n, k, m, dtype, device=here)):
+            pytest.skip(reason)
+        q = [random_quant(format, n, k, seed=i).to("cuda") for i in range(2)]
+        weights = [reference.decode(one, torch.float64) for one in q]
+        x = (torch.randn(m, k, device="cuda") / weights[0].square().sum(1).mean().sqrt()).to(dtype)
+        bias = torch.randn(n, device="cuda").to(dtype) if m == 2 else None
+        layers = [QuantLinear.from_quant_tensor(one, bias, kernel="cuda_f16_wN_gemv", dtype=dtype) for one in q]
+        with torch.inference_mode():
+            y = qkernels.swiglu(x, *layers)
+            assert_swiglu_close(y, x, *weights, bias, bias)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                again = qkernels.swiglu(x, *layers)
+            for _ in range(3):
+                graph.replay()
+            torch.cuda.synchronize()
+            assert torch.equal(again, y)
+
+
 COMPILED = pytest.mark.parametrize("kernel", [k for k in KERNELS if k.backend == "cuda"], ids=lambda k: k.name)
 
 
 @COMPILED
 def test_small_products(kernel):
     """With edges in all directions, and K cut."""
-    names = ("int4", "int4_g32", "int4_asym", "nf4", "hqq4", "int8", "int8_asym")
+    names = ("int4", "int4_g32", "int4_g64", "int4_g-1", "int4_asym", "nf4", "hqq4", "int8", "int8_asym")
     for name, (n, k), m in itertools.product(names, ((70, 304), (144, 2056)), (1, 7, 17, 70)):
         if why_not(kernel, Problem(formats.get(name), n, k, m, torch.float16, device=devices.current("cuda"))) is None:
             q, x = random_quant(formats.get(name), n, k).to("cuda"), torch.randn(m, k, device="cuda", dtype=torch.float16)
@@ -184,7 +209,7 @@ def test_gradients(m):
     ("name", "compute", "kernel"),
     [
         ("int4", "float", None), ("int8", "int8", None), ("int4", "int8", None), ("int4_g-1", "int8", None),
-        ("int8", "int8", "cuda_s8_w8_mma"), ("int4", "int8", "cuda_s8_w4_mma"),
+        ("int8", "int8", "cuda_s8_w8_mma"), ("int4", "int8", "cuda_s8_w4_mma"), ("int4_g32", "int8", "cuda_s8_w4_mma"),
     ],
 )  # fmt: skip
 def test_cuda_graphs(name, compute, kernel, m):

@@ -57,15 +57,15 @@ def parse(disassembly: str) -> Code:
     return lines
 
 
-def matrix_loop(code: Code) -> Code:
-    """Return the instructions of the shortest loop that has a matrix instruction; none where there is no such loop."""
+def matrix_loop(code: Code, names: tuple[str, ...] = MATRIX) -> Code:
+    """Return the instructions of the shortest loop that has a matrix instruction, or others; none where there is no such loop."""
     labels = {name: at for at, (name, instruction) in enumerate(code) if not instruction}
     loops = []
     for at, (name, instruction) in enumerate(code):
         target = re.search(r"(\.L_x_\d+)", instruction)
         start = labels.get(target[1], at) if name == "BRA" and target else at
         loop = [line for line in code[start : at + 1] if line[1]]
-        if {line[0] for line in loop} & set(MATRIX):
+        if {line[0] for line in loop} & set(names):
             loops.append(loop)
     return min((loop for loop in loops if len(loop) > 1), key=len, default=[])
 

@@ -16,6 +16,7 @@ from qkernels.kernels import compiled
 
 from .static import MATRIX, Code, matrix_loop, parse, tool
 
+PRODUCTS = (*MATRIX, "IDP")  # and dp4a
 LIBRARY = Path(qkernels.__file__).parent / "_CUDA.abi3.so"
 HEAD = [
     "Kernel",
@@ -25,7 +26,7 @@ HEAD = [
     "Stack, bytes",
     "Static shared, bytes",
     "Spills: loop, elsewhere",
-    "Matrix instructions",
+    "Products",
     "Instructions of the loop",
 ]
 
@@ -43,8 +44,8 @@ class Kernel:
     code: Code
 
     def loop(self) -> list[str]:
-        """Instructions of the loop over K, if the kernel has matrix instructions."""
-        return [instruction for _, instruction in matrix_loop(self.code)]
+        """Instructions of the loop over K, if the kernel has matrix instructions or dp4a."""
+        return [instruction for _, instruction in matrix_loop(self.code, PRODUCTS)]
 
     def all_of(self, *names: str) -> list[str]:
         """Instructions of these names."""
@@ -106,7 +107,7 @@ def row(kernel: Kernel) -> list[str]:
     """A kernel's line of the table."""
     loop, spills = kernel.loop(), len(kernel.all_of("LDL", "STL"))
     inside = count(loop, "LDL", "STL")
-    matrix = ", ".join(f"{count(loop, name)} {name}" for name in MATRIX if count(loop, name))
+    products = ", ".join(f"{count(loop, name)} {name}" for name in PRODUCTS if count(loop, name))
     return [
         kernel.source,
         ", ".join(kernel.arguments),
@@ -115,7 +116,7 @@ def row(kernel: Kernel) -> list[str]:
         str(kernel.stack),
         str(kernel.shared),
         f"{inside}, {spills - inside}",
-        matrix or "–",
+        products or "–",
         str(len(loop) or "–"),
     ]
 
@@ -125,7 +126,8 @@ def markdown() -> str:
     lines = ["| " + " | ".join(cells) + " |" for cells in (HEAD, ["---"] * len(HEAD), *(row(kernel) for kernel in kernels()))]
     note = (
         "Registers: of a thread at its start; on Hopper, those that multiply take more, from those that copy. Shared memory is given to a\n"
-        "launch, but for the static part. Spills, and instructions: of a thread, where there is a loop over K with matrix instructions."
+        "launch, but for the static part. Spills, and instructions: of a thread, where there is a loop over K with products, of a warp or\n"
+        "by dp4a (IDP)."
     )
     return f"{compiled.built()['cuda_compiler']}.\n{note}\n\n" + "\n".join(lines)
 

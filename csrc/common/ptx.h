@@ -1,16 +1,10 @@
-// PTX of NVIDIA's GPUs from sm_75 on, a function each; what only some have says so. Hopper's own instructions are in cuda/hopper.cuh.
-// No other file has a line of it: tests/cuda_emulation has the same functions in plain C++.
+// PTX of NVIDIA's GPUs from sm_75 on, a function each; what only some have says so. Hopper's own instructions are in cuda/hopper.cuh, what a
+// host can do as well in bits.h. No other file has a line of it: tests/cuda_emulation has the same functions in plain C++.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <cstdint>
+#include "common/bits.h"
 
 namespace qk {
-
-struct bf16 {};  // names of types, by which a product is chosen
-struct f16 {};
 
 // -- shared memory, by address -----------------------------------------------------------------------------------------------------------
 
@@ -138,36 +132,12 @@ __device__ inline void let_next_begin() {
 #endif
 }
 
-// -- bits --------------------------------------------------------------------------------------------------------------------------------
-
-// (word & MASK) | BITS, which the compiler makes two instructions of.
-template <uint32_t MASK, uint32_t BITS>
-__device__ inline uint32_t masked(uint32_t word) {
-  uint32_t result;
-  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(word), "n"(MASK), "n"(BITS));
-  return result;
-}
-
-// Four of the eight bytes of a and b, a's first: 4 bits of the selector each; one with its bit 3 set repeats the byte's sign.
-__device__ inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
-  uint32_t result;
-  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(selector));
-  return result;
-}
-
-// a where the mask has ones, b elsewhere.
-__device__ inline uint32_t choose_bits(uint32_t mask, uint32_t a, uint32_t b) {
-  uint32_t result;
-  asm("lop3.b32 %0, %1, %2, %3, 0xca;" : "=r"(result) : "r"(mask), "r"(a), "r"(b));
-  return result;
-}
-
 // Registers keep their value up to here: a product reads and writes them while the program goes on.
 __device__ inline void keep(uint32_t& r) { asm volatile("" : "+r"(r)::"memory"); }
 __device__ inline void keep(float& r) { asm volatile("" : "+f"(r)::"memory"); }
 __device__ inline void keep(int& r) { asm volatile("" : "+r"(r)::"memory"); }
 
-// -- products of a warp (dot4: of a thread). Lane 4 g + c has of d [16, 8] rows g and g + 8, columns 2 c and 2 c + 1 ------------------------
+// -- products of a warp. Lane 4 g + c has of d [16, 8] rows g and g + 8, columns 2 c and 2 c + 1 ------------------------
 
 // Four 8 x 8 matrices of 16 bits; `at`, of lane 8 j + r: row r of matrix j, 16 bytes. Lane 4 g + c gets of each row g, numbers 2 c and 2 c + 1.
 __device__ inline void load_matrices(uint32_t (&to)[4], uint32_t at) {
@@ -213,8 +183,5 @@ __device__ inline void multiply(int (&d)[4], const uint32_t (&a)[4], const uint3
       : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
-
-// sum + a · b, of four int8 each.
-__device__ inline int dot4(uint32_t a, uint32_t b, int sum) { return __dp4a(int(a), int(b), sum); }
 
 }  // namespace qk

@@ -11,17 +11,16 @@
 // Source: scales of tokens and channels after the product as in LLM.int8() and SmoothQuant; copies in stages as in CUTLASS and Marlin;
 // subtracting under a guard bit, LiquidGEMM; stream-K, Osama et al. 2023. Written from scratch.
 
-#include "cuda/tile.cuh"
+#include "cuda/s8.cuh"
+#include "cuda/unpack.cuh"
 
 #include <algorithm>
-#include <optional>
 #include <type_traits>
 
 namespace qk {
 namespace {
 
 constexpr int STEP = 128;              // columns, and bytes of a row of int8
-constexpr int WHOLE = 0x4b400000;      // the bits of 1.5 · 2^23: floats next to it are whole numbers, and their last bits an integer
 constexpr int STAGE_BYTES = 24 << 10;  // of four stages; of larger ones there are three, in 99 KiB, what a block may have everywhere
 
 // A part of the result, and how warps share it: each has 16 I rows of the weight and 8 J tokens.
@@ -31,28 +30,13 @@ struct Tile {
   static constexpr int I = ROWS / WARPS_N / 16, J = TOKENS / WARPS_M / 8, X = TOKENS * STEP;
 };
 
-struct Arguments {
-  const uint8_t* x;                // codes [M, 128 steps]
-  const float* rows;               // of x: scales [M], then sums of codes [M]
-  const uint8_t *weight, *zeros;   // zeros [runs, N] or null
-  const void *scales, *bias;       // [runs, N]; [N] or null
-  Kind scale_kind, bias_kind, out_kind;
-  int zero, origin;                // a zero point where zeros is null; by how much codes are less here than where zero points belong
-  uint32_t flip;                   // bits of four codes: what makes them positive, and guards where zero points come off
-  int tiles, tiles_per_run, runs;  // of 4-bit codes along K; those that share a scale; scales of a row
-  void *out, *parts;               // [M, N]; of every block the sums of a tile
-  int* flags;                      // of every block: its part is there; 0 before and after
-  int m, n, steps, tiles_n, tiles_m, raster;
+// flip: what makes four codes positive, and guards where zero points come off.
+struct Arguments : Operands {
+  void* parts;  // of every block the sums of a tile
+  int* flags;   // of every block: its part is there; 0 before and after
+  int steps, tiles_n, tiles_m, raster;
   bool whole;  // no tile is cut
 };
-
-// A scale as it is stored, and its value.
-__device__ inline uint32_t stored(const void* p, int64_t i, Kind kind) {
-  return kind == Kind::f32 ? static_cast<const uint32_t*>(p)[i] : static_cast<const uint16_t*>(p)[i];
-}
-__device__ inline float scale_of(uint32_t raw, Kind kind) {
-  return kind == Kind::f16 ? __half2float(__ushort_as_half(uint16_t(raw))) : __uint_as_float(kind == Kind::f32 ? raw : raw << 16);
-}
 
 // -- to shared memory ------------------------------------------------------------------------------------------------------------------
 
@@ -114,18 +98,14 @@ struct W4 {
       load_shared(words, stage + ((span * T::ROWS + row + 8 * h + lane / 4) * 4 + lane % 4) * 4 * WORDS);
 #pragma unroll
       for (int s = 0; s < WORDS; ++s) {
-        to[s][h] = codes(words[s], a, zero[h]);
-        to[s][2 + h] = codes(words[s] >> 4, a, zero[h]);
+        to[s][h] = codes(lower_halves(words[s], a.flip), zero[h]);
+        to[s][2 + h] = codes(lower_halves(words[s] >> 4, a.flip), zero[h]);
       }
     }
   }
 
  private:
-  // A bit in front keeps a subtraction from borrowing of the next byte; turning it afterwards takes 128 off.
-  __device__ static uint32_t codes(uint32_t word, const Arguments& a, uint32_t zero) {
-    const uint32_t four = (word & 0x0f0f0f0f) ^ a.flip;
-    return GROUPS ? (four - zero) ^ 0x80808080 : four;
-  }
+  __device__ static uint32_t codes(uint32_t four, uint32_t zero) { return GROUPS ? less_zeros(four, zero) : four; }
 };
 
 // The scales and zero points of a lane's rows, in one of the tiles of a step: of four lanes, which have the same rows, each loads another's.
@@ -210,7 +190,7 @@ __device__ void add_step(Sums<W, T>& sums, const Arguments& a, uint32_t stage, i
 #pragma unroll
         for (int p = 0; p < T::I * 8; ++p) {
           float& sum = sums[p / 8 * T::J + j + p / 4 % 2][p % 4];
-          sum = fmaf(__uint_as_float(parts[p / 4][p % 4]) - __uint_as_float(WHOLE), scales[p / 8 * 2 + p % 4 / 2], sum);
+          sum = fmaf(float_of(parts[p / 4][p % 4]) - float_of(WHOLE), scales[p / 8 * 2 + p % 4 / 2], sum);
         }
       }
     }
@@ -218,18 +198,6 @@ __device__ void add_step(Sums<W, T>& sums, const Arguments& a, uint32_t stage, i
 }
 
 // -- results ---------------------------------------------------------------------------------------------------------------------------
-
-// What a row of the weight has for them.
-struct Row {
-  float scale, bias;
-  int zero;
-  __device__ void load(const Arguments& a, int n, bool groups) {
-    const bool inside = n < a.n;
-    scale = inside && !groups ? number(a.scales, n, a.scale_kind) : 1.0f;
-    bias = inside && a.bias ? number(a.bias, n, a.bias_kind) : 0.0f;
-    zero = (inside && a.zeros ? a.zeros[n] : a.zero) - a.origin;
-  }
-};
 
 // Results of one row and tokens m and m + 1.
 __device__ inline void put(const Arguments& a, int m, int n, const float (&y)[2]) {
@@ -375,23 +343,9 @@ void launch_for(const Arguments& a, int64_t room, int64_t flags, const How& how)
 
 Arguments arguments(const Tensor& x, const Tensor& rows, const Tensor& weight, const Tensor& scales, const std::optional<Tensor>& zeros,
                     const std::optional<Tensor>& bias, const Tensor& out, const std::optional<Tensor>& parts, const Tensor& flags) {
-  Arguments a{};
-  a.x = static_cast<const uint8_t*>(x.const_data_ptr()), a.rows = static_cast<const float*>(rows.const_data_ptr());
-  a.weight = static_cast<const uint8_t*>(weight.const_data_ptr());
-  a.scales = scales.const_data_ptr(), a.scale_kind = kind_of(scales);
-  if (zeros) a.zeros = static_cast<const uint8_t*>(zeros->const_data_ptr());
-  if (bias) a.bias = bias->const_data_ptr(), a.bias_kind = kind_of(*bias);
-  a.out = out.mutable_data_ptr(), a.out_kind = kind_of(out);
+  Arguments a{operands(x, rows, weight, scales, zeros, bias, out)};
   if (parts) a.parts = parts->mutable_data_ptr();
-  a.flags = static_cast<int*>(flags.mutable_data_ptr());
-  a.m = int(out.size(0)), a.n = int(out.size(1)), a.steps = int(x.size(1) / STEP);
-  STD_TORCH_CHECK(x.is_contiguous() && x.size(1) % STEP == 0 && x.size(0) == a.m && a.m > 0 && rows.numel() == 2 * a.m,
-                  "codes of x [", x.size(0), ", ", x.size(1), "] in 128 columns, with ", rows.numel(), " numbers, do not fit out [", a.m, ", ",
-                  a.n, "]");
-  STD_TORCH_CHECK(weight.is_contiguous() && out.is_contiguous() && scales.is_contiguous() && (!zeros || zeros->numel() == scales.numel()) &&
-                      (!bias || (bias->is_contiguous() && bias->numel() == a.n)),
-                  "weight, scales, zeros, bias and out are contiguous, zeros as many as scales, and biases ", a.n);
-  STD_TORCH_CHECK((reinterpret_cast<uintptr_t>(a.x) | reinterpret_cast<uintptr_t>(a.weight)) % 16 == 0, "codes begin at a multiple of 16");
+  a.flags = static_cast<int*>(flags.mutable_data_ptr()), a.steps = int(x.size(1) / STEP);
   return a;
 }
 
@@ -402,9 +356,7 @@ void s8_w8_mma(Tensor x, Tensor rows, Tensor weight, Tensor scales, std::optiona
                std::optional<Tensor> parts, Tensor flags, int64_t tile_rows, int64_t tokens, int64_t blocks, int64_t raster, bool whole,
                bool early, int64_t stream) {
   Arguments a = arguments(x, rows, weight, scales, zeros, bias, out, parts, flags);
-  STD_TORCH_CHECK(weight.size(0) == a.n && weight.size(1) == x.size(1) && scales.numel() == a.n, "weight [", weight.size(0), ", ",
-                  weight.size(1), "] with ", scales.numel(), " scales does not fit");
-  a.zero = a.origin = 128;
+  set_w8(a, x, weight, scales);
   launch_for<W8>(a, room(parts), flags.numel(), {tile_rows, tokens, blocks, raster, whole, early, reinterpret_cast<cudaStream_t>(stream)});
 }
 
@@ -413,20 +365,14 @@ void s8_w4_mma(Tensor x, Tensor rows, Tensor weight, Tensor scales, std::optiona
                std::optional<Tensor> parts, Tensor flags, int64_t tiles_per_run, int64_t tile_rows, int64_t tokens, int64_t blocks,
                int64_t raster, bool whole, bool early, int64_t stream) {
   Arguments a = arguments(x, rows, weight, scales, zeros, bias, out, parts, flags);
-  const int64_t words = weight.size(2) / 16, per_step = 4 / std::max<int64_t>(words, 1);
-  a.tiles = int(weight.size(0)), a.runs = int(scales.size(0)), a.tiles_per_run = int(tiles_per_run);
-  const bool groups = a.runs > 1 || words < 4;
-  STD_TORCH_CHECK(weight.size(1) == a.n && (a.tiles + per_step - 1) / per_step == a.steps && scales.size(1) == a.n && tiles_per_run > 0,
-                  "weight [", a.tiles, ", ", weight.size(1), ", ", weight.size(2), "] with scales [", a.runs, ", ", scales.size(1),
-                  "] does not fit");
-  a.zero = 8;
-  a.flip = (zeros ? 0 : 0x08080808) | (groups ? 0x80808080 : 0);
+  const bool groups = set_w4(a, x, weight, scales, tiles_per_run);
+  const int64_t words = weight.size(2) / 16;
+  a.flip = (zeros ? 0 : 0x08080808) | (groups ? HIGHEST : 0);
   const How how{tile_rows, tokens, blocks, raster, whole, early, reinterpret_cast<cudaStream_t>(stream)};
   if (!groups && words == 4) return launch_for<W4<4, false>>(a, room(parts), flags.numel(), how);
   if (words == 4) return launch_for<W4<4, true>>(a, room(parts), flags.numel(), how);
   if (words == 2) return launch_for<W4<2, true>>(a, room(parts), flags.numel(), how);
-  if (words == 1) return launch_for<W4<1, true>>(a, room(parts), flags.numel(), how);
-  STD_TORCH_CHECK(false, "tiles have 32, 64 or 128 columns, not ", 2 * weight.size(2));
+  launch_for<W4<1, true>>(a, room(parts), flags.numel(), how);
 }
 
 }  // namespace

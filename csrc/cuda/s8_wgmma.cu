@@ -8,6 +8,7 @@
 // Source: weights from registers as in Machete and humming; subtracting under a guard bit, LiquidGEMM; stream-K, Osama et al. 2023. Written from scratch.
 
 #include "cuda/persistent.cuh"
+#include "cuda/unpack.cuh"
 
 namespace qk {
 namespace {
@@ -119,12 +120,12 @@ struct W4 : Finish<std::conditional_t<BY_STEP, float, int>, BY_STEP, false> {
       for (int i = 0; i < 4; ++i) {
         const int h = i % 2;
         const uint32_t word = words[h][2 * half + i / 2];
-        if (a.zeros) {  // a bit in front keeps a subtraction from borrowing of the next byte; turning it afterwards takes 128 off
-          left[i / 2][h] = (word & 0x0f0f0f0f | 0x80808080) - zero[h] ^ 0x80808080;
-          left[i / 2][2 + h] = (word >> 4 & 0x0f0f0f0f | 0x80808080) - zero[h] ^ 0x80808080;
+        if (a.zeros) {
+          left[i / 2][h] = less_zeros(lower_halves(word, HIGHEST), zero[h]);
+          left[i / 2][2 + h] = less_zeros(lower_halves(word >> 4, HIGHEST), zero[h]);
         } else {
-          left[i / 2][h] = word << 4 & 0xf0f0f0f0;
-          left[i / 2][2 + h] = word & 0xf0f0f0f0;
+          left[i / 2][h] = upper_halves(word << 4, 0);
+          left[i / 2][2 + h] = upper_halves(word, 0);
         }
       }
 #pragma unroll

@@ -1,6 +1,7 @@
 // What kernels share that work through tiles of a product: where parts of a tile meet, and some of the host's side.
 #pragma once
 
+#include "common/ptx.h"
 #include "cuda/numbers.cuh"
 #include "cuda/stream_k.h"
 
@@ -57,6 +58,17 @@ __device__ bool join_sums(Sum (&sums)[SIZE], const StreamK& schedule, const Work
 #pragma unroll 1
     for (int helper = first; helper < last; ++helper) add_sums(sums, parts, helper * part, thread, threads);
   }
+  return true;
+}
+
+// Of blocks that leave parts of one result: whether this is the last of `count`, which then sees what all have left. The counter is 0 before
+// and after.
+__device__ inline bool comes_last(int* counter, int count) {
+  __threadfence();
+  __syncthreads();
+  if (!__syncthreads_or(threadIdx.x == 0 && atomicAdd(counter, 1) == count - 1)) return false;
+  __threadfence();
+  if (threadIdx.x == 0) *counter = 0;
   return true;
 }
 

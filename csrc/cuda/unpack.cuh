@@ -26,9 +26,9 @@ namespace qk {
 template <class T>
 struct Int4 {
   static constexpr int COLUMNS = 128, PAIRS = 4;
-  __device__ explicit Int4(const float*) {}
-  __device__ static uint32_t zero(uint32_t z) { return Pair<T>::MAGIC + z * 0x10001; }
-  __device__ void unpack(uint32_t (&to)[PAIRS], uint32_t word, uint32_t z) const {
+  __host__ __device__ explicit Int4(const float*) {}
+  __host__ __device__ static uint32_t zero(uint32_t z) { return Pair<T>::MAGIC + z * 0x10001; }
+  __host__ __device__ void unpack(uint32_t (&to)[PAIRS], uint32_t word, uint32_t z) const {
 #pragma unroll
     for (int i = 0; i < PAIRS; ++i) to[i] = subtract<T>(masked<0x000f000f, Pair<T>::MAGIC>(word >> 4 * i), z);
   }
@@ -38,11 +38,11 @@ template <class T>
 struct Int8 {
   static constexpr int COLUMNS = 64, PAIRS = 2;
   static constexpr bool NARROW = std::is_same_v<T, bf16>;  // its mantissa holds 7 of the 8 bits
-  __device__ explicit Int8(const float*) {}
-  __device__ static uint32_t zero(uint32_t z) {
+  __host__ __device__ explicit Int8(const float*) {}
+  __host__ __device__ static uint32_t zero(uint32_t z) {
     return NARROW ? Pair<T>::of(float(z) - 128, float(z) - 128) : Pair<T>::MAGIC + z * 0x10001;
   }
-  __device__ void unpack(uint32_t (&to)[PAIRS], uint32_t word, uint32_t z) const {
+  __host__ __device__ void unpack(uint32_t (&to)[PAIRS], uint32_t word, uint32_t z) const {
 #pragma unroll
     for (int i = 0; i < PAIRS; ++i) {
       const uint32_t codes = word >> 8 * i;
@@ -62,15 +62,15 @@ struct Table {
   static constexpr int COLUMNS = 128, PAIRS = 4;
   uint32_t low[4], high[4];  // bytes of values 4 i … 4 i + 3
 
-  __device__ explicit Table(const float* values) {
+  __host__ __device__ explicit Table(const float* values) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const uint32_t left = Pair<T>::of(values[4 * i], values[4 * i + 1]), right = Pair<T>::of(values[4 * i + 2], values[4 * i + 3]);
       low[i] = permute_bytes(left, right, 0x6420), high[i] = permute_bytes(left, right, 0x7531);
     }
   }
-  __device__ static uint32_t zero(uint32_t) { return 0; }
-  __device__ void unpack(uint32_t (&to)[PAIRS], uint32_t word, uint32_t) const {
+  __host__ __device__ static uint32_t zero(uint32_t) { return 0; }
+  __host__ __device__ void unpack(uint32_t (&to)[PAIRS], uint32_t word, uint32_t) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {  // four codes each
       const uint32_t codes = word >> 16 * half, upper = permute_bytes(codes << 4, codes, 0xd9c8);  // ff where a code's highest bit is set
@@ -86,5 +86,16 @@ struct Table {
     }
   }
 };
+
+// -- int8: of a word, four codes in the lower halves of its bytes, or 16 times those in the upper ones; `flip` says which bits are turned -----
+
+constexpr uint32_t HIGHEST = 0x80808080;  // bit of each
+
+__host__ __device__ inline uint32_t lower_halves(uint32_t word, uint32_t flip) { return (word & 0x0f0f0f0f) ^ flip; }
+__host__ __device__ inline uint32_t upper_halves(uint32_t word, uint32_t flip) { return (word & 0xf0f0f0f0) ^ flip; }
+
+// Codes whose highest bit was turned, less zero points of at most 128: that bit keeps a subtraction from borrowing of the next byte, and
+// turning it back takes 128 off.
+__host__ __device__ inline uint32_t less_zeros(uint32_t four, uint32_t zeros) { return (four - zeros) ^ HIGHEST; }
 
 }  // namespace qk

@@ -10,6 +10,9 @@
 // Sums of warps are added in their order, and those of blocks by the last one to come, in theirs: how K is cut depends on the weight's
 // shape and the GPU alone, so that a row's result is the same whatever other rows there are.
 //
+// In the gated form there are two weights, of which a block has 16 rows each: rows 16 and up of the block are the second's. Their sums are
+// next to each other in the end, and the result is silu(first) · second, rounded once.
+//
 // An H200's memory brings 36 weights of 4 bits in a clock of one processor: 3.6 instructions of a lane for each. Here they are 1.9, of
 // floats 2.7 and of codebooks 3.5, where a scale serves a tile (benchmarks/results/static/cuda.md); unpacking alone takes 1.4, 2.1 and 2.9.
 //
@@ -39,22 +42,35 @@ constexpr bool TURING = true;
 constexpr bool TURING = false;
 #endif
 
-struct Arguments {
-  const uint8_t* weight;  // [tiles, N, 64]
+struct Weight {
+  const uint8_t* codes;  // [tiles, N, 64]
   const void *scales, *zeros;  // [runs, rows_of_scales, per_tile]; zeros of 8 bits, in the type of the scales, or null
-  const float *tensor_scale, *table;  // [1], [16], or null
-  const uint16_t* x;  // [M, K]
+  const float* tensor_scale;  // [1] or null
   const void* bias;  // [N] or null
+};
+
+struct Arguments {
+  Weight of[2];  // two where it is `gated`, of one format and shape
+  const float* table;  // [16] or null
+  const uint16_t* x;  // [M, K]
   uint16_t* out;  // [M, N]
-  float* parts;  // [blocks of K, M, N], or null where K is whole
+  float* parts;  // [blocks of K, M, rows], or null where K is whole
   int* counters;  // of every 32 rows: blocks that came; 0 before and after
   int64_t stride;  // of x
   int m, n, k, tiles, run, blocks_n, blocks_k;  // run: tiles of a block
+  int rows;  // of both weights
+  int64_t half;  // bytes of weights from row 0 of a block to row 16
   int rows_of_scales, per_tile, rows_per_scale;
   uint64_t runs_of_tile;  // tile t has run t · runs_of_tile / 2^32 of the scales, without the fraction
   int zero;  // of all codes, where zeros is null or what is taken away afterwards
   Kind scale_kind, bias_kind;
   bool aligned;  // 16 bytes of x can be copied at a time
+  bool gated;
+
+  __device__ bool zeros() const { return of[0].zeros; }
+  // Which weight row `r` of a block is of, and where it is there.
+  __device__ const Weight& weight(int r) const { return of[gated && r >= ROWS / 2]; }
+  __device__ int row(int block, int r) const { return gated ? block * (ROWS / 2) + r % (ROWS / 2) : block * ROWS + r; }
 };
 
 // Where a block has what, in shared memory.
@@ -65,7 +81,7 @@ struct Room {
   __host__ __device__ Room(const Arguments& a, int columns, int parts, uint32_t base) {
     x = base, row_bytes = a.run * columns * 2 + 16;  // rows begin in different banks
     scales = x + a.m * row_bytes, zeros = scales + a.run * parts * NUMBERS;
-    bytes = max(zeros + (a.zeros ? a.run * parts * NUMBERS : 0) - base, uint32_t(WARPS * WARP_SUMS));
+    bytes = max(zeros + (a.of[0].zeros ? a.run * parts * NUMBERS : 0) - base, uint32_t(WARPS * WARP_SUMS));
   }
 };
 
@@ -80,17 +96,18 @@ struct Numbers {
   uint32_t scales[BATCH], zeros[BATCH];
 
   // Of the block's parts from `first` on; where there are no more, of the last one again, so that nothing stands between the loads.
-  __device__ void load(const Arguments& a, int row, int begin, int parts, int first) {
+  __device__ void load(const Arguments& a, int block, int begin, int parts, int first) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const uint32_t every = a.rows_of_scales * a.per_tile;
-    const uint32_t last = min(row + lane, a.n - 1), row_of_scales = a.rows_per_scale == 1 ? last : last / a.rows_per_scale;
+    const void *const of_scales = a.weight(lane).scales, *const of_zeros = a.weight(lane).zeros;
+    const uint32_t last = min(a.row(block, lane), a.n - 1), row_of_scales = a.rows_per_scale == 1 ? last : last / a.rows_per_scale;
     const uint32_t own = row_of_scales * a.per_tile + warp % PARTS * a.per_tile / PARTS;
 #pragma unroll
     for (int b = 0; b < BATCH; ++b) {
       const uint32_t tile = begin + min(first + b * WARPS + warp, parts - 1) / PARTS;
       const uint64_t at = (tile * a.runs_of_tile >> 32) * every + own;
-      scales[b] = raw_at(a.scales, at, a.scale_kind);
-      if (a.zeros) zeros[b] = raw_at(a.zeros, at, FLOAT_ZERO ? a.scale_kind : Kind::u8);
+      scales[b] = raw_at(of_scales, at, a.scale_kind);
+      if (a.zeros()) zeros[b] = raw_at(of_zeros, at, FLOAT_ZERO ? a.scale_kind : Kind::u8);
     }
   }
   __device__ void store(const Arguments& a, const Room& room, int parts, int first) const {
@@ -106,7 +123,7 @@ struct Numbers {
       }
     });
     if constexpr (!FLOAT_ZERO) {
-      if (!a.zeros) return;
+      if (!a.zeros()) return;
 #pragma unroll
       for (int b = 0; b < BATCH; ++b) {
         if (b < count) store_shared_f32(room.zeros + to + b * WARPS * NUMBERS, __uint_as_float(Codes::zero(zeros[b] & 0xff)));
@@ -135,10 +152,11 @@ __device__ inline void copy_x(const Arguments& a, const Room& room, int begin, i
   copy_async_commit();
 }
 
-// The lane's 16 bytes of rows g, g + 8, g + 16 and g + 24, as far as there are rows: in all blocks but the last, without a look.
-__device__ inline void load_words(uint32_t (&words)[4][4], const uint8_t* from, int rows) {
+// The lane's 16 bytes of rows g, g + 8, g + 16 and g + 24, as far as there are rows: in all blocks but the last, without a look. half: from
+// row 0 to row 16.
+__device__ inline void load_words(uint32_t (&words)[4][4], const uint8_t* from, int64_t half, int rows) {
   const auto load = [&](int i) {
-    const uint4 v = load_once(from + 8 * i * ROW_BYTES);
+    const uint4 v = load_once(from + (i / 2) * half + i % 2 * 8 * ROW_BYTES);
     words[i][0] = v.x, words[i][1] = v.y, words[i][2] = v.z, words[i][3] = v.w;
   };
   if (rows > 24) {
@@ -163,7 +181,8 @@ __device__ inline void load_numbers(float (&to)[4], uint32_t at) {
 template <class T, class Codes, int PARTS, bool FLOAT_ZERO>
 struct Gemv {
   static constexpr bool CODEBOOK = std::is_same_v<Codes, Table<T>>, FLOATS = std::is_same_v<Codes, Table<T, true>>;
-  static constexpr bool LIGHT = !CODEBOOK && !FLOATS && !FLOAT_ZERO, HEAVY = !LIGHT && PARTS > 1 && (TURING || (PARTS == 8 && !FLOATS));
+  static constexpr bool LIGHT = !CODEBOOK && !FLOATS && !FLOAT_ZERO, FULL = std::is_same_v<T, bf16> && Codes::COLUMNS == 128 && FLOAT_ZERO;
+  static constexpr bool HEAVY = !LIGHT && PARTS > 1 && (TURING || FULL || (PARTS == 8 && !FLOATS));
   static constexpr int RESIDENT = HEAVY ? 1 : LIGHT && PARTS == 1 ? 3 : 2;  // blocks of a processor: no registers of the loop are spilled
 
   // sums [2][4] += the products of a tile: of rows g, g + 8 and g + 16, g + 24, each for tokens 2 c and 2 c + 1.
@@ -229,14 +248,9 @@ __device__ inline float sum_of_warps(const float (&sums)[2][4], uint32_t base, i
 
 // Leaves a block's sum; whether it is the last to do so, which then has that of all blocks.
 __device__ inline bool sum_of_blocks(float& sum, const Arguments& a, int block_n, int block_k, int64_t at, bool inside) {
-  const int64_t all = int64_t(a.m) * a.n;
+  const int64_t all = int64_t(a.m) * a.rows;
   if (inside) __stcg(a.parts + block_k * all + at, sum);
-  __threadfence();
-  __syncthreads();
-  int* counter = a.counters + block_n;
-  if (!__syncthreads_or(threadIdx.x == 0 && atomicAdd(counter, 1) == a.blocks_k - 1)) return false;
-  __threadfence();
-  if (threadIdx.x == 0) *counter = 0;
+  if (!comes_last(a.counters + block_n, a.blocks_k)) return false;
   sum = 0;
   for (int i = 0; inside && i < a.blocks_k; ++i) sum += __ldcg(a.parts + i * all + at);
   return true;
@@ -247,26 +261,26 @@ __device__ void run(const Arguments& a) {
   using G = Gemv<T, Codes, PARTS, FLOAT_ZERO>;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int block_n = blockIdx.x % a.blocks_n, block_k = blockIdx.x / a.blocks_n;
-  const int row = block_n * ROWS, begin = block_k * a.run, count = min(a.run, a.tiles - begin);
+  const int begin = block_k * a.run, count = min(a.run, a.tiles - begin);
   const Room room(a, Codes::COLUMNS, PARTS, shared_memory());
 
   uint32_t words[DEPTH][4][4] = {};
-  const int rows = a.n - row - lane / 4;
-  const uint8_t* from = a.weight + (int64_t(begin + warp) * a.n + row) * ROW_BYTES + lane * 16;
+  const int rows = a.rows - block_n * ROWS - lane / 4;
+  const uint8_t* from = a.of[0].codes + (int64_t(begin + warp) * a.n + a.row(block_n, 0)) * ROW_BYTES + lane * 16;
   const int64_t turn = int64_t(WARPS) * a.n * ROW_BYTES;
 #pragma unroll
   for (int d = 0; d < DEPTH; ++d, from += turn) {
-    if (warp + d * WARPS < count) load_words(words[d], from, rows);
+    if (warp + d * WARPS < count) load_words(words[d], from, a.half, rows);
   }
   let_next_begin();
   Numbers<Codes, PARTS, FLOAT_ZERO> numbers;
-  numbers.load(a, row, begin, count * PARTS, 0);
+  numbers.load(a, block_n, begin, count * PARTS, 0);
   const Codes codes(a.table);
   wait_for_previous();
   copy_x(a, room, begin * Codes::COLUMNS, count * Codes::COLUMNS);
   numbers.store(a, room, count * PARTS, 0);
   for (int first = numbers.STEP; first < count * PARTS; first += numbers.STEP) {
-    numbers.load(a, row, begin, count * PARTS, first);
+    numbers.load(a, block_n, begin, count * PARTS, first);
     numbers.store(a, room, count * PARTS, first);
   }
   copy_async_wait<0>();
@@ -283,22 +297,22 @@ __device__ void run(const Arguments& a) {
   for (int left = count - warp; left > 0;) {
 #pragma unroll
     for (int d = 0; d < DEPTH && left > 0; ++d) {
-      G::add_tile(sums, codes, words[d], zero_of, x, scales, scales + zeros_beyond, a.zeros);
-      if (left > DEPTH * WARPS) load_words(words[d], from, rows);
+      G::add_tile(sums, codes, words[d], zero_of, x, scales, scales + zeros_beyond, a.zeros());
+      if (left > DEPTH * WARPS) load_words(words[d], from, a.half, rows);
       left -= WARPS, from += turn, x += WARPS * Codes::COLUMNS * 2, scales += WARPS * PARTS * NUMBERS;
     }
   }
 
   __syncthreads();
   float sum = sum_of_warps(sums, room.x, a.m);
-  const int n = row + lane, token = warp;
-  const bool inside = n < a.n && token < a.m;
-  const int64_t at = int64_t(token) * a.n + n;
-  if (a.parts && !sum_of_blocks(sum, a, block_n, block_k, at, inside)) return;
-  if (!inside) return;
-  if (a.tensor_scale) sum *= *a.tensor_scale;
-  if (a.bias) sum += number(a.bias, n, a.bias_kind);
-  a.out[at] = uint16_t(Pair<T>::of(sum, 0));
+  const int place = block_n * ROWS + lane, n = a.row(block_n, lane), token = warp;
+  const bool inside = place < a.rows && token < a.m;
+  if (a.parts && !sum_of_blocks(sum, a, block_n, block_k, int64_t(token) * a.rows + place, inside)) return;
+  const Weight& of = a.weight(lane);
+  if (inside && of.tensor_scale) sum *= *of.tensor_scale;
+  if (inside && of.bias) sum += number(of.bias, n, a.bias_kind);
+  if (a.gated) sum = sum / (1 + expf(-sum)) * __shfl_xor_sync(~0u, sum, ROWS / 2);
+  if (inside && (!a.gated || lane < ROWS / 2)) a.out[int64_t(token) * a.n + n] = uint16_t(Pair<T>::of(sum, 0));
 }
 
 template <class T, class Codes, int PARTS, bool FLOAT_ZERO>
@@ -354,42 +368,86 @@ void launch_codes(const Arguments& a, int64_t bits, bool mirrored, bool float_ze
 
 const void* data_of(const std::optional<Tensor>& t) { return t ? t->const_data_ptr() : nullptr; }
 
-// out [M, N] = x [M, K] · Ŵᵀ + bias. Shapes: weight [tiles, 16 N] int32, scales [runs, rows, per_tile], zeros likewise, table [16] and
-// tensor_scale [1] float32, parts [blocks of K, M, N] float32, counters int32, a 0 for every 32 rows. mirrored: the table's second half is
-// minus the first.
+// A weight of an op. Shapes: codes [tiles, 16 N] int32, scales [runs, rows, per_tile], zeros likewise; tensor_scale [1] float32; bias [N].
+struct Layer {
+  const Tensor &codes, &scales;
+  const std::optional<Tensor>&zeros, &tensor_scale, &bias;
+};
+
+// How a launch cuts a product; of the table's second half, whether it is minus the first.
+struct Format {
+  int64_t bits;
+  bool mirrored;
+  int64_t scale_kind, zero, rows_per_scale, tiles_per_scale, run;
+};
+
+void multiply(const Tensor& x, const Layer& layer, const Layer* up, const std::optional<Tensor>& table, const Tensor& out,
+              const std::optional<Tensor>& parts, const std::optional<Tensor>& counters, const Format& f, const How& how) {
+  const int64_t m = x.size(0), k = x.size(1), n = out.size(1), tiles = layer.codes.size(0), columns = f.bits == 4 ? 128 : 64;
+  STD_TORCH_CHECK(f.bits == 4 || (f.bits == 8 && !table), "w4_gemv: codes have 4 or 8 bits, those of a table 4; not ", f.bits);
+  STD_TORCH_CHECK((x.scalar_type() == ScalarType::Half || x.scalar_type() == ScalarType::BFloat16) && out.scalar_type() == x.scalar_type(),
+                  "w4_gemv: x and out are float16, or bfloat16");
+  STD_TORCH_CHECK(0 < m && m <= TOKENS && out.size(0) == m, "w4_gemv: x has ", m, " rows, out ", out.size(0), "; at most 8 are taken");
+  STD_TORCH_CHECK(tiles < 1 << 16, "w4_gemv: K = ", k, " are too many columns");
+  STD_TORCH_CHECK(x.stride(1) == 1 && out.is_contiguous(), "w4_gemv: rows of x and out have to be dense");
+  Arguments a{};
+  a.gated = up;
+  for (const Layer* each : {&layer, up}) {
+    if (!each) break;
+    const Tensor &w = each->codes, &s = each->scales;
+    STD_TORCH_CHECK(w.is_contiguous() && w.size(0) == tiles && w.size(1) == n * 16 && k <= tiles * columns && k > (tiles - 1) * columns,
+                    "w4_gemv: weight [", w.size(0), ", ", w.size(1), "] does not fit x [", m, ", ", k, "] and out [", m, ", ", n, "]");
+    a.of[each != &layer] = {static_cast<const uint8_t*>(w.const_data_ptr()), s.const_data_ptr(), data_of(each->zeros),
+                            static_cast<const float*>(data_of(each->tensor_scale)), data_of(each->bias)};
+    if (each->bias) a.bias_kind = kind_of(*each->bias);
+  }
+  const Tensor& scales = layer.scales;
+  if (up) {
+    STD_TORCH_CHECK(n % (ROWS / 2) == 0, "w4_swiglu: N = ", n, " is no multiple of ", ROWS / 2);
+    const auto like = [](const std::optional<Tensor>& a, const std::optional<Tensor>& b) { return a.has_value() == b.has_value(); };
+    const bool same = up->scales.size(0) == scales.size(0) && up->scales.size(1) == scales.size(1) && up->scales.size(2) == scales.size(2) &&
+                      up->scales.scalar_type() == scales.scalar_type() && like(up->zeros, layer.zeros) &&
+                      (!up->zeros || up->zeros->scalar_type() == layer.zeros->scalar_type());
+    STD_TORCH_CHECK(same, "w4_swiglu: both weights have scales and zero points of one type and shape");
+    STD_TORCH_CHECK(!layer.bias || !up->bias || layer.bias->scalar_type() == up->bias->scalar_type(), "w4_swiglu: biases are of one type");
+  }
+  a.table = static_cast<const float*>(data_of(table));
+  a.x = static_cast<const uint16_t*>(x.const_data_ptr()), a.out = static_cast<uint16_t*>(out.mutable_data_ptr());
+  a.stride = x.stride(0), a.aligned = x.stride(0) % 8 == 0 && reinterpret_cast<uintptr_t>(a.x) % 16 == 0;
+  a.m = int(m), a.n = int(n), a.k = int(k), a.tiles = int(tiles), a.run = int(std::min(f.run, tiles)), a.zero = int(f.zero);
+  a.rows = a.gated ? 2 * a.n : a.n, a.half = a.gated ? a.of[1].codes - a.of[0].codes : ROWS / 2 * ROW_BYTES;
+  a.blocks_n = (a.rows + ROWS - 1) / ROWS, a.blocks_k = (a.tiles + a.run - 1) / a.run;
+  a.rows_of_scales = int(scales.size(1)), a.per_tile = int(scales.size(2));
+  a.rows_per_scale = int(f.rows_per_scale), a.scale_kind = Kind(f.scale_kind);
+  a.runs_of_tile = (int64_t(1) << 32) / std::min(f.tiles_per_scale, tiles) + 1;  // a little more, for fewer than 2^16 tiles not by much
+  if (a.blocks_k > 1) {
+    STD_TORCH_CHECK(parts && parts->numel() >= a.blocks_k * m * a.rows && counters && counters->numel() >= a.blocks_n,
+                    "w4_gemv: ", a.blocks_k, " blocks of K want parts of as many results, and ", a.blocks_n, " counters");
+    a.parts = static_cast<float*>(parts->mutable_data_ptr()), a.counters = static_cast<int*>(counters->mutable_data_ptr());
+  }
+  const bool float_zero = layer.zeros && layer.zeros->scalar_type() != ScalarType::Byte;
+  const auto launch = x.scalar_type() == ScalarType::BFloat16 ? launch_codes<bf16> : launch_codes<f16>;
+  launch(a, f.bits, f.mirrored, float_zero, how);
+}
+
+// out [M, N] = x [M, K] · Ŵᵀ + bias. table [16] float32; parts [blocks of K, M, N] float32, counters int32, a 0 for every 32 rows.
 void w4_gemv(Tensor x, Tensor weight, Tensor scales, std::optional<Tensor> zeros, std::optional<Tensor> tensor_scale,
              std::optional<Tensor> table, std::optional<Tensor> bias, Tensor out, std::optional<Tensor> parts,
              std::optional<Tensor> counters, int64_t bits, bool mirrored, int64_t scale_kind, int64_t zero, int64_t rows_per_scale,
              int64_t tiles_per_scale, int64_t run, int64_t shared, bool early, int64_t stream) {
-  const int64_t m = x.size(0), k = x.size(1), n = out.size(1), tiles = weight.size(0), columns = bits == 4 ? 128 : 64;
-  STD_TORCH_CHECK(bits == 4 || (bits == 8 && !table), "w4_gemv: codes have 4 or 8 bits, those of a table 4; not ", bits);
-  STD_TORCH_CHECK((x.scalar_type() == ScalarType::Half || x.scalar_type() == ScalarType::BFloat16) && out.scalar_type() == x.scalar_type(),
-                  "w4_gemv: x and out are float16, or bfloat16");
-  STD_TORCH_CHECK(0 < m && m <= TOKENS && out.size(0) == m, "w4_gemv: x has ", m, " rows, out ", out.size(0), "; at most 8 are taken");
-  STD_TORCH_CHECK(weight.is_contiguous() && weight.size(1) == n * 16 && k <= tiles * columns && k > (tiles - 1) * columns,
-                  "w4_gemv: weight [", tiles, ", ", weight.size(1), "] does not fit x [", m, ", ", k, "] and out [", m, ", ", n, "]");
-  STD_TORCH_CHECK(tiles < 1 << 16, "w4_gemv: K = ", k, " are too many columns");
-  STD_TORCH_CHECK(x.stride(1) == 1 && out.is_contiguous(), "w4_gemv: rows of x and out have to be dense");
-  Arguments a{};
-  a.weight = static_cast<const uint8_t*>(weight.const_data_ptr());
-  a.scales = scales.const_data_ptr(), a.zeros = data_of(zeros), a.bias = data_of(bias);
-  a.tensor_scale = static_cast<const float*>(data_of(tensor_scale)), a.table = static_cast<const float*>(data_of(table));
-  a.x = static_cast<const uint16_t*>(x.const_data_ptr()), a.out = static_cast<uint16_t*>(out.mutable_data_ptr());
-  a.stride = x.stride(0), a.aligned = x.stride(0) % 8 == 0 && reinterpret_cast<uintptr_t>(a.x) % 16 == 0;
-  a.m = int(m), a.n = int(n), a.k = int(k), a.tiles = int(tiles), a.run = int(std::min(run, tiles)), a.zero = int(zero);
-  a.blocks_n = (a.n + ROWS - 1) / ROWS, a.blocks_k = (a.tiles + a.run - 1) / a.run;
-  a.rows_of_scales = int(scales.size(1)), a.per_tile = int(scales.size(2));
-  a.rows_per_scale = int(rows_per_scale), a.scale_kind = Kind(scale_kind);
-  a.runs_of_tile = (int64_t(1) << 32) / std::min(tiles_per_scale, tiles) + 1;  // a little more, for fewer than 2^16 tiles not by much
-  if (bias) a.bias_kind = kind_of(*bias);
-  if (a.blocks_k > 1) {
-    STD_TORCH_CHECK(parts && parts->numel() >= a.blocks_k * m * n && counters && counters->numel() >= a.blocks_n,
-                    "w4_gemv: ", a.blocks_k, " blocks of K want parts of as many results, and ", a.blocks_n, " counters");
-    a.parts = static_cast<float*>(parts->mutable_data_ptr()), a.counters = static_cast<int*>(counters->mutable_data_ptr());
-  }
-  const bool float_zero = zeros && zeros->scalar_type() != ScalarType::Byte;
-  const auto launch = x.scalar_type() == ScalarType::BFloat16 ? launch_codes<bf16> : launch_codes<f16>;
-  launch(a, bits, mirrored, float_zero, {shared, early, reinterpret_cast<cudaStream_t>(stream)});
+  multiply(x, {weight, scales, zeros, tensor_scale, bias}, nullptr, table, out, parts, counters,
+           {bits, mirrored, scale_kind, zero, rows_per_scale, tiles_per_scale, run}, {shared, early, reinterpret_cast<cudaStream_t>(stream)});
+}
+
+// out [M, N] = silu(x · Ĝᵀ + bias) · (x · Ûᵀ + bias), of two weights of one format; parts [blocks of K, M, 2 N], and twice as many counters.
+void w4_swiglu(Tensor x, Tensor gate, Tensor gate_scales, std::optional<Tensor> gate_zeros, std::optional<Tensor> gate_tensor_scale,
+               std::optional<Tensor> gate_bias, Tensor up, Tensor up_scales, std::optional<Tensor> up_zeros,
+               std::optional<Tensor> up_tensor_scale, std::optional<Tensor> up_bias, std::optional<Tensor> table, Tensor out,
+               std::optional<Tensor> parts, std::optional<Tensor> counters, int64_t bits, bool mirrored, int64_t scale_kind, int64_t zero,
+               int64_t rows_per_scale, int64_t tiles_per_scale, int64_t run, int64_t shared, bool early, int64_t stream) {
+  const Layer second{up, up_scales, up_zeros, up_tensor_scale, up_bias};
+  multiply(x, {gate, gate_scales, gate_zeros, gate_tensor_scale, gate_bias}, &second, table, out, parts, counters,
+           {bits, mirrored, scale_kind, zero, rows_per_scale, tiles_per_scale, run}, {shared, early, reinterpret_cast<cudaStream_t>(stream)});
 }
 
 }  // namespace
@@ -400,5 +458,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(qkernels, m) {
       "w4_gemv(Tensor x, Tensor weight, Tensor scales, Tensor? zeros, Tensor? tensor_scale, Tensor? table, Tensor? bias, Tensor(a!) out,"
       " Tensor(b!)? parts, Tensor(c!)? counters, int bits, bool mirrored, int scale_kind, int zero, int rows_per_scale,"
       " int tiles_per_scale, int run, int shared, bool early, int stream) -> ()");
+  m.def(
+      "w4_swiglu(Tensor x, Tensor gate, Tensor gate_scales, Tensor? gate_zeros, Tensor? gate_tensor_scale, Tensor? gate_bias, Tensor up,"
+      " Tensor up_scales, Tensor? up_zeros, Tensor? up_tensor_scale, Tensor? up_bias, Tensor? table, Tensor(a!) out, Tensor(b!)? parts,"
+      " Tensor(c!)? counters, int bits, bool mirrored, int scale_kind, int zero, int rows_per_scale, int tiles_per_scale, int run,"
+      " int shared, bool early, int stream) -> ()");
 }
-STABLE_TORCH_LIBRARY_IMPL(qkernels, CUDA, m) { m.impl("w4_gemv", TORCH_BOX(&qk::w4_gemv)); }
+STABLE_TORCH_LIBRARY_IMPL(qkernels, CUDA, m) {
+  m.impl("w4_gemv", TORCH_BOX(&qk::w4_gemv));
+  m.impl("w4_swiglu", TORCH_BOX(&qk::w4_swiglu));
+}

@@ -27,7 +27,7 @@ constexpr int TOKEN_BYTES = 128;
 struct Arguments {
   const uint8_t* x;  // [M, K] of 16 bits
   const uint8_t* weight;  // [steps, N, 64]
-  const void *scales, *zeros;  // [runs, N, 1 << shift]; zeros or null
+  const void *scales, *zeros;  // [runs, rows_of_scales, 1 << shift]; zeros or null
   const float *tensor_scale, *table;  // or null
   const void* bias;  // [N] or null
   uint16_t* out;  // [M, N]
@@ -38,6 +38,7 @@ struct Arguments {
   int zero;  // of all codes, where zeros is null
   int m, n, k, steps, tiles_n, tiles_m, raster;
   int shift, steps_per_run;  // a row has 1 << shift scales in a step; steps that share one
+  int rows_of_scales, rows_per_scale;
   bool whole, alike;  // no tile is cut; all tiles of tokens are cut alike, each by a row of the grid
 };
 
@@ -122,7 +123,8 @@ struct Tile {
   // Number i of a step, of row i >> shift.
   __device__ Raw load_numbers(int step, int i) const {
     const int n = min(first_row + (i >> a.shift), a.n - 1), run = a.steps_per_run == 1 ? step : step / a.steps_per_run;
-    const int64_t at = ((int64_t(run) * a.n + n) << a.shift) + (i & ((1 << a.shift) - 1));
+    const int row = a.rows_per_scale == 1 ? n : n / a.rows_per_scale;
+    const int64_t at = ((int64_t(run) * a.rows_of_scales + row) << a.shift) + (i & ((1 << a.shift) - 1));
     return {raw_at(a.scales, at, a.scale_kind), a.zeros ? raw_at(a.zeros, at, a.zero_kind) : 0};
   }
   __device__ Raw load_first(int step) const { return int(thread) < ROWS << a.shift ? load_numbers(step, int(thread)) : Raw{}; }
@@ -313,11 +315,11 @@ const T* pointer(const std::optional<Tensor>& t) {
   return t ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
 }
 
-// out [M, N] = x [M, K] · Ŵᵀ + bias. Shapes: weight [steps, 16 N] int32, scales [runs, N, per step] of `kind`, zeros likewise or uint8; table
+// out [M, N] = x [M, K] · Ŵᵀ + bias. Shapes: weight [steps, 16 N] int32, scales [runs, rows, per step] of `kind`, zeros likewise or uint8; table
 // [16], tensor_scale [1] float32. parts: room for a tile's sums of every block, not wanted where no tile is cut; flags: an int32 0 of each.
 void w4_mma(Tensor x, Tensor weight, Tensor scales, std::optional<Tensor> zeros, std::optional<Tensor> tensor_scale,
             std::optional<Tensor> table, std::optional<Tensor> bias, Tensor out, std::optional<Tensor> parts, Tensor flags, int64_t bits,
-            int64_t kind, int64_t zero, int64_t steps_per_run, int64_t tokens, int64_t blocks, int64_t raster, bool whole, bool alike,
+            int64_t kind, int64_t zero, int64_t steps_per_run, int64_t rows_per_scale, int64_t tokens, int64_t blocks, int64_t raster, bool whole, bool alike,
             bool early, int64_t stream) {
   const int64_t m = x.size(0), k = x.size(1), n = out.size(1), steps = weight.size(0), columns = bits == 4 ? 128 : 64,
                 groups = scales.size(2);
@@ -325,7 +327,7 @@ void w4_mma(Tensor x, Tensor weight, Tensor scales, std::optional<Tensor> zeros,
                   "w4_mma: weight [", steps, ", ", weight.size(1), "] does not fit x [", m, ", ", k, "] and out [", m, ", ", n, "]");
   STD_TORCH_CHECK(k % 8 == 0 && x.stride(1) == 1 && x.stride(0) % 8 == 0 && reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0,
                   "w4_mma: K = ", k, ", the stride of x, ", x.stride(0), ", and its address are wanted in pieces of 16 bytes");
-  STD_TORCH_CHECK(scales.size(1) == n && (groups == 1 || groups == 2 || groups == 4 || (groups == 8 && bits == 4)), "w4_mma: scales [",
+  STD_TORCH_CHECK(scales.size(1) == (n + rows_per_scale - 1) / rows_per_scale && (groups == 1 || groups == 2 || groups == 4 || (groups == 8 && bits == 4)), "w4_mma: scales [",
                   scales.size(0), ", ", scales.size(1), ", ", groups, "] do not fit N = ", n);
   Arguments a{};
   a.x = static_cast<const uint8_t*>(x.const_data_ptr()), a.x_bytes = x.stride(0) * 2;
@@ -337,6 +339,7 @@ void w4_mma(Tensor x, Tensor weight, Tensor scales, std::optional<Tensor> zeros,
   a.zero_kind = zeros && zeros->scalar_type() != ScalarType::Byte ? kind_of(*zeros) : Kind::u8,
   a.bias_kind = bias ? kind_of(*bias) : Kind::f32;
   a.m = int(m), a.n = int(n), a.k = int(k), a.steps = int(steps), a.raster = int(raster), a.steps_per_run = int(steps_per_run);
+  a.rows_of_scales = int(scales.size(1)), a.rows_per_scale = int(rows_per_scale);
   a.shift = groups == 8 ? 3 : int(groups) / 2, a.whole = whole, a.alike = alike;
   const auto run =
       x.scalar_type() == ScalarType::BFloat16 ? launch_of<bf16>(bits, bool(table), tokens) : launch_of<f16>(bits, bool(table), tokens);
@@ -349,7 +352,7 @@ void w4_mma(Tensor x, Tensor weight, Tensor scales, std::optional<Tensor> zeros,
 STABLE_TORCH_LIBRARY_FRAGMENT(qkernels, m) {
   m.def(
       "w4_mma(Tensor x, Tensor weight, Tensor scales, Tensor? zeros, Tensor? tensor_scale, Tensor? table, Tensor? bias, Tensor(a!) out,"
-      " Tensor(b!)? parts, Tensor(c!) flags, int bits, int kind, int zero, int steps_per_run, int tokens, int blocks, int raster, bool "
+      " Tensor(b!)? parts, Tensor(c!) flags, int bits, int kind, int zero, int steps_per_run, int rows_per_scale, int tokens, int blocks, int raster, bool "
       "whole,"
       " bool alike, bool early, int stream) -> ()");
 }

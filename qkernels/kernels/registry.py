@@ -68,6 +68,8 @@ class Kernel:
     dequantize  optional: packed -> [N, K] float32
     rows      optional: (packed, [R] int64) -> these rows, canonical, of a format whose rows have scales of their own
     backward  optional: (gradient of the result [..., N], packed) -> that of x [..., K]; without it, `dequantize` and a matmul
+    swiglu    optional: (x, packed, bias, packed, bias) of two weights of one format and shape -> silu of the first result times the second,
+              in one launch; or None where that cannot be, or is not better
     batch_invariant   whether a row of the result has the same bits whatever other rows there are
     """
 
@@ -85,6 +87,7 @@ class Kernel:
     rows: Callable[[Packed, Tensor], QuantTensor] | None = None
     backward: Callable[[Tensor, Packed], Tensor] | None = None
     bind: Callable[[QuantFormat, tuple[int, int]], Matmul] | None = None
+    swiglu: Callable[[Tensor, Packed, Tensor | None, Packed, Tensor | None], Tensor | None] | None = None
     batch_invariant: bool = False
 
     def matmul(self, format: QuantFormat, shape: tuple[int, int]) -> Matmul:

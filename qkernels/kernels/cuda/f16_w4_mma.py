@@ -29,7 +29,7 @@ from qkernels.kernels.cuda import library, w4_gemv
 from qkernels.kernels.cuda.w4_gemv import KINDS, begins_early
 from qkernels.kernels.registry import Matmul, Problem, register
 from qkernels.kernels.triton import f16_backward, f16_dequantize, f16_gemm, layout
-from qkernels.kernels.triton.f16_format import Stored, table, why_not_bias
+from qkernels.kernels.triton.f16_format import Stored, constants, table, why_not_bias
 from qkernels.kernels.triton.launch import check, counters_of, gathered, gpu_of, over_rows
 from qkernels.kernels.triton.layout import Packed
 
@@ -77,11 +77,11 @@ def plan(launches: tuple[Launch, ...], n: int, m: int, steps: int, processors: i
     return Plan(row.tokens, blocks, False)
 
 
-def numbers(format: QuantFormat, n: int, k: int) -> tuple[int, int, int, int]:
-    """What csrc/cuda/w4_mma.cu wants to know: bits, type of the scales, the zero point of all codes, steps that share a scale."""
-    zero = format.code.bias if isinstance(format.code, Int) else 0
-    group, tile = format.group_extent(n, k)[1], layout.tile_columns(format)
-    return format.bits, KINDS.index(format.scale), zero, 1 << 30 if group == k else max(1, group // tile)
+@functools.lru_cache(maxsize=1024)
+def numbers(format: QuantFormat, n: int, k: int) -> tuple[int, int, int, int, int]:
+    """What csrc/cuda/w4_mma.cu wants to know: bits, type of the scales, the zero point of all codes, steps and rows that share a scale."""
+    zero, shared = format.code.bias if isinstance(format.code, Int) else 0, constants(format, n, k)
+    return format.bits, KINDS.index(format.scale), zero, shared["GROUP_TILES"], shared["GROUP_ROWS"]
 
 
 def aligned(x: Tensor) -> Tensor:
@@ -181,13 +181,19 @@ def run(x: Tensor, packed: Packed, bias: Tensor | None, batch_invariant: bool = 
     return bind(packed.format, packed.shape, batch_invariant)(x, *packed[2:], bias)
 
 
+def swiglu(x: Tensor, gate: Packed, gate_bias: Tensor | None, up: Packed, up_bias: Tensor | None) -> Tensor | None:
+    """Up to eight rows in one launch; more want the tensor core twice."""
+    few = x.numel() <= w4_gemv.FEW * x.shape[-1]
+    return w4_gemv.swiglu(x, gate, gate_bias, up, up_bias) if few else None
+
+
 def _why_not(p: Problem) -> str | None:
     if reason := library.why_not(p, SOURCE, OLDEST) or layout.why_not_plain(p) or f16_gemm.why_not_format(p) or why_not_bias(p.format):
         return reason
-    f, group = p.format, p.format.group_extent(p.n, p.k)
+    f = p.format
     if f.bits not in (4, 8) or not (isinstance(f.code, Int) or layout.is_table(f.code)):
         return f"code {f.code.name}: integers of 4 and 8 bits and tables of 4 bits are taken"
-    return None if group[0] == 1 else f"scales for {group[0]} x {group[1]} weights; of groups within a row they are taken"
+    return None
 
 
 def _why_not_invariant(p: Problem) -> str | None:
@@ -206,6 +212,7 @@ KERNEL = register(
         bind=bind,
         dequantize=dequantize,
         backward=backward,
+        swiglu=swiglu,
     )
 )
 INVARIANT = register(
@@ -216,6 +223,7 @@ INVARIANT = register(
         cost=lambda p: f16_gemm.INVARIANT.cost(p) + 0.1,
         run=functools.partial(run, batch_invariant=True),
         bind=functools.partial(bind, batch_invariant=True),
+        swiglu=None,
         batch_invariant=True,
     )
 )

@@ -1,22 +1,29 @@
-"""What the kernels over csrc/cuda/s8_mma.cu share: which tile, whether tiles are cut along K, and the two launches. Triton has no part in
-them; gradients are a matmul with the decoded weight.
+"""What the kernels over csrc/cuda/s8_mma.cu and s8_gemv.cu share: how a product is cut, and the two launches. Triton has no part in them;
+gradients are a matmul with the decoded weight.
+
+Up to eight rows go to s8_gemv.cu, whose dp4a needs no tensor core; on Turing, which has none for such products, more do eight by eight.
 """
 
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from qkernels.kernels.triton.launch import counters_of
+from qkernels.kernels.cuda import library
+from qkernels.kernels.registry import Kernel, Problem
+from qkernels.kernels.triton.launch import counters_of, workspace
 
 OPS = torch.ops.qkernels
 STEP = 128  # columns
 SHORTEST = 4  # steps of a block's part of a tile: fewer would not hide how long memory takes to answer
 FULL = 0.85  # of the last wave: whole tiles, where it is as full as that
 TOKENS = 1024  # of so many tiles are worked on side by side, for the cache's sake
+FEW = 8  # rows of x, of a launch of s8_gemv.cu
+WARPS, MOST_COLUMNS = 8, 3072  # of its blocks, and what they keep of x at most: 24 KiB
 
 
 class Tile(NamedTuple):
@@ -39,6 +46,7 @@ class Gpu(NamedTuple):
     processors: int
     shared_bytes: int  # of a processor
     early: bool  # whether a kernel can begin while the one before it ends
+    mma: bool = True  # whether s8_mma.cu is for it: from Ampere on
 
 
 class Plan(NamedTuple):
@@ -53,7 +61,7 @@ class Plan(NamedTuple):
 def gpu_of(device: torch.device) -> Gpu:
     found = torch.cuda.get_device_properties(device)
     shared = found.shared_memory_per_multiprocessor  # type: ignore[attr-defined]
-    return Gpu(found.multi_processor_count, shared, early=found.major >= 9)
+    return Gpu(found.multi_processor_count, shared, early=found.major >= 9, mma=found.major >= 8)
 
 
 def count(t: Tile, n: int, m: int) -> int:
@@ -88,7 +96,7 @@ def quantize(x: Tensor, padded: int) -> tuple[Tensor, Tensor]:
 
 
 class Weight(NamedTuple):
-    """What an op of s8_mma.cu takes of a layer."""
+    """What the ops take of a layer."""
 
     weight: Tensor
     scales: Tensor
@@ -96,15 +104,77 @@ class Weight(NamedTuple):
     bias: Tensor | None
 
 
-def multiply(op: str, tiles: tuple[Tile, ...], x: Tensor, w: Weight, out: Tensor, steps: int, row_bytes: int, *more: int) -> None:
-    """out [M, N] = x [M, K] · Ŵᵀ + bias, by an op of that name. row_bytes: of the weight in a step; `more`: the op's own numbers."""
+class Shape(NamedTuple):
+    """How a weight lies: the ops' name for it; tiles along K, columns of one; bytes of a row in 128 columns; numbers of the op's own."""
+
+    kind: str  # w8 or w4
+    tiles: int
+    columns: int
+    row_bytes: int
+    more: tuple[int, ...] = ()
+
+    @property
+    def steps(self) -> int:
+        return -(-self.tiles * self.columns // STEP)
+
+
+def multiply(tiles: tuple[Tile, ...], x: Tensor, w: Weight, s: Shape, out: Tensor) -> None:
+    """out [M, N] = x [M, K] · Ŵᵀ + bias."""
+    if len(x) > FEW and gpu_of(out.device).mma:
+        return multiply_many(tiles, x, w, s, out)
+    for rows, part in zip(x.split(FEW), out.split(FEW)):
+        multiply_few(rows, w, s, part)
+    return None
+
+
+def multiply_many(tiles: tuple[Tile, ...], x: Tensor, w: Weight, s: Shape, out: Tensor) -> None:
+    """By s8_mma.cu."""
     device, (m, n) = out.device, out.shape
     gpu, stream = gpu_of(device), stream_of(device)
-    p = plan(tiles, n, m, steps, row_bytes, gpu)
+    p = plan(tiles, n, m, s.steps, s.row_bytes, gpu)
     t = p.tile
     parts = None if p.whole else torch.empty(p.blocks * t.rows * t.tokens, dtype=torch.float32, device=device)
     how = (t.rows, t.tokens, p.blocks, max(1, TOKENS // t.tokens), p.whole, gpu.early, stream)
-    getattr(OPS, op).default(*quantize(x, steps * STEP), *w, out, parts, counters_of(device, stream), *more, *how)
+    op = getattr(OPS, f"s8_{s.kind}_mma").default
+    op(*quantize(x, s.steps * STEP), *w, out, parts, counters_of(device, stream), *s.more, *how)
+
+
+def multiply_few(x: Tensor, w: Weight, s: Shape, out: Tensor) -> None:
+    """By s8_gemv.cu, M at most 8."""
+    device, (m, n) = out.device, out.shape
+    gpu, stream = gpu_of(device), stream_of(device)
+    rows = rows_of_a_block(s.row_bytes, s.columns)
+    run = tiles_of_a_block(rows, s.columns, n, s.tiles, gpu.processors)
+    parts, counters = workspace(-(-s.tiles // run), m, n, -(-n // rows), device, stream)
+    op = getattr(OPS, f"s8_{s.kind}_gemv").default
+    op(*quantize(x, s.steps * STEP), *w, out, parts, counters, *s.more, run, gpu.early, stream)
+
+
+def rows_of_a_block(row_bytes: int, columns: int) -> int:
+    """Of s8_gemv.cu: those of which a warp loads 16 bytes a lane, four times, in a tile."""
+    return 4 * 32 * 16 // (row_bytes * columns // STEP)
+
+
+@functools.lru_cache(maxsize=1024)
+def tiles_of_a_block(rows: int, columns: int, n: int, tiles: int, processors: int) -> int:
+    """Of s8_gemv.cu, some for every warp. Whatever the number of rows of x, K is cut into parts that are alike, and as few as leave two
+    blocks to every processor."""
+    blocks = -(-n // rows)
+    parts = max(-(-tiles * columns // MOST_COLUMNS), min(-(-2 * processors // blocks), -(-tiles // WARPS)))
+    return -(-tiles // (parts * WARPS)) * WARPS
+
+
+def why_not(p: Problem) -> str | None:
+    """Why csrc/cuda/s8_gemv.cu, or s8_mma.cu where the GPU has its products, cannot run."""
+    old = p.device.type == "cuda" and p.device.sm < 80
+    return library.why_not(p, "s8_gemv", 75) or (None if old else library.why_not(p, "s8_mma", 80))
+
+
+def cost(of_triton: Kernel, p: Problem) -> float:
+    """Not measured: where Triton is, its kernel is taken; on Turing, float activations are."""
+    if p.device.sm >= 80:
+        return of_triton.cost(p) + 0.1
+    return 1.3 * -(-p.rows // FEW) * of_triton.cost(replace(p, m=FEW))
 
 
 def stream_of(device: torch.device) -> int:

@@ -1,8 +1,8 @@
-"""Codes of 4 bits against int8 activations, from Ampere on, without Triton: csrc/cuda/s8_mma.cu over the layout of triton/s8_w4_gemm.py.
-Not yet run on a GPU.
+"""Codes of 4 bits against int8 activations, from Turing on, without Triton: csrc/cuda/s8_mma.cu and, up to eight rows, s8_gemv.cu
+over the layout of triton/s8_w4_gemm.py. Not yet run on a GPU.
 
 A launch gives every row of x codes and a scale (s8_quantize.cu), a second one multiplies: weights become int8 in registers, on their way
-from shared memory to the tensor core. With one scale for a row sums are int32 to the end: neither the other rows of x nor how K is cut
+to the tensor core, or to dp4a. With one scale for a row sums are int32 to the end: neither the other rows of x nor how K is cut
 change a result. With scales of groups the sums of a group, or of 128 columns of it, are, and float32 over these, added in an order that
 the shapes and the GPU decide.
 
@@ -19,8 +19,7 @@ from torch import Tensor
 
 from qkernels import formats
 from qkernels.formats import QuantFormat
-from qkernels.kernels.cuda import library
-from qkernels.kernels.cuda.s8_mma import STEP, TILES, TILES_OF_GROUPS, Weight, multiply
+from qkernels.kernels.cuda.s8_mma import STEP, TILES, TILES_OF_GROUPS, Shape, Weight, cost, multiply, why_not
 from qkernels.kernels.registry import Matmul, Problem, register
 from qkernels.kernels.triton import s8_w4_gemm
 from qkernels.kernels.triton.launch import check, gathered, over_rows
@@ -32,9 +31,10 @@ def _run(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor | None, bias: 
     count, n, row_bytes = weight.shape
     columns = 2 * row_bytes  # of a tile
     check(x, weight, count * columns)
-    layer, steps, whole = Weight(weight, scales, zeros, bias), -(-count * columns // STEP), len(scales) == 1 and columns == STEP
-    tiles, shared = TILES if whole else TILES_OF_GROUPS, max(1, formats.get(format).group_extent(n, x.shape[-1])[1] // columns)
-    return over_rows(x, n, lambda rows, out: multiply("s8_w4_mma", tiles, rows, layer, out, steps, STEP // 2, shared))
+    layer, whole = Weight(weight, scales, zeros, bias), len(scales) == 1 and columns == STEP
+    shared = max(1, formats.get(format).group_extent(n, x.shape[-1])[1] // columns)
+    shape = Shape("w4", count, columns, STEP // 2, (shared,))
+    return over_rows(x, n, lambda rows, out: multiply(TILES if whole else TILES_OF_GROUPS, rows, layer, shape, out))
 
 
 _LIBRARY = torch.library.Library("qkernels", "FRAGMENT")
@@ -59,7 +59,7 @@ def run(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
 
 
 def _why_not(p: Problem) -> str | None:
-    return library.why_not(p, "s8_mma", 80) or s8_w4_gemm.format_why_not(p.format, p.n, p.k)
+    return why_not(p) or s8_w4_gemm.format_why_not(p.format, p.n, p.k)
 
 
 KERNEL = register(
@@ -69,7 +69,7 @@ KERNEL = register(
         backend="cuda",
         source=__doc__.rpartition("Source: ")[2],
         why_not=_why_not,
-        cost=lambda p: s8_w4_gemm.KERNEL.cost(p) + 0.1,  # not measured: where Triton is, its kernel is taken
+        cost=lambda p: cost(s8_w4_gemm.KERNEL, p),
         run=run,
         bind=bind,
     )

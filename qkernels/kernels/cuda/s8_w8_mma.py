@@ -1,5 +1,5 @@
-"""Codes of 8 bits with one scale a row against int8 activations, from Ampere on, without Triton: csrc/cuda/s8_mma.cu over the layout of
-triton/s8_gemm.py. Not yet run on a GPU.
+"""Codes of 8 bits with one scale a row against int8 activations, from Turing on, without Triton: csrc/cuda/s8_mma.cu and, up to
+eight rows, s8_gemv.cu over the layout of triton/s8_gemm.py. Not yet run on a GPU.
 
 A launch gives every row of x codes and a scale (s8_quantize.cu), a second one multiplies; both operands come through shared memory in
 stages. A grid of the blocks that fit on the GPU works through the tiles; what does not come out even is cut along K. Sums are int32:
@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from qkernels.formats import QuantFormat
-from qkernels.kernels.cuda import library
-from qkernels.kernels.cuda.s8_mma import STEP, TILES, Weight, multiply
+from qkernels.kernels.cuda.s8_mma import STEP, TILES, Shape, Weight, cost, multiply, why_not
 from qkernels.kernels.registry import Matmul, Problem, register
 from qkernels.kernels.triton import s8_gemm
 from qkernels.kernels.triton.launch import check, gathered, over_rows
@@ -29,8 +28,8 @@ def _run(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor | None, bias: 
     """x [..., K] -> [..., N]."""
     n, padded = weight.shape
     check(x, weight, padded)
-    layer, steps = Weight(weight, scales, zeros, bias), padded // STEP
-    return over_rows(x, n, lambda rows, out: multiply("s8_w8_mma", TILES, rows, layer, out, steps, STEP))
+    layer, shape = Weight(weight, scales, zeros, bias), Shape("w8", padded // STEP, STEP, STEP)
+    return over_rows(x, n, lambda rows, out: multiply(TILES, rows, layer, shape, out))
 
 
 _LIBRARY = torch.library.Library("qkernels", "FRAGMENT")
@@ -55,7 +54,7 @@ def run(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
 
 
 def _why_not(p: Problem) -> str | None:
-    return library.why_not(p, "s8_mma", 80) or s8_gemm.format_why_not(p.format, p.n, p.k)
+    return why_not(p) or s8_gemm.format_why_not(p.format, p.n, p.k)
 
 
 KERNEL = register(
@@ -65,7 +64,7 @@ KERNEL = register(
         backend="cuda",
         source=__doc__.rpartition("Source: ")[2],
         why_not=_why_not,
-        cost=lambda p: s8_gemm.KERNEL.cost(p) + 0.1,  # not measured: where Triton is, its kernel is taken
+        cost=lambda p: cost(s8_gemm.KERNEL, p),
         run=run,
         bind=bind,
     )

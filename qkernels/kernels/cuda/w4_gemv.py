@@ -43,6 +43,24 @@ def multiply(x: Tensor, stored: Stored, bias: Tensor | None, format: QuantFormat
     torch.ops.qkernels.w4_gemv.default(*operands, *numbers(format, n, k), run, gpu.shared_bytes, begins_early(device), stream)
 
 
+def multiply_gated(
+    x: Tensor,
+    gate: Stored,
+    gate_bias: Tensor | None,
+    up: Stored,
+    up_bias: Tensor | None,
+    format: QuantFormat,
+    out: Tensor,
+) -> None:
+    """out [M, N] = silu(x · Ĝᵀ + bias) · (x · Ûᵀ + bias), M at most 8: as one weight of 2 N rows."""
+    (m, k), n, device = x.shape, out.shape[1], x.device
+    gpu, stream = gpu_of(device), torch._C._cuda_getCurrentRawStream(device.index)
+    run = tiles_of_a_block(format, 2 * n, k, gpu)
+    parts, counters = workspace(-(-gate.weight.shape[0] // run), m, 2 * n, -(-2 * n // ROWS), device, stream)
+    operands = (x, *gate, gate_bias, *up, up_bias, table(format.code, device), out, parts, counters)
+    torch.ops.qkernels.w4_swiglu.default(*operands, *numbers(format, n, k), run, gpu.shared_bytes, begins_early(device), stream)
+
+
 @functools.lru_cache(maxsize=16)
 def begins_early(device: torch.device) -> bool:
     """Whether a kernel can begin while the one before it ends."""
@@ -116,6 +134,59 @@ _LIBRARY.impl("cuda_f16_wN_gemv", _run, "CompositeExplicitAutograd")
 torch.library.register_fake("qkernels::cuda_f16_wN_gemv", _run_fake, lib=_LIBRARY)
 
 
+_LIBRARY.define(
+    "cuda_f16_wN_swiglu(Tensor x, Tensor gate, Tensor gate_scales, Tensor? gate_zeros, Tensor? gate_tensor_scale, Tensor? gate_bias,"
+    " Tensor up, Tensor up_scales, Tensor? up_zeros, Tensor? up_tensor_scale, Tensor? up_bias, str format, int n) -> Tensor"
+)
+
+
+def _run_gated(
+    x: Tensor,
+    gate: Tensor,
+    gate_scales: Tensor,
+    gate_zeros: Tensor | None,
+    gate_tensor_scale: Tensor | None,
+    gate_bias: Tensor | None,
+    up: Tensor,
+    up_scales: Tensor,
+    up_zeros: Tensor | None,
+    up_tensor_scale: Tensor | None,
+    up_bias: Tensor | None,
+    format: str,
+    n: int,
+) -> Tensor:
+    """x [..., K] -> [..., N]."""
+    what = formats.get(format)
+    of_gate, of_up = Stored(gate, gate_scales, gate_zeros, gate_tensor_scale), Stored(up, up_scales, up_zeros, up_tensor_scale)
+    for weight in (gate, up):
+        check(x, weight, weight.shape[0] * layout.tile_columns(what))
+    if reason := why_not_dtype(x.dtype, devices.current(x.device).sm):
+        raise UnsupportedError("cuda_f16_wN_swiglu cannot multiply", {"x.dtype": reason})
+
+    def by_eights(rows: Tensor, out: Tensor) -> None:
+        for few, part in zip(rows.split(FEW), out.split(FEW)):
+            multiply_gated(few, of_gate, gate_bias, of_up, up_bias, what, part)
+
+    return over_rows(x, n, by_eights)
+
+
+def _run_gated_fake(x, *others):  # type: ignore[no-untyped-def]
+    return x.new_empty((*x.shape[:-1], others[-1]))
+
+
+_LIBRARY.impl("cuda_f16_wN_swiglu", _run_gated, "CompositeExplicitAutograd")
+torch.library.register_fake("qkernels::cuda_f16_wN_swiglu", _run_gated_fake, lib=_LIBRARY)
+
+
+def swiglu(x: Tensor, gate: Packed, gate_bias: Tensor | None, up: Packed, up_bias: Tensor | None) -> Tensor | None:
+    """silu(x · Ĝᵀ + bias) · (x · Ûᵀ + bias), eight rows at a time."""
+    odd = x.dtype == torch.float32 or gate.shape[0] % (ROWS // 2) or gate.perm is not None or up.perm is not None
+    if odd or (gate_bias is not None and up_bias is not None and gate_bias.dtype != up_bias.dtype):
+        return None
+    op = torch.ops.qkernels.cuda_f16_wN_swiglu.default
+    return op(x, *gate[2:6], gate_bias, *up[2:6], up_bias, gate.format.name, gate.shape[0])
+
+
 def bind(format: QuantFormat, shape: tuple[int, int]) -> Matmul:
     op, name, n = torch.ops.qkernels.cuda_f16_wN_gemv.default, format.name, shape[0]
     return gathered(lambda x, *tensors: op(x, *tensors, name, n))
@@ -157,6 +228,7 @@ KERNEL = register(
         bind=bind,
         dequantize=dequantize,
         backward=None,
+        swiglu=swiglu,
         batch_invariant=True,
     )
 )

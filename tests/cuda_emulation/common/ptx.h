@@ -8,8 +8,8 @@
 
 namespace qk {
 
-struct bf16 {};
-struct f16 {};
+struct bf16;  // of bits.h
+struct f16;
 
 // -- shared memory -----------------------------------------------------------------------------------------------------------------------
 
@@ -59,22 +59,6 @@ inline void wait_for_previous() {
 }
 inline void let_next_begin() {}
 
-// -- bits ----------------------------------------------------------------------------------------------------------------------------------
-
-template <uint32_t MASK, uint32_t BITS>
-uint32_t masked(uint32_t word) {
-  return (word & MASK) | BITS;
-}
-inline uint32_t choose_bits(uint32_t mask, uint32_t a, uint32_t b) { return (mask & a) | (~mask & b); }
-inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
-  uint32_t result = 0;
-  for (int i = 0; i < 4; ++i) {
-    const uint32_t s = selector >> 4 * i;
-    const uint8_t byte = uint8_t((uint64_t(b) << 32 | a) >> 8 * (s & 7));
-    result |= uint32_t(s & 8 ? (byte & 0x80 ? 0xff : 0) : byte) << 8 * i;
-  }
-  return result;
-}
 template <class T>
 void keep(T&) {}
 
@@ -150,10 +134,5 @@ void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], T) 
   multiply_warp<T>(d, a, b);
 }
 inline void multiply(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { multiply_warp<int8_t>(d, a, b); }
-
-inline int dot4(uint32_t a, uint32_t b, int sum) {
-  for (int i = 0; i < 4; ++i) sum += int(int8_t(a >> 8 * i)) * int8_t(b >> 8 * i);
-  return sum;
-}
 
 }  // namespace qk
