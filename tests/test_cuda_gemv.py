@@ -373,7 +373,7 @@ FAULTS = {
     "sums over what others still read": ("  __syncthreads();\n  float sum = sum_of_warps", "  float sum = sum_of_warps"),
     "sums of warps not yet there": ("  __syncthreads();\n  float sum = 0;", "  float sum = 0;"),
     "columns beyond the last": ("const int there = a.k - begin - i;", "const int there = a.k - begin - i + 8;"),
-    "rows beyond the last": ("n < a.n && token", "token"),
+    "rows beyond the last": ("place < a.rows && token", "token"),
     "tokens beyond the last": (" && token < a.m;", ";"),
     "parts not yet seen by others": ("__threadfence();\n  __syncthreads();", "__syncthreads();", TILE),
     "a block's own part before the others": ("sum = 0;\n  for (int i = 0; inside && i < a.blocks_k; ++i)", OTHERS_THEN),
