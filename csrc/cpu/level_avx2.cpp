@@ -8,7 +8,7 @@
 
 namespace qk {
 namespace {
-#define QK_FETCH_NEAR
+#define QK_FETCH_NEAR  // Zen3 reads alike at all distances, if all lines are fetched; Intel's CPUs want them near
 #include "cpu/numbers.h"
 #include "cpu/simd_avx2.h"
 #include "cpu/multiply.h"

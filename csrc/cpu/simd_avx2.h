@@ -108,7 +108,7 @@ struct DotS8<255> {  // codes minus 128, as |w| times x with the sign of w: 2 * 
   void add(B w, const int8_t* x) {
     const __m256i v = broadcast_4(x);
     sum = {dot(sum.a, w.a, v), dot(sum.b, w.b, v)};
-    __asm__("" : "+x"(sum.a), "+x"(sum.b));
+    __asm__("" : "+x"(sum.a), "+x"(sum.b));  // as above: six of eight sums would lie on the stack
   }
   void fold() {}
   F value() const { return to_float(sum); }
