@@ -91,7 +91,7 @@ template <class Source>
 void streamed(const Job& j) {  // a whole strip, for rows that one tile holds
   Chunk chunk = chunk_of<Source>(j, STRIP);
   chunk.count = j.w.geometry.blocks, chunk.codes = codes_at(j.w, j.panel, 0);
-  TILES<Source, STRIP, true>[size_t(j.rows() - 1)](j.w, j.x, chunk, j.m0, j.acc());
+  tile_of<Source, STRIP, true>(chunk, j.w.geometry.k_padded, j.rows(), LENGTHS{})(j.w, j.x, chunk, j.m0, j.acc());
   write_rows(j.w, j.out, j.m0, j.m1, j.panel, STRIP, chunk.shifts != nullptr, j.acc());
 }
 

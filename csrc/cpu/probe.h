@@ -40,7 +40,7 @@ int64_t probe(int64_t rounds) {
     for (int64_t block = 0; block < MAX_BLOCK; block += K) {
       const uint8_t* tiles = codes;
       __asm__ volatile("" : "+r"(tiles) : "r"(x) : "memory");  // may have changed: nothing is computed beforehand
-      sums.add_block(w, tiles, WIDE * Source::TILE_BYTES, x, K, none);
+      sums.template add_block<0>(w, tiles, WIDE * Source::TILE_BYTES, x, K, none);
     }
     each<ROWS>(QK_WITH(r) { each<WIDE>(QK_WITH(p) { total = add_f(total, sums.dot[r][p].value()); }); });
   }

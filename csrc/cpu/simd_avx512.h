@@ -10,6 +10,7 @@ constexpr int ACCUMULATORS = 4, WIDE = 4;
 constexpr int ACCUMULATORS = 24, WIDE = 4;  // register tile: rows of x times panels; panels at most
 #endif
 constexpr int S8_ACCUMULATORS = ACCUMULATORS, NARROW = 0;
+using LENGTHS = std::integer_sequence<int>;
 constexpr bool STREAMS = true, FETCH_X = false;
 constexpr int64_t FEW_S8 = ALWAYS, FEW_INTEGERS = ALWAYS, FEW_TABLE = ALWAYS, FEW_BYTES = 72;  // see multiply.h
 

@@ -130,7 +130,7 @@ struct Ahead {  // those of the next chunk, or of the next strip's first
   const uint8_t *at, *end;
   int64_t per_tile;  // bytes, for every tile of 8 k that is worked on
   template <int TILES = 1>
-  [[gnu::always_inline]] void fetch(const uint8_t*, int64_t = 0) {
+  [[gnu::always_inline]] void fetch(const uint8_t*) {
     if (at >= end) return;
     const uint8_t* const next = at + TILES * per_tile;
     for (; at < next; at += 64) __builtin_prefetch(at, 0, 2);
@@ -149,12 +149,8 @@ constexpr int64_t AHEAD = NEAR ? 2560 : 7 << 10;
 template <class Source, int ROWS, int PANELS>
 struct FarAhead {
   static constexpr int BYTES = PANELS * Source::TILE_BYTES, APART = !NEAR && ROWS <= Source::IDLE_ROWS ? 256 : 64;
-  template <int TILES = 1>
-  [[gnu::always_inline]] void fetch(const uint8_t* codes, int64_t step = 0) {
-    each<TILES>(QK_WITH(tile) {
-      each<(BYTES + APART - 1) / APART>(
-          QK_WITH(i) { __builtin_prefetch(codes + tile * step + AHEAD + i * APART, 0, NEAR ? 3 : 2); });
-    });
+  [[gnu::always_inline]] void fetch(const uint8_t* codes) {
+    each<(BYTES + APART - 1) / APART>(QK_WITH(i) { __builtin_prefetch(codes + AHEAD + i * APART, 0, NEAR ? 3 : 2); });
   }
 };
 
@@ -194,18 +190,35 @@ struct Sums {
       codes += step, x += TILE_K;
     } while (x < end);
   }
-  template <class Fetch>
+  template <int TILES, class Fetch>
+  [[gnu::always_inline]] void add_tiles(const Weight& w, const uint8_t* codes, int64_t step, const X* x, int64_t x_stride, Fetch& ahead) {
+    if constexpr (!STREAMED) ahead.template fetch<TILES>(codes);  // before them all: a tenth faster
+    each<TILES>(QK_WITH(i) {
+      if constexpr (STREAMED) ahead.fetch(codes + i * step);  // a tenth slower if all at once
+      add_tile(w, codes + i * step, x + i * TILE_K, x_stride);
+    });
+  }
+  [[gnu::always_inline]] void fold() {
+    each<ROWS>(QK_WITH(r) { each<PANELS>(QK_WITH(p) { dot[r][p].fold(); }); });
+  }
+  // LENGTH: the block's, where it is a constant.
+  template <int LENGTH, class Fetch>
   [[gnu::always_inline]] void add_block(const Weight& w, const uint8_t* codes, int64_t step, const X* x, int64_t length, Fetch& ahead) {
     constexpr int64_t FOLD_K = Source::Dot::FOLD_K;
-    if constexpr (FOLD_K == MAX_BLOCK) return add(w, codes, step, x, length, length, ahead);
-    for (int64_t k = 0; k < length; k += FOLD_K, x += FOLD_K, codes += FOLD_K / TILE_K * step) {
-      if (length - k >= FOLD_K) {  // in one piece, and fetched before it: a tenth faster
-        ahead.template fetch<FOLD_K / TILE_K>(codes, step);
-        each<FOLD_K / TILE_K>(QK_WITH(i) { add_tile(w, codes + i * step, x + i * TILE_K, length); });
-      } else {
-        add(w, codes, step, x, length, length - k, ahead);
+    if constexpr (LENGTH != 0) {
+      constexpr int64_t PIECE = FOLD_K < LENGTH ? FOLD_K : LENGTH;
+      each<LENGTH / PIECE>(QK_WITH(i) {
+        add_tiles<PIECE / TILE_K>(w, codes + i * PIECE / TILE_K * step, step, x + i * PIECE, LENGTH, ahead);
+        fold();
+      });
+    } else if constexpr (FOLD_K == MAX_BLOCK) {
+      add(w, codes, step, x, length, length, ahead);
+    } else {
+      for (int64_t k = 0; k < length; k += FOLD_K, x += FOLD_K, codes += FOLD_K / TILE_K * step) {
+        if (length - k >= FOLD_K) add_tiles<FOLD_K / TILE_K>(w, codes, step, x, length, ahead);
+        else add(w, codes, step, x, length, length - k, ahead);
+        fold();
       }
-      each<ROWS>(QK_WITH(r) { each<PANELS>(QK_WITH(p) { dot[r][p].fold(); }); });
     }
   }
 };
@@ -271,7 +284,7 @@ template <bool CENTRED, int PANELS, class Work>  // work(p, 16 shifts), for scal
   const int64_t first = numbers_at(w, place, group);
   const auto zero = [&](int p, F v) __attribute__((always_inline)) { work(p, mul(load_f(scales + p * PANEL), sub_f(centre, v))); };
   const auto minimum = [&](int p, F v)
-      __attribute__((always_inline)) { work(p, CENTRED ? fma(load_f(scales + p * PANEL), centre, v) : v); };
+                           __attribute__((always_inline)) { work(p, CENTRED ? fma(load_f(scales + p * PANEL), centre, v) : v); };
   if (w.zeros == nullptr)
     for (int p = 0; p < PANELS; p++) zero(p, zero_f());
   else if (!w.minima) for_numbers<PANELS>(w.zeros, w.zero_dtype, PANEL, first, zero);
@@ -343,8 +356,8 @@ template <bool CENTRED, int PANELS>
 }
 
 // STREAMED: the only tile of its columns, which are all. It decodes the scales itself, block by block: their memory is waited for beside
-// the codes'.
-template <class Source, int ROWS, int PANELS, bool STREAMED>
+// the codes'. LENGTH: that of all blocks, or 0: each has its own.
+template <class Source, int ROWS, int PANELS, bool STREAMED, int LENGTH>
 void tile(const Weight& w, const Activations& x, Chunk& chunk, int64_t m, float* acc) {  // acc [ROWS, PANELS, 16]
   constexpr int NEXT = STREAMED ? 0 : PANELS * PANEL;
   const uint8_t* codes = chunk.codes;
@@ -355,7 +368,12 @@ void tile(const Weight& w, const Activations& x, Chunk& chunk, int64_t m, float*
   const float* scales = x.scales + first;
   const int32_t *starts = x.starts + first, *columns = chunk.columns;
   Block block = chunk.block;
-  for (int64_t b = 0; b < chunk.count; b++, block = block_after(w.geometry, block)) {
+  const auto after = [&](const Block& one) __attribute__((always_inline)) {
+    if constexpr (LENGTH == 0) return block_after(w.geometry, one);
+    return Block{one.group + 1, one.k0 + LENGTH, LENGTH, 0};
+  };
+  for (int64_t b = 0; b < chunk.count; b++, block = after(block)) {
+    const int64_t length = LENGTH != 0 ? LENGTH : block.length;
     F factors[PANELS];
     if constexpr (STREAMED) {
       const int64_t next = numbers_at(w, chunk.place, block.group) + PANELS * w.geometry.groups;
@@ -367,10 +385,10 @@ void tile(const Weight& w, const Activations& x, Chunk& chunk, int64_t m, float*
         if (w.zeros != nullptr) fetch_numbers<PANELS>(w.zeros, w.zero_dtype, PANEL, next);
       }
     }
-    const auto* rows = static_cast<const typename Source::X*>(x.values) + x.m * block.k0 + m * block.length;
+    const auto* rows = static_cast<const typename Source::X*>(x.values) + x.m * block.k0 + m * length;
     if constexpr (FETCH_X && !STREAMED) {
-      const auto* next = reinterpret_cast<const char*>(rows + ROWS * block.length);
-      for (int64_t i = 0; i < ROWS * block.length * int64_t(sizeof(*rows)); i += 64) __builtin_prefetch(next + i);
+      const auto* next = reinterpret_cast<const char*>(rows + ROWS * length);
+      for (int64_t i = 0; i < ROWS * length * int64_t(sizeof(*rows)); i += 64) __builtin_prefetch(next + i);
     }
     Sums<Source, ROWS, PANELS, STREAMED> total;
     each<ROWS>(QK_WITH(r) {
@@ -379,7 +397,7 @@ void tile(const Weight& w, const Activations& x, Chunk& chunk, int64_t m, float*
         else total.dot[r][p].start(is_s8<Source> ? starts[r] : 0);
       });
     });
-    total.add_block(w, codes, chunk.step, rows, block.length, ahead);
+    total.template add_block<LENGTH>(w, codes, chunk.step, rows, length, ahead);
     float* out = acc;
     __asm__("" : "+r"(out));  // else GCC keeps acc in registers from block to block, and spills what it needs them for
     each<ROWS>(QK_WITH(r) {
@@ -390,7 +408,7 @@ void tile(const Weight& w, const Activations& x, Chunk& chunk, int64_t m, float*
         store_f(sum, fma(is_s8<Source> ? mul(factor, scale) : factor, total.dot[r][p].value(), load_f(sum)));
       });
     });
-    codes += block.length / TILE_K * chunk.step;
+    codes += length / TILE_K * chunk.step;
     w_scales += NEXT, columns += PANELS * PANEL, scales += x.m, starts += x.m;
   }
   if constexpr (!STREAMED) chunk.ahead = ahead;
@@ -409,10 +427,24 @@ constexpr int MAX_ROWS = MOST_SUMS<Source> / PANELS < 12 ? MOST_SUMS<Source> / P
 template <class Source>
 constexpr int STREAMED_ROWS = MAX_ROWS<Source, STRIP> + (takes_memory<Source> && Source::TILE_BYTES == 64);
 
-template <class Source, int PANELS, bool STREAMED>
+using Tile = void (*)(const Weight&, const Activations&, Chunk&, int64_t m, float* acc);
+template <class Source, int PANELS, bool STREAMED, int LENGTH>
 constexpr auto TILES = []<int... R>(std::integer_sequence<int, R...>) {  // by height, from 1
-  return std::array{tile<Source, R + 1, PANELS, STREAMED>...};
+  // What is compiled for a length pays where a block's beginning and end are much of it, and in heights that are often met.
+  constexpr bool LONG = LENGTH > 32;
+  return std::array<Tile, sizeof...(R)>{tile<Source, R + 1, PANELS, STREAMED, (STREAMED || (R > 1 && !LONG) ? LENGTH : 0)>...};
 }(std::make_integer_sequence<int, STREAMED ? STREAMED_ROWS<Source> : MAX_ROWS<Source, PANELS>>{});
+
+// For the blocks of a chunk, which have k columns in all.
+template <class Source, int PANELS, bool STREAMED, int... LENGTHS>
+Tile tile_of(const Chunk& chunk, int64_t k, int64_t rows, std::integer_sequence<int, LENGTHS...>) {
+  Tile found = TILES<Source, PANELS, STREAMED, 0>[size_t(rows - 1)];
+  const auto take = [&](auto length) {
+    if (chunk.block.length == length && k == length * chunk.count) found = TILES<Source, PANELS, STREAMED, length>[size_t(rows - 1)];
+  };
+  if constexpr (is_s8<Source>) (take(std::integral_constant<int, LENGTHS>{}), ...);
+  return found;
+}
 
 // All rows m0…m1, in tiles of nearly equal height (so that no M is much dearer than the next).
 template <class Source, int PANELS>
@@ -424,7 +456,6 @@ void rows_of_tiles(const Weight& w, const Activations& x, Chunk& chunk, int64_t 
   const int64_t least = (m1 - m0) / tiles, higher = (m1 - m0) % tiles;
   for (int64_t t = 0, m = m0, rows; t < tiles; t++, m += rows) {
     rows = least + (t < higher);
-    const auto of_height = TILES<Source, PANELS, false>[size_t(rows - 1)];
-    of_height(w, x, chunk, m, acc + (m - m0) * PANELS * PANEL);
+    tile_of<Source, PANELS, false>(chunk, chunk.k, rows, LENGTHS{})(w, x, chunk, m, acc + (m - m0) * PANELS * PANEL);
   }
 }
