@@ -181,7 +181,7 @@ struct ByAmx {
   static void panels(const Job& j) {
     if constexpr (ALL == STRIP) {
       if (by_amx(j.w, j.rows())) {
-        by_chunks<S8Amx, PANELS, ALL>(j, AMX_COLUMNS, [&](const Chunk& chunk) {
+        by_own_chunks<S8Amx, PANELS, ALL>(j, AMX_COLUMNS, [&](const Chunk& chunk) {
           unpack(S8Amx{}, j.w, codes_at(j.w, j.panel, chunk.block.k0), chunk, j.unpacked());
           return j.unpacked();
         });

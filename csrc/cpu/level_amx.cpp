@@ -8,7 +8,9 @@
 
 #define QK_AMX
 #define QK_FETCH_NEAR
+#define QK_BASE level_avx512bf16
 namespace qk {
+extern const Level level_avx512bf16;
 namespace {
 #include "cpu/numbers.h"
 #include "cpu/simd_avx512.h"

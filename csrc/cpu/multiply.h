@@ -66,7 +66,7 @@ Chunk chunk_of(const Job& j, int panels) {  // of the strip; its sums start from
 // In chunks of up to most_k columns, which all the rows take before the next: what of the weight they use again is in the cache.
 // codes_of(chunk) gives a chunk's codes, in the form of the source.
 template <class Source, int PANELS, int ALL, class Codes>  // ALL: panels of the strip
-void by_chunks(const Job& j, int64_t most_k, const Codes& codes_of) {
+void by_own_chunks(const Job& j, int64_t most_k, const Codes& codes_of) {
   const Geometry& g = j.w.geometry;
   const uint8_t* end = codes_at(j.w, panels_of(j.w.n), 0);  // of all: the next strip is ours, or nearly always
   Chunk chunk = chunk_of<Source>(j, ALL);
@@ -85,6 +85,16 @@ void by_chunks(const Job& j, int64_t most_k, const Codes& codes_of) {
   }
   for (int p = 0; p < ALL; p += PANELS)
     write_rows(j.w, j.out, j.m0, j.m1, j.panel + p, PANELS, chunk.shifts != nullptr, j.acc() + j.rows() * p * PANEL);
+}
+
+template <class Source, int PANELS, int ALL, class Codes>
+void by_chunks(const Job& j, [[maybe_unused]] int64_t most_k, [[maybe_unused]] const Codes& codes_of) {
+#ifdef QK_BASE  // a level whose loops are the same, but for those that stream: they are not compiled a second time
+  const Arithmetic& same = is_paired<Source> ? QK_BASE.pairs : is_s8<Source> ? QK_BASE.s8 : is_bf16<Source> ? QK_BASE.bf16 : QK_BASE.f32;
+  same.multiply(j.w, j.x, j.out, j.m0, j.m1, j.panel, j.panel + ALL, j.scratch);
+#else
+  by_own_chunks<Source, PANELS, ALL>(j, most_k, codes_of);
+#endif
 }
 
 template <class Source>

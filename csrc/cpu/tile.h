@@ -113,6 +113,8 @@ struct Bf16Bytes : Bf16 {  // 8-bit integers
 template <class Source>
 constexpr bool is_s8 = sizeof(typename Source::X) == 1;
 template <class Source>
+constexpr bool is_bf16 = sizeof(typename Source::X) == 2;
+template <class Source>
 constexpr bool is_paired = is_s8<Source> && Source::STEPS == 1;
 
 // ---- the tile ---------------------------------------------------------------------------------------------------------------------
