@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import random_blocks, random_quant
+from checkpoints import saved
 from typer.testing import CliRunner
 
 from qkernels import cli, formats, io, reference
@@ -283,6 +284,28 @@ def test_refusals(tmp_path):
         convert(strange, tmp_path / "x", "gguf")
     with pytest.raises(CheckpointError, match=r"no number hidden_size|no number num_hidden_layers"):
         gguf_config.key_values({"model_type": "llama"})
+
+
+@pytest.mark.parametrize("format", ["e4m3_g128x128_sf32", "e4m3_g-1x-1_sf32", "nvfp4"])
+def test_scales_of_many_rows_and_of_activations(tmp_path, format):
+    """FP8 whose rows share scales, and NVFP4, with static scales of activations: rows of q and k are reordered all the same."""
+    tensors = {}
+    for name, value in quantised(format).items():
+        if isinstance(value, torch.Tensor):
+            tensors[name] = value
+            continue
+        fp8 = format != "nvfp4"
+        tensors |= {name: value.codes.view(torch.float8_e4m3fn if fp8 else torch.uint8), f"{name}_scale": value.scales}
+        tensors |= {name.replace("weight", "input_scale"): torch.ones(())} | ({} if fp8 else {f"{name}_scale_2": value.tensor_scale[0]})
+    said = {"quant_algo": {"e4m3_g-1x-1_sf32": "FP8", "nvfp4": "NVFP4"}.get(format, "FP8_PB_WO")}
+    start = saved(tmp_path / "start", tensors, config=CONFIG, hf_quant_config={"quantization": said})
+    report = convert(start, tmp_path / "m.gguf", "gguf:Q8_0", requantize=True)
+    assert "14 scales of activations and caches are left out: model.layers.0.mlp.down_proj.input_scale …" in report.notes
+    convert(tmp_path / "m.gguf", tmp_path / "back", "qkernels")
+    found, expected = meanings(tmp_path / "back"), {n: t for n, t in meanings(start).items() if not n.endswith("input_scale")}
+    assert found.keys() == expected.keys()
+    for name, t in expected.items():
+        assert (found[name] - t).abs().max() <= t.abs().max() / 127, name
 
 
 @pytest.fixture

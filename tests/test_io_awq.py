@@ -158,7 +158,7 @@ def test_settings_of_gptqmodel():
     dynamic = {"-:.*gate": {}, r"+:m\.f": {"group_size": 32, "bits": 4, "sym": False, "mse": 2.0}}
     expected = read(changed())["m.fc.weight"]
     assert read(changed(), **own, dynamic=dynamic)["m.fc.weight"].equal(expected)
-    with pytest.raises(CheckpointError, match="m.fc: qweight is there, but the settings say"):
+    with pytest.raises(CheckpointError, match=r"m\.fc: qweight is there, but the settings say"):
         read(changed(), **own, dynamic={"-:m": {}} | dynamic)
     with pytest.raises(UnsupportedError, match="dynamic: m: bits is 8; 4 are read"):
         read(changed(), **own, dynamic={"m": {"bits": 8}})

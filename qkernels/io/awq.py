@@ -199,7 +199,7 @@ def _schemes(settings: Mapping[str, Any]) -> SchemeOf:
     """What the settings say of each module."""
     s = Settings(settings, "the settings of AWQ")
     s.take("quant_method", "method", of=str, choices=("awq",), default="awq")
-    size = _group_size(s)
+    size = _group_size(s, None)
     zero_point = s.take("zero_point", of=bool, default=True)
     backend = s.take("backend", of=str, default="").lower()
     version = s.take("version", "format", of=str, default="llm-awq" if backend == "llm-awq" else "gemm").lower()
@@ -223,14 +223,17 @@ def _schemes(settings: Mapping[str, Any]) -> SchemeOf:
     return scheme_of
 
 
-def _group_size(s: Settings, **default: Any) -> int:
-    """Columns of a group; of 4 bits, as no others are read."""
-    if (bits := s.take("bits", "w_bit", of=int, **({"default": 4} if default else {}))) != 4:
+def _group_size(s: Settings, base: Scheme | None) -> int:
+    """Columns of a group; of 4 bits, as no others are read. Without a base both have to be stated."""
+    needed: dict[str, Any] = {} if base is None else {"default": None}
+    if (bits := s.take("bits", "w_bit", of=int, **needed)) not in (4, None):
         raise UnsupportedError(f"{s.where}: bits is {bits}; 4 are read")
-    size: int = s.take("group_size", "q_group_size", of=int, **default)
+    size = s.take("group_size", "q_group_size", of=int, **needed)
+    if size is None and base is not None:
+        return base.group_size
     if size != -1 and not 1 <= size < 2**31:
         raise CheckpointError(f"{s.where}: group_size is {size}; -1 (all columns), or at least 1, is possible")
-    return size
+    return int(size)
 
 
 def _overridden(s: Settings, base: Scheme) -> Scheme:
@@ -238,4 +241,4 @@ def _overridden(s: Settings, base: Scheme) -> Scheme:
     s.ignore("desc_act")
     sym, zero_point = s.take("sym", of=bool, default=not base.zero_point), s.take("zero_point", of=bool, default=None)
     zero_point = not sym if zero_point is None else zero_point
-    return Scheme(base.version, _group_size(s, default=base.group_size), zero_point or base.version == "gemv_fast")
+    return Scheme(base.version, _group_size(s, base), zero_point or base.version == "gemv_fast")

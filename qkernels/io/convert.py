@@ -21,6 +21,7 @@ from qkernels.io import checkpoint, directory, gguf_config, gguf_file, gguf_mode
 from qkernels.io.detect import CheckpointInfo, detect
 from qkernels.io.forms import code_bits, dense, few_rows, forms, has_minima
 from qkernels.io.gptq_family import stays_dense
+from qkernels.io.modules import ACTIVATION_LEAVES
 from qkernels.quantizers.rtn import rtn
 
 Value = QuantTensor | QuantStack | Tensor
@@ -85,6 +86,7 @@ class _Conversion:
         self.dense: list[str] = []  # modules that a loader has to be told of
         self.bits: list[int] = []  # of the refused ones
         self.columns: list[int] = []
+        self.left_out: set[str] = set()  # scales of activations and caches
 
     def run(self) -> Report:
         if self.path.exists() and not (self.path.is_dir() and not any(self.path.iterdir())):
@@ -97,6 +99,8 @@ class _Conversion:
         config = {key: value for key, value in self.info.config.items() if key not in ("quantization_config", "compression_config")}
         checkpoint.write(self._converted(), self.path, self.layout, settings=self._settings(), config=config or None)
         self._companions(config)
+        if self.left_out:
+            self.report.notes.append(f"{len(self.left_out)} scales of activations and caches are left out: {min(self.left_out)} …")
         return self.report
 
     def items(self) -> Iterable[tuple[str, Value]]:
@@ -104,9 +108,17 @@ class _Conversion:
         if self.info.layout == "gguf":
             return checkpoint.read(self.info) if self.layout == "gguf" else gguf_model.to_hf(self.info)
         if self.layout != "gguf":
-            return checkpoint.read(self.info)
+            return self._of_weights()
         assert self.settings is not None
-        return gguf_model.items(checkpoint.read(self.info), self.settings, self.info.config)
+        return gguf_model.items(self._of_weights(), self.settings, self.info.config)
+
+    def _of_weights(self) -> Iterator[tuple[str, Value]]:
+        """What is read, but for scales of activations and caches: the settings that are written say nothing of those."""
+        for name, value in checkpoint.read(self.info):
+            if self.info.layout != "dense" and isinstance(value, Tensor) and name.rpartition(".")[2] in ACTIVATION_LEAVES:
+                self.left_out.add(name)
+            else:
+                yield name, value
 
     # -- the look ----------------------------------------------------------------------------------------------------------------------
 
