@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -50,6 +51,7 @@ class Loader:
         self.made: dict[int, tuple[nn.Module, nn.Module]] = {}  # id of a module -> (itself, its replacement)
         self.experts: dict[str, dict[str, nn.ModuleList]] = {}
         self.saved: dict[str, dict[tuple[int, int], Value]] = {}  # parameter of all experts -> (expert, part) -> what was saved of it
+        self.latest: tuple[weakref.ref[QuantTensor], QuantLinear] | None = None  # the weight that came last, and who has it
         self.scaled: dict[str, Tensor] = {}
         self.inputs: dict[str, Tensor] = {}  # name of a Linear -> what its input is multiplied by
         self.of_tie: dict[Any, dict[str, Value | None]] = {}  # tied names -> what the checkpoint has for each
@@ -129,6 +131,7 @@ class Loader:
             self.plain[name] = self._plain(name, value)
         elif isinstance(value, QuantTensor):
             self._put_weight(name, (value,))
+            self._share(name, value)
         elif isinstance(value, tuple):
             self._put_weight(name, value)
         else:
@@ -171,6 +174,14 @@ class Loader:
             return
         self.made[id(module)] = self.made[id(new)] = module, new  # new itself: where the parent has two names
         _set(self.model, owner, new)
+
+    def _share(self, name: str, q: QuantTensor) -> None:
+        """An embedding holds nothing where a head has the same weight, and its rows can be taken out of the form of that head's kernel."""
+        new = self.made.get(id(self.model.get_submodule(name.rpartition(".")[0])), (None, None))[1]
+        if isinstance(new, QuantLinear):
+            self.latest = weakref.ref(q), new
+        elif isinstance(new, QuantEmbedding) and self.latest and self.latest[0]() is q and (q.format.block or q.format.group[0] == 1):
+            new.share(self.latest[1])
 
     def _put_experts(self, name: str, weights: Sequence[conversion.Parts]) -> None:
         owner, _, leaf = name.rpartition(".")
@@ -236,20 +247,9 @@ class Loader:
             held.clear()
 
     def _untie(self, held: Mapping[str, Value | None], value: Value) -> None:
-        """Give every name a module of its own, as a quantised weight is no parameter that several could share.
-
-        An embedding holds nothing where a head has the same weight, and its rows can be taken out of the form of that head's kernel.
-        """
-        modules = {name: self.model.get_submodule(name.rpartition(".")[0]) for name in held}
-        heads: dict[int, QuantLinear] = {}  # id of a value -> who holds it
-        for name in sorted(held, key=lambda name: isinstance(modules[name], nn.Embedding)):
-            own = value if (found := held[name]) is None else found
-            self._put(name, own)
-            new = self.made.get(id(modules[name]), (None, None))[1]
-            if isinstance(new, QuantLinear):
-                heads[id(own)] = new
-            elif isinstance(new, QuantEmbedding) and id(own) in heads and (new.format.block or new.format.group[0] == 1):
-                new.share(heads[id(own)])
+        """Give every name a module of its own, as a quantised weight is no parameter that several could share."""
+        for name in sorted(held, key=lambda name: isinstance(self.model.get_submodule(name.rpartition(".")[0]), nn.Embedding)):
+            self._put(name, value if (found := held[name]) is None else found)
         for config in (self.model.config, self.model.config.get_text_config()):
             config.tie_word_embeddings = False  # nothing may put the one's codes into the other later
 

@@ -53,9 +53,12 @@ def _read_native(info: CheckpointInfo) -> Iterator[tuple[str, Value]]:
     tensors, layers, _ = native.read(info.path)
     of_layers = {f"{layer}.{leaf}" for layer in layers for leaf in _LEAVES.values()}
     for layer, entry in layers.items():
+        if "shared_with" in entry or "rows_of" in entry:
+            continue
         held = {field: tensors[f"{layer}.{leaf}"] for field, leaf in _LEAVES.items() if f"{layer}.{leaf}" in tensors}
-        if "shared_with" not in entry:
-            yield f"{layer}.weight", QuantTensor.from_tensors(formats.get(entry["format"]), tuple(entry["shape"]), held)
+        q = QuantTensor.from_tensors(formats.get(entry["format"]), tuple(entry["shape"]), held)
+        for name in (layer, *(name for name, other in layers.items() if other.get("rows_of") == layer)):
+            yield f"{name}.weight", q
     yield from ((name, tensors[name]) for name in tensors if name not in of_layers)
 
 

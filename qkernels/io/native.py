@@ -170,7 +170,7 @@ def _is_layer(entry: Any) -> bool:
         return False
     shape, dtype = entry.get("shape"), entry.get("dtype", "float32")
     return (
-        isinstance(entry.get("shared_with", ""), str)
+        all(isinstance(entry.get(key, ""), str) for key in ("shared_with", "rows_of"))
         and isinstance(dtype, str)
         and isinstance(getattr(torch, dtype, None), torch.dtype)
         and isinstance(shape, list)
