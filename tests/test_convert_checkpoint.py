@@ -240,6 +240,24 @@ def test_forms_say_the_same(format):
         assert torch.equal(reference.decode(form, torch.float64), reference.decode(q, torch.float64))
 
 
+@pytest.mark.parametrize("format", ["u4b8_g32_sbf16", "e2m1_g16_se4m3_t"])
+def test_what_llm_compressor_has_of_bfloat16_models(tmp_path, format):
+    """Scales in bfloat16 that are fp16 numbers, and NVFP4 with a scale of the tensor, are carried to GGUF exactly, experts too."""
+    config = CONFIG | {"model_type": "qwen3_moe", "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 64, "head_dim": 64}
+    config |= {"norm_topk_prob": True, "sliding_window": 32}
+    shape, layer = (64, HIDDEN), "model.layers.0"
+    names = [f"{layer}.self_attn.q_proj.weight", *(f"{layer}.mlp.experts.{e}.{p}_proj.weight" for p in ("up", "gate") for e in range(2))]
+    items = {name: random_quant(formats.get(format), *shape, seed) for seed, name in enumerate(names)}
+    start = written(tmp_path / "start", items, "compressed-tensors", config)
+    report = convert(start, tmp_path / "m.gguf", "gguf")
+    assert len(report.exact) == 3 and report.notes == [NO_TOKENIZER]
+    convert(tmp_path / "m.gguf", tmp_path / "back", "qkernels")
+    assert_same(meanings(tmp_path / "back"), meanings(start))
+    windowed = CONFIG | {"model_type": "mistral", "sliding_window": 32}
+    mistral = written(tmp_path / "mistral", quantised("int4_g32"), "compressed-tensors", windowed)
+    assert "sliding_window = 32, and llama.cpp has no window in llama" in convert(mistral, tmp_path / "w.gguf", "gguf").notes[0]
+
+
 def test_frequencies_of_llama_3():
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS

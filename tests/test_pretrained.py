@@ -1,5 +1,6 @@
 """from_pretrained: every kind of checkpoint gives what transformers gives of the same numbers, dequantised."""
 
+import copy
 import gc
 import json
 import logging
@@ -284,6 +285,18 @@ def test_damage(tmp_path, case):
         load(written(items, tmp_path / "m"))
 
 
+def test_layers_that_predict_more_tokens_are_left_out(tmp_path):
+    """As DeepSeek-V3 has them behind its last layer; transformers' models do not."""
+    save_dense("llama", tmp_path / "m", config=transformers.LlamaConfig(**LLAMA, num_nextn_predict_layers=1))
+    items, dense = quantized(tmp_path / "m")
+    items |= {n.replace("layers.1", "layers.2"): copy.deepcopy(v) for n, v in items.items() if "layers.1" in n}
+    items["model.layers.2.eh_proj.weight"] = torch.zeros(64, 128)
+    assert_same_model(load(written(items, tmp_path / "m")), dense)
+    items["model.layers.3.eh_proj.weight"] = torch.zeros(64, 128)
+    with pytest.raises(CheckpointError, match=r"has model\.layers\.3\.eh_proj\.weight, which"):
+        load(rewritten(items, tmp_path))
+
+
 def test_zero_biases_that_the_model_has_not_are_left_out(tmp_path):
     """As some writers of GPTQ checkpoints add to every layer."""
     save_dense("llama", tmp_path / "m")
@@ -296,8 +309,10 @@ def test_zero_biases_that_the_model_has_not_are_left_out(tmp_path):
 
 
 def test_no_directory_no_config_no_transformers(tmp_path, monkeypatch):
-    with pytest.raises(CheckpointError, match="does not exist"):
+    with pytest.raises(CheckpointError, match=r"nothing does not exist$"):
         load(tmp_path / "nothing")
+    with pytest.raises(CheckpointError, match=r"owner/model does not exist; a model of the hub .* hf download owner/model"):
+        load("owner/model")
     save_dense("llama", tmp_path / "m")
     with pytest.raises(CheckpointError, match="name its directory"):
         load(tmp_path / "m" / "model.safetensors")

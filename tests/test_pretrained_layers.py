@@ -79,6 +79,8 @@ def test_a_tied_embedding_is_saved_once(tmp_path, wrong):
     stored = [name for name in shards.open_directory(tmp_path / "q") if "embed_tokens" in name or "lm_head" in name]
     assert stored and all(name.startswith("lm_head") for name in stored)
     assert dict(io.read(tmp_path / "q"))["model.embed_tokens.weight"].equal(items["model.embed_tokens.weight"])
+    io.write(io.read(tmp_path / "q"), tmp_path / "twice", "qkernels")  # where nothing is tied
+    assert dict(io.read(tmp_path / "twice")).keys() == dict(io.read(tmp_path / "q")).keys()
     for again in (qkernels.load(skeleton, tmp_path / "q", progress=False), load(tmp_path / "q")):
         assert again.model.embed_tokens.head is again.lm_head and not sum(t.numel() for t in again.model.embed_tokens.parameters())
         assert torch.equal(again(IDS).logits, got(IDS).logits)

@@ -14,7 +14,7 @@ from torch import Tensor
 from qkernels import formats
 from qkernels.errors import CheckpointError, FormatError, UnsupportedError
 from qkernels.formats import QuantTensor
-from qkernels.io import directory, native, shards
+from qkernels.io import directory, gguf_blocks, native, shards
 from qkernels.io.detect import CheckpointInfo, detect
 from qkernels.io.modules import PRE_QUANT_SCALE
 from qkernels.io.weights import Value, single
@@ -105,8 +105,9 @@ def _without_scaled_inputs(items: Iterable[tuple[str, Value]], layout: str) -> I
 def try_write(items: Iterable[tuple[str, Value]], layout: str, settings: Mapping[str, Any] | None = None) -> None:
     """Raise UnsupportedError as `write` would, without writing anything."""
     if layout == "gguf":
-        for name, value in items:
-            _reader("gguf").stored(name, value)
+        for item in items:
+            for name, value in gguf_blocks.apart(*item):
+                _reader("gguf").stored(name, value)
     elif layout == "qkernels":
         for name, value in items:
             if not isinstance(value, Tensor):

@@ -242,6 +242,7 @@ class _Conversion:
     def _companions(self, config: Mapping[str, Any]) -> None:
         """Tokenizer, generation config and the like lie beside the weights of a directory."""
         if self.layout == "gguf":
+            self.report.notes += [] if self.info.layout == "gguf" else gguf_config.notes(self.info.config)
             self.report.notes += [] if self.settings and "tokenizer.ggml.tokens" in self.settings else [NO_TOKENIZER]
         elif self.info.layout == "gguf":
             self.report.notes.append(NO_CONFIG)
@@ -255,5 +256,12 @@ class _Conversion:
 
 
 def _forms(value: QuantTensor | QuantStack) -> Iterator[QuantTensor | QuantStack]:
-    """Forms of a weight; a stack has one, as its writers re-lay it themselves."""
-    return iter([value]) if isinstance(value, QuantStack) else forms(value)
+    """Forms of a weight, or those that all weights of a stack have."""
+    if isinstance(value, QuantTensor):
+        yield from forms(value)
+        return
+    yield value
+    for alike in islice(zip(*(forms(q) for q in value)), 1, None):
+        if len({q.format for q in alike}) > 1:
+            return
+        yield QuantStack.of(alike)
