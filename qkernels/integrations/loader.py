@@ -22,10 +22,11 @@ from qkernels.integrations.transformers import few, namer, unexpected
 from qkernels.io.modules import ACTIVATION_LEAVES
 from qkernels.kernels.registry import Compute
 from qkernels.linear import QuantLinear
-from qkernels.scaled import SCALE, ScaledLinear
+from qkernels.scaled import SCALE, ScaledActivation, ScaledLinear
 
 log = logging.getLogger("qkernels")
 Value = QuantTensor | QuantStack | Tensor
+_MUCH = 0.05  # of a model's weights: where so many are decoded it is worth a warning; routers are fewer
 # What QuantExperts calls a layer of an expert, where it was saved: parameter of the model, number, part of a JoinedLinear, leaf
 _OF_EXPERT = re.compile(r"(.+?)\.(\d+)(?:\.parts\.(\d+))?\.(weight|bias)")
 
@@ -53,6 +54,7 @@ class Loader:
         self.saved: dict[str, dict[tuple[int, int], Value]] = {}  # parameter of all experts -> (expert, part) -> what was saved of it
         self.latest: tuple[weakref.ref[QuantTensor], QuantLinear] | None = None  # the weight that came last, and who has it
         self.scaled: dict[str, Tensor] = {}
+        self.decoded: dict[str, int] = {}  # why -> how many numbers
         self.inputs: dict[str, Tensor] = {}  # name of a Linear -> what its input is multiplied by
         self.of_tie: dict[Any, dict[str, Value | None]] = {}  # tied names -> what the checkpoint has for each
         for name, t in self.own.items():
@@ -169,6 +171,7 @@ class Loader:
             new = QuantEmbedding(module, parts[0], self.dtype).eval()
         if new is None:
             log.info("%s is decoded to %s: %s", name, self.own[name].dtype, reason)
+            self.decoded[reason] = self.decoded.get(reason, 0) + self.own[name].numel()
             weight = torch.cat([reference.decode(q) for q in parts])
             self.plain[name] = self._plain(name, weight.T.contiguous() if turned else weight)
             return
@@ -202,6 +205,9 @@ class Loader:
             self._place(name, _of_all_experts(name, self.saved.pop(name)), name)
         ties = list(self._put_tied())
         self._check_names()
+        if (decoded := sum(self.decoded.values())) > _MUCH * sum(t.numel() for t in self.own.values()):
+            why = "; ".join(sorted(self.decoded, key=lambda reason: -self.decoded[reason])[:3])
+            log.warning("%.1f million quantised weights are decoded, as no QuantLinear can be where they are: %s", decoded / 1e6, why)
         self.model.load_state_dict(self.plain, strict=False, assign=True)
         self.plain.clear()
         for name, source in ties:
@@ -259,17 +265,6 @@ class Loader:
             raise CheckpointError(f"the checkpoint lacks {few(missing)} of {model}; it has {few(list(self.key_of.values()))}")
         if surplus := unexpected(self.model, self.unknown):
             raise CheckpointError(f"the checkpoint has {few(surplus)}, which {model} does not know")
-
-
-class ScaledActivation(nn.Module):
-    """An activation whose result is divided by `scales` [features], which AWQ has multiplied into the Linear that follows."""
-
-    def __init__(self, act: nn.Module, scales: Tensor) -> None:
-        super().__init__()
-        self.act, self.scales = act, nn.Parameter(scales, requires_grad=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(x) / self.scales
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module | None:
