@@ -25,6 +25,20 @@ def gpt_oss():
     return transformers.GptOssConfig(**LLAMA, head_dim=16, num_local_experts=4, num_experts_per_tok=2, sliding_window=8)
 
 
+def qwen3_vl_moe():
+    text = LLAMA | {"head_dim": 16, "moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
+    vision = {
+        "depth": 1,
+        "hidden_size": 32,
+        "num_heads": 2,
+        "intermediate_size": 32,
+        "out_hidden_size": 64,
+        "deepstack_visual_indexes": [0],
+    }
+    return transformers.Qwen3VLMoeConfig(text_config=text, vision_config=vision | {"deepstack_visual_indexes": [0]})
+
+
 CONFIGS = {
     "llama": lambda: transformers.LlamaConfig(**LLAMA),
     "llama tied": lambda: transformers.LlamaConfig(**LLAMA, tie_word_embeddings=True),
@@ -37,9 +51,9 @@ CONFIGS = {
 }
 
 
-def save_dense(name, path, dtype=torch.float32, config=None):
+def save_dense(name, path, dtype=torch.float32, config=None, auto=transformers.AutoModelForCausalLM):
     torch.manual_seed(len(name))
-    model = transformers.AutoModelForCausalLM.from_config(config or CONFIGS[name](), dtype=dtype)
+    model = auto.from_config(config or CONFIGS[name](), dtype=dtype)
     with torch.no_grad():
         for n, p in model.named_parameters():
             if n.endswith("bias"):
@@ -63,14 +77,13 @@ def quantized(path, pattern=LINEARS, format="int4_g32"):
     return items, of_transformers(path, dense)
 
 
-def of_transformers(path, dense):
+def of_transformers(path, dense, auto=transformers.AutoModelForCausalLM):
     """A function: dtype -> the model that transformers loads of plain tensors."""
     plain = path.with_name(path.name + "-dense")
     plain.mkdir(exist_ok=True)
     save_file({n: t.contiguous() for n, t in dense.items()}, plain / "model.safetensors", {"format": "pt"})
     (plain / "config.json").write_text((path / "config.json").read_text())
-    load = transformers.AutoModelForCausalLM.from_pretrained
-    return lambda dtype=torch.float32: load(plain, dtype=dtype, experts_implementation="eager").eval()
+    return lambda dtype=torch.float32: auto.from_pretrained(plain, dtype=dtype, experts_implementation="eager").eval()
 
 
 def written(items, path, layout="qkernels", **options):

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import itertools
 import json
 import logging
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from checkpoints import saved
 from pretrained import (
     CONFIGS,
     EVERYTHING,
@@ -22,6 +24,7 @@ from pretrained import (
     load,
     of_transformers,
     quantized,
+    qwen3_vl_moe,
     rewritten,
     save_dense,
     store,
@@ -229,6 +232,51 @@ def test_gpt_oss(tmp_path, plain):
     assert sum(isinstance(m, QuantLinear) for m in got.modules()) == (8 if plain else 16)
     assert_same_model(got, model)
     assert torch.equal(greedy(got), greedy(model()))
+
+
+VL = transformers.AutoModelForImageTextToText
+
+
+def test_experts_that_were_taken_apart(tmp_path):
+    """Quantisers store experts one by one whose model has them in one parameter, and knows no rule for it: Qwen3-VL's."""
+    save_dense("qwen3 vl", tmp_path / "m", config=qwen3_vl_moe(), auto=VL)
+    items, dense = {}, {}
+    for name, t in io.read(tmp_path / "m"):
+        items[name] = dense[name] = t
+        if ".experts." in name:
+            owner, part = name.rsplit(".", 1)
+            halves = {"gate_proj": 0, "up_proj": 1} if part == "gate_up_proj" else {part: 0}
+            for (e, w), (p, i) in itertools.product(enumerate(items.pop(name)), halves.items()):
+                format = "int8" if (e, p) == (2, "up_proj") else "int4_g32"
+                items[f"{owner}.{e}.{p}.weight"] = qkernels.quantize(w.chunk(len(halves))[i], format)
+            rows = [torch.cat([reference.decode(items[f"{owner}.{e}.{p}.weight"]) for p in halves]) for e in range(4)]
+            dense[name] = torch.stack(rows)
+    got = load(written(items, tmp_path / "m"))
+    assert_same_model(got, of_transformers(tmp_path / "m", dense, VL))
+    kinds = [type(layer) for layer in got.model.language_model.layers[1].mlp.experts.gate_up_proj]
+    assert kinds == [QuantLinear, QuantLinear, JoinedLinear, QuantLinear]  # one of two formats
+    moved = {n.replace(".experts.3.", ".experts.7."): v for n, v in items.items()}
+    with pytest.raises(CheckpointError, match=r"experts\.\w+': the checkpoint has its experts 0, 1, 2, 7; 0 to 3 are needed"):
+        load(rewritten(moved, tmp_path))
+
+
+def test_experts_the_other_way_round(tmp_path):
+    """Qwen3-VL's in FP8 lie as [E, in, out], with their scales; those of the activations of a stack are left out."""
+    save_dense("qwen3 vl", tmp_path / "m", config=qwen3_vl_moe(), auto=VL)
+    tensors, dense = {}, {}
+    for name, t in io.read(tmp_path / "m"):
+        tensors[name] = dense[name] = t
+        if name.endswith(".experts.down_proj"):
+            lying = [qkernels.quantize(w.T.contiguous(), "e4m3_g32x32_sf32") for w in t]
+            tensors[name] = torch.stack([q.codes for q in lying]).view(torch.float8_e4m3fn)
+            tensors |= {f"{name}_scale_inv": torch.stack([q.scales for q in lying]), f"{name}_activation_scale": torch.ones(4)}
+            dense[name] = torch.stack([reference.decode(q).T for q in lying])
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    said = {"quant_method": "fp8", "weight_block_size": [32, 32]}
+    path = saved(tmp_path / "fp8", tensors, config=config | {"quantization_config": said})
+    got = load(path)
+    assert got.model.language_model.layers[0].mlp.experts.down_proj[3].format.name == "e4m3_g32x32_sf32"
+    assert_same_model(got, of_transformers(tmp_path / "m", dense, VL))
 
 
 def test_experts_of_two_formats(tmp_path):

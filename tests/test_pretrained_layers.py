@@ -13,7 +13,7 @@ import qkernels
 from qkernels import CheckpointError, FormatError, QuantLinear, UnsupportedError, io, reference
 from qkernels.embedding import QuantEmbedding
 from qkernels.formats import QuantStack, QuantTensor
-from qkernels.formats.rows import join, take
+from qkernels.formats.rows import join, take, transposed
 from qkernels.integrations.experts import linear
 from qkernels.integrations.loader import Loader
 from qkernels.io import native, shards
@@ -141,6 +141,14 @@ def test_rows_keep_their_numbers(format):
         weights[1] = reference.decode(b)
     for parts, expected in (([a, b], weights), ([b, a], weights[::-1])):
         assert torch.equal(reference.decode(join(parts)), torch.cat(expected))
+
+
+@pytest.mark.parametrize("format", ["int4_g32", "u4_g32_zi_sf16", "e4m3_g16x32_sf32", "e4m3_g-1x-1_sf32", "nvfp4", "int8"])
+def test_columns_as_rows(format):
+    q = qkernels.quantize(torch.randn(40, 64), format)
+    assert torch.equal(reference.decode(transposed(q)), reference.decode(q).T) and transposed(transposed(q)).equal(q)
+    with pytest.raises(UnsupportedError, match="columns of q8_0 cannot become rows"):
+        transposed(qkernels.quantize(torch.randn(40, 64), "q8_0"))
 
 
 def test_a_run_of_rows_is_a_view():

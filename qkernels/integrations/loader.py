@@ -17,9 +17,10 @@ from qkernels.convert import _set, _why_skip, tie_key
 from qkernels.embedding import QuantEmbedding
 from qkernels.errors import CheckpointError, FormatError, UnsupportedError
 from qkernels.formats import QuantStack, QuantTensor
+from qkernels.formats.rows import transposed
 from qkernels.integrations import conversion, experts
 from qkernels.integrations.transformers import few, namer, unexpected
-from qkernels.io.modules import ACTIVATION_LEAVES
+from qkernels.io.modules import is_of_activations
 from qkernels.kernels.registry import Compute
 from qkernels.linear import QuantLinear
 from qkernels.scaled import SCALE, ScaledActivation, ScaledLinear
@@ -27,8 +28,6 @@ from qkernels.scaled import SCALE, ScaledActivation, ScaledLinear
 log = logging.getLogger("qkernels")
 Value = QuantTensor | QuantStack | Tensor
 _MUCH = 0.05  # of a model's weights: where so many are decoded it is worth a warning; routers are fewer
-# What QuantExperts calls a layer of an expert, where it was saved: parameter of the model, number, part of a JoinedLinear, leaf
-_OF_EXPERT = re.compile(r"(.+?)\.(\d+)(?:\.parts\.(\d+))?\.(weight|bias)")
 
 
 class Loader:
@@ -84,9 +83,13 @@ class Loader:
             self.scaled[owner] = value  # AWQ: the activation before a Linear is divided by them
         elif leaf == SCALE and isinstance(value, Tensor) and f"{owner}.weight" in self.own:
             self.inputs[owner] = value
-        elif (m := _OF_EXPERT.fullmatch(name)) and (target := m[1] if leaf == "weight" else f"{m[1]}_bias") in self.own:
-            self.saved.setdefault(target, {})[int(m[2]), int(m[3] or 0)] = value
-        elif leaf in ACTIVATION_LEAVES:
+        elif (found := experts.place(self.model, self.own, name)) is not None:
+            target, place = found
+            parts = self.saved.setdefault(target, {})
+            parts[place] = value
+            if _count(parts.values()) == self.own[target].numel():
+                self._place(target, experts.of_all(target, self.saved.pop(target)), key)
+        elif is_of_activations(name):
             log.debug("%s is left out: it quantises activations or the cache", key)
         elif leaf == "bias" and isinstance(value, Tensor) and f"{owner}.weight" in self.own and not bool(value.any()):
             log.info("%s is all zero, and the model has no such bias", key)
@@ -190,8 +193,11 @@ class Loader:
         owner, _, leaf = name.rpartition(".")
         module: Any = self.model.get_submodule(owner)
         experts.check(name, module)
+        own = tuple(self.own[name].shape)
         n, k = _shape(weights[0])
-        self._check_shape(name, (len(weights), k, n) if module.is_transposed else (len(weights), n, k), tuple(self.own[name].shape))
+        if (len(weights), *((n, k) if module.is_transposed else (k, n))) == own and n != k:  # as Qwen3-VL's lie: the other way round
+            weights, n, k = [tuple(transposed(q) for q in parts) for parts in weights], k, n
+        self._check_shape(name, (len(weights), k, n) if module.is_transposed else (len(weights), n, k), own)
         on_device = (tuple(q.to(self.device) for q in parts) for parts in weights)
         self.experts.setdefault(owner, {})[leaf] = experts.linears(module, leaf, on_device, self.compute, self.dtype)
 
@@ -202,7 +208,7 @@ class Loader:
         for name in list(self.pieces):
             self._convert(name)
         for name in list(self.saved):
-            self._place(name, _of_all_experts(name, self.saved.pop(name)), name)
+            self._place(name, experts.of_all(name, self.saved.pop(name)), name)
         ties = list(self._put_tied())
         self._check_names()
         if (decoded := sum(self.decoded.values())) > _MUCH * sum(t.numel() for t in self.own.values()):
@@ -272,18 +278,6 @@ def _submodule(model: nn.Module, name: str) -> nn.Module | None:
         return model.get_submodule(name)
     except AttributeError:
         return None
-
-
-def _of_all_experts(name: str, saved: Mapping[tuple[int, int], Value]) -> Any:
-    """The experts' weights, each as its parts, or their biases as one tensor."""
-    ordered = sorted(saved.items(), key=lambda item: item[0])
-    values = [value for _, value in ordered]
-    if all(isinstance(value, Tensor) for value in values) and len({value.shape for value in values}) == 1:
-        return torch.stack(values)  # type: ignore[arg-type]  # they are tensors
-    if not all(isinstance(value, QuantTensor) for value in values):
-        raise CheckpointError(f"{name!r}: its experts are of several kinds or shapes")
-    experts = sorted({e for e, _ in saved})
-    return [tuple(value for (e, _), value in ordered if e == expert) for expert in experts]
 
 
 def _shape(parts: conversion.Parts) -> tuple[int, int]:

@@ -21,7 +21,7 @@ from qkernels.io import checkpoint, directory, gguf_config, gguf_file, gguf_mode
 from qkernels.io.detect import CheckpointInfo, detect
 from qkernels.io.forms import code_bits, dense, few_rows, forms, has_minima
 from qkernels.io.gptq_family import stays_dense
-from qkernels.io.modules import ACTIVATION_LEAVES
+from qkernels.io.modules import is_of_activations
 from qkernels.quantizers.rtn import rtn
 
 Value = QuantTensor | QuantStack | Tensor
@@ -115,7 +115,7 @@ class _Conversion:
     def _of_weights(self) -> Iterator[tuple[str, Value]]:
         """What is read, but for scales of activations and caches: the settings that are written say nothing of those."""
         for name, value in checkpoint.read(self.info):
-            if self.info.layout != "dense" and isinstance(value, Tensor) and name.rpartition(".")[2] in ACTIVATION_LEAVES:
+            if self.info.layout != "dense" and isinstance(value, Tensor) and is_of_activations(name):
                 self.left_out.add(name)
             else:
                 yield name, value
