@@ -168,6 +168,17 @@ def test_only_what_does_not_fit_is_rounded(tmp_path):
     assert all(torch.equal(found[name], t) for name, t in expected.items() if name != odd)
 
 
+def test_what_is_rounded_for_awq_is_like_what_is_carried(tmp_path):
+    """Weights with minima are carried as gemv_fast, which is then the packing of all."""
+    items = quantised("int5_g32")
+    name = "model.layers.0.mlp.up_proj.weight"
+    items[name] = rtn(model()[name].float(), formats.get("u4_g32_zm_sf16"))
+    io.write(items.items(), tmp_path / "start", "qkernels")
+    report = convert(tmp_path / "start", tmp_path / "awq", "awq", requantize=True)
+    assert report.exact == [name] and io.detect(tmp_path / "awq").settings["version"] == "gemv_fast"
+    assert torch.equal(meanings(tmp_path / "awq")[name], reference.decode(items[name], torch.float64))
+
+
 def test_bitsandbytes_holds_its_own_alone(tmp_path):
     start = written(tmp_path / "start", quantised("nf4"), "bitsandbytes")
     assert len(convert(start, tmp_path / "same", "bitsandbytes").exact) == LAYERS * len(SHAPES)

@@ -196,7 +196,8 @@ class _Conversion:
         group = value.format.group_extent(value.shape[-2], k)[1]
         if self.layout == "awq":
             group = self._awq_group()
-            return QuantFormat(Int(4), (1, group), "f16", "min" if self.variant == "gemv_fast" else "int")
+            minima = self.variant == "gemv_fast" or (self.example is not None and self.example[1].format.zero == "min")
+            return QuantFormat(Int(4), (1, group), "f16", "min" if minima else "int")
         bits = next(b for b in ((2, 3, 4, 8) if self.layout == "gptq" else range(2, 9)) if b >= bits)
         group = group if group in _GROUPS else next((g for g in _GROUPS if k % g == 0), -1)
         if not has_minima(value):

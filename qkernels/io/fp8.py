@@ -46,7 +46,7 @@ def _parse(settings: Mapping[str, Any]) -> tuple[tuple[int, ...] | None, list[st
     """(block size, modules that are not quantised, whether experts are FP4)"""
     s = Settings(settings, "quantization_config")
     s.take("quant_method", of=str, choices=["fp8", "fbgemm_fp8"])
-    s.take("fmt", of=str, default="e4m3", choices=["e4m3", "float8_e4m3fn", "e5m2", "float8_e5m2"])  # the tensors tell
+    s.take("fmt", of=str, default="e4m3", choices=["e4m3", "float8_e4m3fn"])
     s.take("scale_fmt", of=str, default="float", choices=["float", "ue8m0"])
     block = s.take("weight_block_size", of=list, default=None)
     block = None if block is None else checked.extents(block, 2, f"{s.where}: weight_block_size")
