@@ -279,6 +279,26 @@ def test_experts_the_other_way_round(tmp_path):
     assert_same_model(got, of_transformers(tmp_path / "m", dense, VL))
 
 
+def test_gpt_oss_of_unsloth(tmp_path):
+    """In NF4, its experts in lists of linears, its router in a module of its own. Built from the names in its files."""
+    save_dense("gpt-oss", tmp_path / "m", config=gpt_oss())
+    items, dense = {}, {}
+    for name, t in io.read(tmp_path / "m"):
+        dense[name] = t
+        owner, _, leaf = name.rpartition(".")
+        if leaf in ("gate_up_proj", "down_proj"):
+            quantised = [qkernels.quantize(w.T.contiguous(), "nf4") for w in t]
+            items |= {f"{owner}.{leaf}s.{e}.weight": q for e, q in enumerate(quantised)}
+            dense[name] = torch.stack([reference.decode(q).T for q in quantised])
+        elif leaf in ("gate_up_proj_bias", "down_proj_bias"):
+            items |= {f"{owner}.{leaf.removesuffix('_bias')}s.{e}.bias": b for e, b in enumerate(t)}
+        else:
+            items[name.replace(".router.", ".router.linear.")] = t
+    got = load(written(items, tmp_path / "m", "bitsandbytes"))
+    assert sum(isinstance(m, QuantLinear) for m in got.modules()) == 16
+    assert_same_model(got, of_transformers(tmp_path / "m", dense))
+
+
 def test_experts_of_two_formats(tmp_path):
     """What cannot lie in one weight is two layers."""
     save_dense("mixtral", tmp_path / "m")

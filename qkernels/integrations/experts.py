@@ -17,6 +17,7 @@ from qkernels.linear import QuantLinear
 
 Place = tuple[int, int]  # number of an expert, part of its weight
 _SAVED = re.compile(r"(.+?)\.(\d+)(?:\.parts\.(\d+))?\.(weight|bias)")  # parameter of the model, number, part of a JoinedLinear, leaf
+_LISTED = re.compile(r"(.+\.(?:gate_up|down)_proj)s\.(\d+)\.(weight|bias)")  # Unsloth's gpt-oss: "experts.down_projs.3.weight"
 _TAKEN_APART = re.compile(r"(.+)\.(\d+)\.(gate|up|down)_proj\.(weight|bias)")
 
 
@@ -125,10 +126,13 @@ def _dense(weight: Tensor, bias: bool) -> nn.Linear:
 def place(model: nn.Module, own: Container[str], name: str) -> tuple[str, Place] | None:
     """Of what a checkpoint has of one expert, the parameter of all of them, and whose and which part of it this is; None for others.
 
-    Names are those that QuantExperts saves, and "experts.3.gate_proj.weight", as quantisers call what they took apart: gate above up.
+    Names are those that QuantExperts saves, Unsloth's, and "experts.3.gate_proj.weight", as quantisers call what they took apart: gate
+    above up.
     """
     if (m := _SAVED.fullmatch(name)) and (target := m[1] if m[4] == "weight" else f"{m[1]}_bias") in own:
         return target, (int(m[2]), int(m[3] or 0))
+    if (m := _LISTED.fullmatch(name)) and (target := m[1] if m[3] == "weight" else f"{m[1]}_bias") in own:
+        return target, (int(m[2]), 0)
     if (m := _TAKEN_APART.fullmatch(name)) is None:
         return None
     try:

@@ -66,6 +66,8 @@ class Loader:
         name, converter, pattern = self.name_of(key)
         if name not in self.own and name.removesuffix(".weight") in self.own:
             name = name.removesuffix(".weight")  # of a stack, which is a parameter and no module
+        if name not in self.own and (router := name.replace(".router.linear.", ".router.")) in self.own:
+            name = router  # as Unsloth calls that of gpt-oss
         if name not in self.own:
             self._add_unknown(key, name, value)
         elif converter is not None:
