@@ -64,6 +64,15 @@ def test_fp8_exponents_need_no_block_of_mxfp8():
     assert same.equal(q)
 
 
+def test_mxfp8_by_its_name(tmp_path):
+    """As transformers calls it; the bytes beside the weight are exponents whether scale_fmt says so or not."""
+    tensors, settings, values = fp8_case("mxfp8")
+    settings |= {"quant_method": "mxfp8", "scale_fmt": "ue8m0", "activation_scheme": "dynamic"}
+    info = io.detect(saved(tmp_path / "model", tensors, settings))
+    assert info.layout == "fp8"
+    equal_values(reference.decode(dict(io.read(info))["a.weight"]), values)
+
+
 def test_fp8_directory(tmp_path):
     """With what is no weight, in the order of the file; scales of activations can be told from weights."""
     tensors, settings, values = fp8_case("block", modules_to_not_convert=["lm_head", "b.gate"])

@@ -23,6 +23,7 @@ _METHODS = {
     "torchao": "torchao",
     "fp8": "fp8",
     "fbgemm_fp8": "fp8",
+    "mxfp8": "fp8",
     "mxfp4": "mxfp4",
     "modelopt": "modelopt",
 }

@@ -1,4 +1,4 @@
-"""FP8 checkpoints: DeepSeek's blocks and their kin (`quant_method: fp8`), scales per tensor or row, and `fbgemm_fp8`.
+"""FP8 checkpoints: DeepSeek's blocks and their kin (`quant_method: fp8`), scales per tensor or row, `fbgemm_fp8` and `mxfp8`.
 
     X.weight [N, K] float8      X.weight_scale_inv or X.weight_scale or X.scale     W = weight * scale, whatever "inv" says
 
@@ -45,7 +45,7 @@ def read(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Iterator
 def _parse(settings: Mapping[str, Any]) -> tuple[tuple[int, ...] | None, list[str], bool]:
     """(block size, modules that are not quantised, whether experts are FP4)"""
     s = Settings(settings, "quantization_config")
-    s.take("quant_method", of=str, choices=["fp8", "fbgemm_fp8"])
+    s.take("quant_method", of=str, choices=["fp8", "fbgemm_fp8", "mxfp8"])
     s.take("fmt", of=str, default="e4m3", choices=["e4m3", "float8_e4m3fn"])
     s.take("scale_fmt", of=str, default="float", choices=["float", "ue8m0"])
     block = s.take("weight_block_size", of=list, default=None)
