@@ -46,17 +46,23 @@ def _check_saveable(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None
 
 
 def layers_of(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """What qkernels.json says of QuantLinears and QuantEmbeddings; one that has a second name in the model is `shared_with` the first."""
+    """What qkernels.json says of QuantLinears and QuantEmbeddings.
+
+    A QuantLinear that has a second name in the model is `shared_with` the first; an embedding that is tied to one has the `rows_of` it.
+    """
     layers: dict[str, dict[str, Any]] = {}
-    first: dict[int, str] = {}
-    for name, m in model.named_modules(remove_duplicate=False):
+    modules = list(model.named_modules(remove_duplicate=False))
+    first = {id(m): name for name, m in reversed(modules) if isinstance(m, QuantLinear)}
+    for name, m in modules:
         if isinstance(m, QuantEmbedding):
             shape, dtype = [m.num_embeddings, m.embedding_dim], str(m.dtype).removeprefix("torch.")
             layers[name] = {"format": m.format.name, "shape": shape, "compute": "auto", "dtype": dtype}
+            if (head := first.get(id(m.head))) is not None:
+                layers[name]["rows_of"] = head
         elif isinstance(m, QuantLinear):
             layers[name] = {"format": m.format.name, "shape": [m.out_features, m.in_features], "compute": m.compute}
-            if (shared_with := first.setdefault(id(m), name)) != name:
-                layers[name]["shared_with"] = shared_with
+            if first[id(m)] != name:
+                layers[name]["shared_with"] = first[id(m)]
             elif m.dense_dtype is not None:
                 layers[name]["dtype"] = str(m.dense_dtype).removeprefix("torch.")
     return layers
@@ -73,7 +79,7 @@ def stored_names(state: Mapping[str, torch.Tensor], layers: Mapping[str, Mapping
             if t.numel() and seen.setdefault(tie_key(t), name) != name:
                 tied[name] = seen[tie_key(t)]
                 continue
-        elif "shared_with" in layer:
+        elif "shared_with" in layer or "rows_of" in layer:
             continue
         names.append(name)
     return names, tied
@@ -93,12 +99,15 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, batch_invariant: boo
     for name in tensors:
         leaves.setdefault(name.rpartition(".")[0], []).append(name.rpartition(".")[2])
     made: dict[str, nn.Module] = {}
-    for name, entry in track(layers.items(), progress, f"loading {path}"):
+    for name, entry in track(sorted(layers.items(), key=lambda item: "rows_of" in item[1]), progress, f"loading {path}"):
         if (shared_with := entry.get("shared_with")) in made:
             made[name] = made[shared_with]
-        else:
-            mine = {leaf: tensors[f"{name}.{leaf}"] for leaf in leaves.get(name, ())}
-            made[name] = _layer(model, name, entry, mine, batch_invariant)
+            continue
+        owner = entry.get("rows_of", name)
+        mine = {leaf: tensors[f"{owner}.{leaf}"] for leaf in leaves.get(owner, ())}
+        made[name] = _layer(model, name, entry, mine, batch_invariant)
+        if owner != name:
+            _share(name, made[name], owner, made.get(owner))
     own = {name: t for name, t in model.state_dict().items() if name.rpartition(".")[0] not in made}
     rest = {name: tensors[name] for name in tensors if name.rpartition(".")[0] not in made}
     _check_rest(own, rest, tied)
@@ -196,6 +205,16 @@ def _embedding(embedding: nn.Embedding, name: str, entry: dict[str, Any], mine: 
     except (FormatError, TypeError) as error:
         raise CheckpointError(f"embedding {name!r}: {error}") from error
     return QuantEmbedding(embedding, q, getattr(torch, entry.get("dtype", "float32"))).train(embedding.training)
+
+
+def _share(name: str, embedding: nn.Module, owner: str, head: nn.Module | None) -> None:
+    if not isinstance(embedding, QuantEmbedding) or not isinstance(head, QuantLinear):
+        kinds = f"{type(embedding).__name__}, {type(head).__name__}"
+        raise CheckpointError(f"{name!r} was saved as an embedding with the rows of the linear {owner!r}; in the model they are {kinds}")
+    try:
+        embedding.share(head)
+    except FormatError as error:
+        raise CheckpointError(f"embedding {name!r}: {error}") from error
 
 
 def _check_rest(own: dict[str, torch.Tensor], rest: dict[str, torch.Tensor], tied: dict[str, str]) -> None:

@@ -56,6 +56,11 @@ class QuantEmbedding(nn.Module):
         self._hold({})
 
     @property
+    def head(self) -> QuantLinear | None:
+        """Whose weight this one is."""
+        return None if self._head is None else self._head[0]
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.like.dtype
 

@@ -1,4 +1,4 @@
-"""ScaledLinear: a QuantLinear whose input is multiplied by a number for each channel first."""
+"""What is scaled channel by channel beside a weight: the input of a QuantLinear, or what an activation gives."""
 
 from __future__ import annotations
 
@@ -61,3 +61,14 @@ class ScaledLinear(QuantLinear):
         holder.register_parameter(SCALE, self.pre_quant_scale)
         holder._load_from_state_dict({key: t for key, t in state_dict.items() if key == name}, prefix, *others)
         self.pre_quant_scale = holder.pre_quant_scale  # type: ignore[assignment]
+
+
+class ScaledActivation(nn.Module):
+    """An activation whose result is divided by `scales` [features], which AWQ has multiplied into the Linear that follows."""
+
+    def __init__(self, act: nn.Module, scales: Tensor) -> None:
+        super().__init__()
+        self.act, self.scales = act, nn.Parameter(scales, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(x) / self.scales

@@ -487,6 +487,7 @@ def test_inspect(saved, tmp_path):
         ("shape", [96, 0]),
         ("compute", "int9"),
         ("shared_with", []),
+        ("rows_of", 3),
         ("dtype", 4),
         ("dtype", "nn"),
     ):

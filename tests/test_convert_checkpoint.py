@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import random_blocks, random_quant
+from checkpoints import saved
 from typer.testing import CliRunner
 
 from qkernels import cli, formats, io, reference
@@ -167,6 +168,17 @@ def test_only_what_does_not_fit_is_rounded(tmp_path):
     assert all(torch.equal(found[name], t) for name, t in expected.items() if name != odd)
 
 
+def test_what_is_rounded_for_awq_is_like_what_is_carried(tmp_path):
+    """Weights with minima are carried as gemv_fast, which is then the packing of all."""
+    items = quantised("int5_g32")
+    name = "model.layers.0.mlp.up_proj.weight"
+    items[name] = rtn(model()[name].float(), formats.get("u4_g32_zm_sf16"))
+    io.write(items.items(), tmp_path / "start", "qkernels")
+    report = convert(tmp_path / "start", tmp_path / "awq", "awq", requantize=True)
+    assert report.exact == [name] and io.detect(tmp_path / "awq").settings["version"] == "gemv_fast"
+    assert torch.equal(meanings(tmp_path / "awq")[name], reference.decode(items[name], torch.float64))
+
+
 def test_bitsandbytes_holds_its_own_alone(tmp_path):
     start = written(tmp_path / "start", quantised("nf4"), "bitsandbytes")
     assert len(convert(start, tmp_path / "same", "bitsandbytes").exact) == LAYERS * len(SHAPES)
@@ -239,6 +251,24 @@ def test_forms_say_the_same(format):
         assert torch.equal(reference.decode(form, torch.float64), reference.decode(q, torch.float64))
 
 
+@pytest.mark.parametrize("format", ["u4b8_g32_sbf16", "e2m1_g16_se4m3_t"])
+def test_what_llm_compressor_has_of_bfloat16_models(tmp_path, format):
+    """Scales in bfloat16 that are fp16 numbers, and NVFP4 with a scale of the tensor, are carried to GGUF exactly, experts too."""
+    config = CONFIG | {"model_type": "qwen3_moe", "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 64, "head_dim": 64}
+    config |= {"norm_topk_prob": True, "sliding_window": 32}
+    shape, layer = (64, HIDDEN), "model.layers.0"
+    names = [f"{layer}.self_attn.q_proj.weight", *(f"{layer}.mlp.experts.{e}.{p}_proj.weight" for p in ("up", "gate") for e in range(2))]
+    items = {name: random_quant(formats.get(format), *shape, seed) for seed, name in enumerate(names)}
+    start = written(tmp_path / "start", items, "compressed-tensors", config)
+    report = convert(start, tmp_path / "m.gguf", "gguf")
+    assert len(report.exact) == 3 and report.notes == [NO_TOKENIZER]
+    convert(tmp_path / "m.gguf", tmp_path / "back", "qkernels")
+    assert_same(meanings(tmp_path / "back"), meanings(start))
+    windowed = CONFIG | {"model_type": "mistral", "sliding_window": 32}
+    mistral = written(tmp_path / "mistral", quantised("int4_g32"), "compressed-tensors", windowed)
+    assert "sliding_window = 32, and llama.cpp has no window in llama" in convert(mistral, tmp_path / "w.gguf", "gguf").notes[0]
+
+
 def test_frequencies_of_llama_3():
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -283,6 +313,28 @@ def test_refusals(tmp_path):
         convert(strange, tmp_path / "x", "gguf")
     with pytest.raises(CheckpointError, match=r"no number hidden_size|no number num_hidden_layers"):
         gguf_config.key_values({"model_type": "llama"})
+
+
+@pytest.mark.parametrize("format", ["e4m3_g128x128_sf32", "e4m3_g-1x-1_sf32", "nvfp4"])
+def test_scales_of_many_rows_and_of_activations(tmp_path, format):
+    """FP8 whose rows share scales, and NVFP4, with static scales of activations: rows of q and k are reordered all the same."""
+    tensors = {}
+    for name, value in quantised(format).items():
+        if isinstance(value, torch.Tensor):
+            tensors[name] = value
+            continue
+        fp8 = format != "nvfp4"
+        tensors |= {name: value.codes.view(torch.float8_e4m3fn if fp8 else torch.uint8), f"{name}_scale": value.scales}
+        tensors |= {name.replace("weight", "input_scale"): torch.ones(())} | ({} if fp8 else {f"{name}_scale_2": value.tensor_scale[0]})
+    said = {"quant_algo": {"e4m3_g-1x-1_sf32": "FP8", "nvfp4": "NVFP4"}.get(format, "FP8_PB_WO")}
+    start = saved(tmp_path / "start", tensors, config=CONFIG, hf_quant_config={"quantization": said})
+    report = convert(start, tmp_path / "m.gguf", "gguf:Q8_0", requantize=True)
+    assert "14 scales of activations and caches are left out: model.layers.0.mlp.down_proj.input_scale …" in report.notes
+    convert(tmp_path / "m.gguf", tmp_path / "back", "qkernels")
+    found, expected = meanings(tmp_path / "back"), {n: t for n, t in meanings(start).items() if not n.endswith("input_scale")}
+    assert found.keys() == expected.keys()
+    for name, t in expected.items():
+        assert (found[name] - t).abs().max() <= t.abs().max() / 127, name
 
 
 @pytest.fixture

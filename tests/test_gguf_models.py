@@ -13,9 +13,9 @@ import gguf_models
 import numpy as np
 import pytest
 import torch
+from pretrained import assert_same_model, load, of_transformers
 from safetensors.torch import save_file
 from test_convert_checkpoint import assert_same, meanings
-from test_pretrained import assert_same_model, load, of_transformers
 
 import qkernels
 from qkernels import CheckpointError, UnsupportedError, io, reference

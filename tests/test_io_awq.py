@@ -151,6 +151,21 @@ def test_wrong_tensors(case):
         read(changed(**leaves))
 
 
+def test_settings_of_gptqmodel():
+    """Its own keys beside AutoAWQ's, and `dynamic`: modules left out, and others in another group size."""
+    own = {"method": "awq", "format": "gemm", "checkpoint_format": "gemm", "pack_dtype": "int32", "desc_act": False, "lm_head": False}
+    own |= {"meta": {"quantizer": ["gptqmodel:7.7.0"], "mse": 0.0}, "group_size": 128}
+    dynamic = {"-:.*gate": {}, r"+:m\.f": {"group_size": 32, "bits": 4, "sym": False, "mse": 2.0}}
+    expected = read(changed())["m.fc.weight"]
+    assert read(changed(), **own, dynamic=dynamic)["m.fc.weight"].equal(expected)
+    with pytest.raises(CheckpointError, match=r"m\.fc: qweight is there, but the settings say"):
+        read(changed(), **own, dynamic={"-:m": {}} | dynamic)
+    with pytest.raises(UnsupportedError, match="dynamic: m: bits is 8; 4 are read"):
+        read(changed(), **own, dynamic={"m": {"bits": 8}})
+    with pytest.raises(CheckpointError, match="qzeros are not 8 all over"):
+        read(changed(), **own, dynamic={"m": {"group_size": 32, "zero_point": False}})
+
+
 WRONG_SETTINGS = {
     "group of other shapes": ({"group_size": 16}, CheckpointError, r"scales is \[2, 24\], not \[4, 24\]"),
     "no group": ({"group_size": 0}, CheckpointError, "group_size is 0"),

@@ -64,6 +64,30 @@ def test_fp8_exponents_need_no_block_of_mxfp8():
     assert same.equal(q)
 
 
+def test_mxfp8_by_its_name(tmp_path):
+    """As transformers calls it; the bytes beside the weight are exponents whether scale_fmt says so or not."""
+    tensors, settings, values = fp8_case("mxfp8")
+    settings |= {"quant_method": "mxfp8", "scale_fmt": "ue8m0", "activation_scheme": "dynamic"}
+    info = io.detect(saved(tmp_path / "model", tensors, settings))
+    assert info.layout == "fp8"
+    equal_values(reference.decode(dict(io.read(info))["a.weight"]), values)
+
+
+@pytest.mark.parametrize("case", ["rows", "tensor", "block"])
+def test_gptqmodel_divides(case):
+    """Under DeepSeek's names: what the settings say of the scales decides. Built from GPTQModel's nn_modules/qlinear/fp8.py."""
+    tensors, settings, values = fp8_case(case)
+    tensors["a.weight_scale_inv"] = 1 / tensors["a.weight_scale_inv"]
+    own = {"bits": 8, "group_size": -1, "desc_act": False, "lm_head": False, "method": "fp8", "format": "float8_e4m3fn"}
+    own |= {"checkpoint_format": "fp8", "pack_dtype": "int32", "meta": {}, "weight_scale_method": case, "weight_scale_semantics": "inverse"}
+    ((_, q),) = fp8.read(tensors, settings | own)
+    torch.testing.assert_close(reference.decode(q), torch.as_tensor(values).float(), rtol=2e-7, atol=0)
+    with pytest.raises(CheckpointError, match="weight_scale_semantics is 'direct'"):
+        list(fp8.read(tensors, settings | own | {"weight_scale_semantics": "direct"}))
+    with pytest.raises(CheckpointError, match="and no weight_scale_semantics: do the scales divide"):
+        list(fp8.read(tensors, settings | own | {"weight_scale_semantics": None}))
+
+
 def test_fp8_directory(tmp_path):
     """With what is no weight, in the order of the file; scales of activations can be told from weights."""
     tensors, settings, values = fp8_case("block", modules_to_not_convert=["lm_head", "b.gate"])

@@ -222,6 +222,20 @@ def test_other_weights_become_blocks_of_the_same_numbers(format, type, tmp_path)
         equal_values(reference.decode(read), reference.decode(made))
 
 
+def test_the_scale_of_nvfp4_lies_beside_it(tmp_path):
+    """As llama.cpp loads it: one number, or one for each expert; for token_embd it knows none."""
+    q, experts = random_quant(get("nvfp4"), 6, 128), [random_quant(get("nvfp4"), 3, 64, seed) for seed in range(2)]
+    io.write({"a.weight": q, "b.weight": QuantStack.of(experts)}.items(), tmp_path / "a.gguf", "gguf")
+    found = dict(io.read(tmp_path / "a.gguf"))
+    assert found["a.weight"].format.name == found["b.weight"].format.name == "ggml_nvfp4"
+    assert found["a.scale"].shape == (1,) and found["b.scale"].shape == (2,) and found["b.scale"].dtype == torch.float32
+    scales = [*found["a.scale"], *found["b.scale"]]
+    for made, read, scale in zip([q, *experts], [found["a.weight"], *found["b.weight"]], scales):
+        equal_values(reference.decode(read, torch.float64) * scale.double(), reference.decode(made, torch.float64))
+    with pytest.raises(UnsupportedError, match=r"token_embd\.weight is e2m1_g16_se4m3_t"):
+        io.write([("token_embd.weight", q)], tmp_path / "b.gguf", "gguf")
+
+
 @pytest.mark.parametrize(
     ("format", "k", "says"),
     [

@@ -2,12 +2,14 @@
 
 import copy
 import hashlib
+import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import qkernels
@@ -135,3 +137,6 @@ def test_files_of_another_name(tmp_path):
             shutil.copy(file, directory / name)
         with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor"):
             io.detect(directory)
+    index = tmp_path / "model-00001-of-00002.safetensors" / f"{file.name}.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(load_file(file), "model-00001-of-00002.safetensors")}))
+    assert io.detect(index.parent).files == (index.parent / "model-00001-of-00002.safetensors",)

@@ -2,123 +2,47 @@
 
 import copy
 import gc
+import itertools
 import json
 import logging
-import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
-from safetensors.torch import save_file
+from checkpoints import saved
+from pretrained import (
+    CONFIGS,
+    EVERYTHING,
+    IDS,
+    LINEARS,
+    LLAMA,
+    SMALL,
+    assert_same_model,
+    gpt_oss,
+    greedy,
+    load,
+    of_transformers,
+    quantized,
+    qwen3_vl_moe,
+    rewritten,
+    save_dense,
+    store,
+    written,
+)
 from test_cli import Watch
-from torch import nn
 
 import qkernels
 from qkernels import CheckpointError, FormatError, QuantLinear, UnsupportedError, io, reference
 from qkernels.embedding import QuantEmbedding
 from qkernels.formats import QuantStack, QuantTensor
-from qkernels.formats.rows import join, take
+from qkernels.formats.rows import join
 from qkernels.integrations import conversion
-from qkernels.integrations.experts import JoinedLinear, QuantExperts, linear
+from qkernels.integrations.experts import JoinedLinear, QuantExperts
 from qkernels.integrations.loader import Loader
 from qkernels.io import shards
-from qkernels.scaled import ScaledLinear
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-SMALL = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "vocab_size": 50}
-LLAMA = SMALL | {"num_key_value_heads": 2}
-IDS = torch.arange(2, 10)[None]
-LINEARS = r"(proj|fc\d?|c_\w+|w[123]|query_key_value|dense\w*)\.weight$"
-EVERYTHING = rf"{LINEARS}|(embed_tokens|lm_head|wte|word_embeddings|gate)\.weight$"
-
-
-def qwen3_moe(**changes):
-    return transformers.Qwen3MoeConfig(**LLAMA, head_dim=16, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2, **changes)
-
-
-def gpt_oss():
-    return transformers.GptOssConfig(**LLAMA, head_dim=16, num_local_experts=4, num_experts_per_tok=2, sliding_window=8)
-
-
-CONFIGS = {
-    "llama": lambda: transformers.LlamaConfig(**LLAMA),
-    "llama tied": lambda: transformers.LlamaConfig(**LLAMA, tie_word_embeddings=True),
-    "qwen2, with biases": lambda: transformers.Qwen2Config(**LLAMA),
-    "qwen2, tied": lambda: transformers.Qwen2Config(**LLAMA, tie_word_embeddings=True),
-    "gemma3, tied, scaled embeddings": lambda: transformers.Gemma3TextConfig(**LLAMA, head_dim=16, pad_token_id=49),
-    "gpt2, Conv1D": lambda: transformers.GPT2Config(n_layer=2, n_embd=64, n_head=4, vocab_size=50, n_positions=32),
-    "mixtral": lambda: transformers.MixtralConfig(**LLAMA, num_local_experts=3),
-    "qwen3 moe": qwen3_moe,
-}
-
-
-# -- making checkpoints ------------------------------------------------------------------------------------------------------------
-
-
-def save_dense(name, path, dtype=torch.float32, config=None):
-    torch.manual_seed(len(name))
-    model = transformers.AutoModelForCausalLM.from_config(config or CONFIGS[name](), dtype=dtype)
-    with torch.no_grad():
-        for n, p in model.named_parameters():
-            if n.endswith("bias"):
-                p.normal_(std=0.1)
-            elif p.dim() > 1:
-                p.normal_(std=0.1)  # so that the greedy tokens are no matter of chance
-    model.save_pretrained(path)
-    return model
-
-
-def quantized(path, pattern=LINEARS, format="int4_g32"):
-    """Items of a dense directory, those whose names fit quantised, and what transformers makes of their values (of_transformers)."""
-    items, dense, config = {}, {}, json.loads((path / "config.json").read_text())
-    for name, t in io.read(path):
-        items[name] = dense[name] = t
-        if t.dim() == 2 and re.search(pattern, name):
-            turned = config["model_type"] == "gpt2" and "wte" not in name
-            items[name] = qkernels.quantize(t.T.contiguous() if turned else t, format)
-            dense[name] = reference.decode(items[name])
-            dense[name] = dense[name].T if turned else dense[name]
-    return items, of_transformers(path, dense)
-
-
-def of_transformers(path, dense):
-    """A function: dtype -> the model that transformers loads of plain tensors."""
-    plain = path.with_name(path.name + "-dense")
-    plain.mkdir(exist_ok=True)
-    save_file({n: t.contiguous() for n, t in dense.items()}, plain / "model.safetensors", {"format": "pt"})
-    (plain / "config.json").write_text((path / "config.json").read_text())
-    load = transformers.AutoModelForCausalLM.from_pretrained
-    return lambda dtype=torch.float32: load(plain, dtype=dtype, experts_implementation="eager").eval()
-
-
-def written(items, path, layout="qkernels", **options):
-    """The items as a checkpoint, with the config of `path`."""
-    out = path.with_name(path.name + "-" + layout)
-    config = json.loads((path / "config.json").read_text())
-    io.write(items.items(), out, layout, config=config, **options)
-    if layout == "qkernels":
-        (out / "config.json").write_text(json.dumps(config))
-    return out
-
-
-def load(path, **options):
-    return qkernels.from_pretrained(path, **{"compute": "float", "progress": False} | options)
-
-
-def assert_same_model(got, dense, ids=IDS):
-    """At most twice the error of torch's own in the same dtype, against the same model in float64, and an ulp."""
-    with torch.no_grad():
-        ours = got(ids).logits
-        torchs, exact = dense(ours.dtype)(ids).logits, dense(torch.float64)(ids).logits
-    allowed = 2 * (torchs - exact).abs().max() + torch.finfo(ours.dtype).eps * exact.abs().max()
-    assert (ours - exact).abs().max() <= allowed
-    assert not any(t.is_meta for t in (*got.parameters(), *got.buffers()))
-    assert not got.training and not any(m.training for m in got.modules())
-
-
-def greedy(model):
-    return model.generate(IDS, max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None)
 
 
 # -- models ------------------------------------------------------------------------------------------------------------------------
@@ -179,35 +103,6 @@ def test_layouts(tmp_path, layout, name):
     assert torch.equal(greedy(got), greedy(dense()))
 
 
-def stored(items, config, layout):
-    """Items as layouts store them that are only read; by their specifications."""
-    tensors = {}
-    for name, value in items.items():
-        if isinstance(value, torch.Tensor):
-            tensors[name] = value
-        elif layout == "fp8":
-            tensors |= {name: value.codes.view(torch.float8_e4m3fn), f"{name}_scale_inv": value.scales}
-            tensors[name.replace(".weight", ".input_scale")] = torch.ones(1)
-        elif layout == "modelopt":
-            tensors |= {name: value.codes, f"{name}_scale": value.scales, f"{name}_scale_2": value.tensor_scale[0]}
-        elif layout == "mxfp4":
-            codes, scales = value.tensors["codes"], value.tensors["scales"].view(torch.uint8)
-            tensors |= {f"{name}_blocks": codes.view(*scales.shape, 16), f"{name}_scales": scales}
-    said = {"quant_method": layout} | {
-        "fp8": {"weight_block_size": [32, 32], "activation_scheme": "dynamic", "fmt": "e4m3"},
-        "modelopt": {"quant_algo": "NVFP4", "group_size": 16},
-        "mxfp4": {"modules_to_not_convert": ["lm_head"]},
-    }[layout]
-    return tensors, config | {"quantization_config": said}
-
-
-def store(items, path, layout):
-    tensors, config = stored(items, json.loads((path / "config.json").read_text()), layout)
-    save_file({n: t.contiguous() for n, t in tensors.items()}, path / "model.safetensors", {"format": "pt"})
-    (path / "config.json").write_text(json.dumps(config))
-    return path
-
-
 @pytest.mark.parametrize("name", ["llama", "qwen3 moe"])
 @pytest.mark.parametrize(("layout", "format"), [("fp8", "e4m3_g32x32_sf32"), ("modelopt", "nvfp4")])
 def test_layouts_that_are_only_read(tmp_path, layout, format, name):
@@ -227,65 +122,6 @@ def test_awq_activations_are_divided(tmp_path):
         dense[f"model.layers.{i}.mlp.c_proj.weight"] /= scales
     got = load(written(items, tmp_path / "m", "awq"), dtype=torch.float32)
     assert_same_model(got, of_transformers(tmp_path / "m", dense))
-
-
-def test_tied_and_quantised(tmp_path):
-    """The head is a QuantLinear, the embedding decodes rows; neither takes the other's place later."""
-    save_dense("llama tied", tmp_path / "m")
-    items, _ = quantized(tmp_path / "m", "embed_tokens")
-    got = load(written(items, tmp_path / "m"))
-    q = items["model.embed_tokens.weight"]
-    assert isinstance(got.lm_head, QuantLinear) and got.lm_head.quant_tensor().equal(q)
-    assert isinstance(got.model.embed_tokens, QuantEmbedding) and got.model.embed_tokens.quant_tensor().equal(q)
-    before = got(IDS).logits
-    got.tie_weights()
-    assert torch.equal(got(IDS).logits, before)
-
-
-def test_a_tied_embedding_holds_nothing(tmp_path):
-    """Its rows come out of the head's form, wherever that goes; its part of the state_dict is there as ever."""
-    save_dense("llama tied", tmp_path / "m")
-    items, _ = quantized(tmp_path / "m", "embed_tokens")
-    got, q = load(written(items, tmp_path / "m")), items["model.embed_tokens.weight"]
-    embedding, ids = got.model.embed_tokens, torch.randint(50, (2, 200))
-    assert sum(t.numel() for t in embedding.parameters()) == 0
-    assert torch.equal(embedding(ids), reference.decode(q)[ids].to(embedding.dtype))
-    two, state = copy.deepcopy(got), got.state_dict()
-    assert two.model.embed_tokens._head[0] is two.lm_head
-    for name, t in q.tensors().items():
-        leaf = {"codes": "weight"}.get(name, name)
-        assert torch.equal(state[f"model.embed_tokens.{leaf}"], t) and torch.equal(state[f"lm_head.{leaf}"], t)
-    half = two.half().model.embed_tokens
-    assert half(ids).dtype == torch.float16 and half.quant_tensor().equal(q)
-    state["model.embed_tokens.weight"] = state["model.embed_tokens.weight"] ^ 1  # another weight: it is tied no more
-    two.load_state_dict(state)
-    assert two.lm_head.quant_tensor().equal(q) and torch.equal(half.quant_tensor().codes, q.codes ^ 1)
-    with pytest.raises(FormatError, match=r"the head's weight is u4b8_g32_sf32 \[64, 64\], the embedding's .* \[50, 64\]"):
-        half.share(QuantLinear(64, 64, format="u4b8_g32_sf32"))
-
-
-def test_tied_and_plain(tmp_path):
-    save_dense("llama tied", tmp_path / "m")
-    items, dense = quantized(tmp_path / "m")
-    got = load(written(items, tmp_path / "m"))
-    assert got.lm_head.weight is got.model.embed_tokens.weight
-    items["lm_head.weight"] = qkernels.quantize(items["model.embed_tokens.weight"], "int8")  # a quantised head beside it
-    got = load(rewritten(items, tmp_path))
-    assert isinstance(got.lm_head, QuantLinear) and type(got.model.embed_tokens) is nn.Embedding
-    model = dense()
-    model.lm_head.weight = nn.Parameter(reference.decode(items["lm_head.weight"]))
-    torch.testing.assert_close(got(IDS).logits, model(IDS).logits)
-    items["lm_head.weight"] = items["model.embed_tokens.weight"] + 1
-    with pytest.raises(CheckpointError, match="tied"):
-        load(rewritten(items, tmp_path))
-
-
-def rewritten(items, tmp_path):
-    """Write the items in place of those of tmp_path / "m-qkernels"."""
-    for file in (tmp_path / "m-qkernels").glob("*"):
-        file.unlink()
-    (tmp_path / "m-qkernels").rmdir()
-    return written(items, tmp_path / "m")
 
 
 def test_kwargs_generation_config_and_marks(tmp_path):
@@ -312,21 +148,6 @@ def test_dense_directories_load_with_a_warning(tmp_path, caplog):
     assert_same_model(got, dense)
 
 
-def test_modules_of_two_names(tmp_path):
-    """A layer that the model holds twice, and one whose parent it does, are one QuantLinear."""
-    model = transformers.AlbertForMaskedLM(
-        transformers.AlbertConfig(hidden_size=64, intermediate_size=96, num_attention_heads=4, vocab_size=50, embedding_size=32)
-    )
-    group = model.albert.encoder.albert_layer_groups[0].albert_layers
-    skeleton = model.to("meta")
-    group.append(group[0])  # so that every name of the layer has a second one
-    loader = Loader(skeleton, torch.device("cpu"), "float")
-    q, name = qkernels.quantize(torch.randn(96, 64), "int4_g32"), "albert.encoder.albert_layer_groups.0.albert_layers.{}.ffn.weight"
-    for i in range(2):
-        loader._put(name.format(i), q)
-    assert isinstance(group[0].ffn, QuantLinear) and group[1].ffn is group[0].ffn and group[0].ffn.quant_tensor().equal(q)
-
-
 def test_what_no_linear_can_be_is_decoded(tmp_path, caplog):
     save_dense("llama", tmp_path / "m")
     items, dense = quantized(tmp_path / "m")
@@ -338,8 +159,18 @@ def test_what_no_linear_can_be_is_decoded(tmp_path, caplog):
     items, dense = quantized(tmp_path / "x", "gate")
     with caplog.at_level(logging.INFO, "qkernels"):
         got = load(written(items, tmp_path / "x"))
-    assert "gate.weight is decoded" in caplog.text
+    assert "gate.weight is decoded" in caplog.text and not [r for r in caplog.records if r.levelno >= logging.WARNING]
     assert_same_model(got, dense)
+
+
+def test_a_model_that_is_mostly_decoded_says_so(tmp_path, caplog):
+    """Falcon's linears are of a class of its own, whose forward may be another one; a router is no matter for a warning."""
+    config = transformers.FalconConfig(vocab_size=50, hidden_size=64, num_hidden_layers=1, num_attention_heads=4)
+    save_dense("falcon", tmp_path / "m", config=config)
+    items, dense = quantized(tmp_path / "m")
+    with caplog.at_level(logging.WARNING, "qkernels"):
+        assert_same_model(load(written(items, tmp_path / "m")), dense)
+    assert "0.0 million quantised weights are decoded, as no QuantLinear can be where they are: in a FalconLinear" in caplog.text
 
 
 def one_row(t):
@@ -403,6 +234,71 @@ def test_gpt_oss(tmp_path, plain):
     assert torch.equal(greedy(got), greedy(model()))
 
 
+VL = transformers.AutoModelForImageTextToText
+
+
+def test_experts_that_were_taken_apart(tmp_path):
+    """Quantisers store experts one by one whose model has them in one parameter, and knows no rule for it: Qwen3-VL's."""
+    save_dense("qwen3 vl", tmp_path / "m", config=qwen3_vl_moe(), auto=VL)
+    items, dense = {}, {}
+    for name, t in io.read(tmp_path / "m"):
+        items[name] = dense[name] = t
+        if ".experts." in name:
+            owner, part = name.rsplit(".", 1)
+            halves = {"gate_proj": 0, "up_proj": 1} if part == "gate_up_proj" else {part: 0}
+            for (e, w), (p, i) in itertools.product(enumerate(items.pop(name)), halves.items()):
+                format = "int8" if (e, p) == (2, "up_proj") else "int4_g32"
+                items[f"{owner}.{e}.{p}.weight"] = qkernels.quantize(w.chunk(len(halves))[i], format)
+            rows = [torch.cat([reference.decode(items[f"{owner}.{e}.{p}.weight"]) for p in halves]) for e in range(4)]
+            dense[name] = torch.stack(rows)
+    got = load(written(items, tmp_path / "m"))
+    assert_same_model(got, of_transformers(tmp_path / "m", dense, VL))
+    kinds = [type(layer) for layer in got.model.language_model.layers[1].mlp.experts.gate_up_proj]
+    assert kinds == [QuantLinear, QuantLinear, JoinedLinear, QuantLinear]  # one of two formats
+    moved = {n.replace(".experts.3.", ".experts.7."): v for n, v in items.items()}
+    with pytest.raises(CheckpointError, match=r"experts\.\w+': the checkpoint has its experts 0, 1, 2, 7; 0 to 3 are needed"):
+        load(rewritten(moved, tmp_path))
+
+
+def test_experts_the_other_way_round(tmp_path):
+    """Qwen3-VL's in FP8 lie as [E, in, out], with their scales; those of the activations of a stack are left out."""
+    save_dense("qwen3 vl", tmp_path / "m", config=qwen3_vl_moe(), auto=VL)
+    tensors, dense = {}, {}
+    for name, t in io.read(tmp_path / "m"):
+        tensors[name] = dense[name] = t
+        if name.endswith(".experts.down_proj"):
+            lying = [qkernels.quantize(w.T.contiguous(), "e4m3_g32x32_sf32") for w in t]
+            tensors[name] = torch.stack([q.codes for q in lying]).view(torch.float8_e4m3fn)
+            tensors |= {f"{name}_scale_inv": torch.stack([q.scales for q in lying]), f"{name}_activation_scale": torch.ones(4)}
+            dense[name] = torch.stack([reference.decode(q).T for q in lying])
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    said = {"quant_method": "fp8", "weight_block_size": [32, 32]}
+    path = saved(tmp_path / "fp8", tensors, config=config | {"quantization_config": said})
+    got = load(path)
+    assert got.model.language_model.layers[0].mlp.experts.down_proj[3].format.name == "e4m3_g32x32_sf32"
+    assert_same_model(got, of_transformers(tmp_path / "m", dense, VL))
+
+
+def test_gpt_oss_of_unsloth(tmp_path):
+    """In NF4, its experts in lists of linears, its router in a module of its own. Built from the names in its files."""
+    save_dense("gpt-oss", tmp_path / "m", config=gpt_oss())
+    items, dense = {}, {}
+    for name, t in io.read(tmp_path / "m"):
+        dense[name] = t
+        owner, _, leaf = name.rpartition(".")
+        if leaf in ("gate_up_proj", "down_proj"):
+            quantised = [qkernels.quantize(w.T.contiguous(), "nf4") for w in t]
+            items |= {f"{owner}.{leaf}s.{e}.weight": q for e, q in enumerate(quantised)}
+            dense[name] = torch.stack([reference.decode(q).T for q in quantised])
+        elif leaf in ("gate_up_proj_bias", "down_proj_bias"):
+            items |= {f"{owner}.{leaf.removesuffix('_bias')}s.{e}.bias": b for e, b in enumerate(t)}
+        else:
+            items[name.replace(".router.", ".router.linear.")] = t
+    got = load(written(items, tmp_path / "m", "bitsandbytes"))
+    assert sum(isinstance(m, QuantLinear) for m in got.modules()) == 16
+    assert_same_model(got, of_transformers(tmp_path / "m", dense))
+
+
 def test_experts_of_two_formats(tmp_path):
     """What cannot lie in one weight is two layers."""
     save_dense("mixtral", tmp_path / "m")
@@ -439,147 +335,6 @@ def test_rules_that_do_more_than_move_rows():
         conversion.convert(rule, "b", [("a", "a", q)], None)
 
 
-# -- rows --------------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("format", ["int4_g32", "u4_g32_zi_sf16", "e4m3_g16x16_sf32", "e4m3_g-1x-1_sf32", "nvfp4", "int8"])
-def test_rows_keep_their_numbers(format):
-    a, b = (qkernels.quantize(torch.randn(n, 64), format) for n in (40, 17))
-    weights = [reference.decode(q) for q in (a, b)]
-    for rows in (torch.arange(40), torch.arange(5, 30), torch.arange(16, 40), torch.randperm(40), torch.tensor([3, 3, 39])):
-        assert torch.equal(reference.decode(take(a, rows)), weights[0][rows])
-    if a.tensor_scale is not None:
-        with pytest.raises(UnsupportedError, match="tensor_scale"):
-            join([a, b])
-        b = QuantTensor.from_tensors(b.format, b.shape, b.tensors() | {"tensor_scale": a.tensor_scale})
-        weights[1] = reference.decode(b)
-    for parts, expected in (([a, b], weights), ([b, a], weights[::-1])):
-        assert torch.equal(reference.decode(join(parts)), torch.cat(expected))
-
-
-def test_a_run_of_rows_is_a_view():
-    q = qkernels.quantize(torch.randn(64, 64), "int4_g32")
-    part = take(q, torch.arange(16, 48))
-    assert part.codes.untyped_storage().data_ptr() == q.codes.untyped_storage().data_ptr()
-    assert take(q, torch.arange(64)) is q
-
-
-# -- inputs that are multiplied by scales ------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def scaled(tmp_path_factory):
-    """A model of ModelOpt's AWQ: (directory, what transformers makes of the same numbers)."""
-    path = tmp_path_factory.mktemp("scaled")
-    save_dense("llama", path / "m")
-    items, _ = quantized(path / "m", format="nvfp4")
-    dense = {n: v if isinstance(v, torch.Tensor) else reference.decode(v) for n, v in items.items()}
-    for name in [n for n, v in items.items() if isinstance(v, QuantTensor)]:
-        items[name.replace(".weight", ".pre_quant_scale")] = scale = torch.rand(items[name].shape[1]) + 0.5
-        dense[name] = dense[name] * scale
-    return store(items, path / "m", "modelopt"), of_transformers(path / "m", dense)
-
-
-def test_inputs_are_multiplied(scaled, tmp_path):
-    """As transformers does it in float32, where the scales are of the weights; saved, and loaded either way, they are still there."""
-    path, dense = scaled
-    got = load(path)
-    assert isinstance(got.model.layers[0].mlp.up_proj, ScaledLinear)
-    assert_same_model(got, dense)
-    before = got(IDS).logits
-    qkernels.save(got, tmp_path / "q", progress=False)
-    got.config.save_pretrained(tmp_path / "q")
-    with torch.device("meta"):
-        skeleton = type(got)(got.config).eval()
-    for again in (load(tmp_path / "q"), qkernels.load(skeleton, tmp_path / "q", progress=False), copy.deepcopy(got)):
-        assert isinstance(again.model.layers[1].self_attn.q_proj, ScaledLinear) and torch.equal(again(IDS).logits, before)
-    state = got.state_dict()
-    state["model.layers.0.mlp.up_proj.pre_quant_scale"] = torch.zeros(64)
-    got.load_state_dict(state)
-    assert not bool(got.model.layers[0].mlp.up_proj(torch.ones(1, 64)).any())
-    qkernels.restore_linear(again)
-    assert type(again.model.layers[0].mlp.up_proj) is nn.Linear
-    torch.testing.assert_close(again(IDS).logits, before)
-
-
-def test_scaled_linears_of_other_dtypes_and_wrong_scales():
-    q = qkernels.quantize(torch.randn(8, 32), "int4_g32")
-    scale, x = torch.rand(32), torch.randn(3, 32)
-    layer = ScaledLinear.of(QuantLinear.from_quant_tensor(q), scale)
-    assert torch.equal(layer(x), QuantLinear.from_quant_tensor(q)(x * scale))
-    half = layer.bfloat16()
-    assert half.pre_quant_scale.dtype == torch.float32 and half(x.bfloat16()).dtype == torch.bfloat16
-    with pytest.raises(FormatError, match="in_features = 32"):
-        layer(torch.ones(3, 31))
-    for wrong in (torch.ones(31), torch.ones(32).int(), torch.full((32,), float("nan"))):
-        with pytest.raises(FormatError, match="32 finite floats are needed"):
-            ScaledLinear.of(layer, wrong)
-
-
-def test_a_scale_of_the_input_of_something_else(scaled, tmp_path):
-    path, _ = scaled
-    items = dict(io.read(path))
-    config = json.loads((path / "config.json").read_text())
-    for extra, message in (
-        ({"lm_head.pre_quant_scale": torch.ones(64)}, "lm_head.pre_quant_scale multiplies the input of a Linear"),
-        ({"model.layers.0.mlp.up_proj.pre_quant_scale": torch.full((64,), float("inf"))}, "finite floats are needed"),
-        ({"model.strange.pre_quant_scale": torch.ones(64)}, "model.strange.pre_quant_scale"),
-    ):
-        target = tmp_path / str(len(list(tmp_path.iterdir())))
-        io.write((items | extra).items(), target, "qkernels")
-        (target / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "quantization_config"}))
-        with pytest.raises(qkernels.QKernelsError, match=message):
-            load(target)
-
-
-# -- embeddings --------------------------------------------------------------------------------------------------------------------
-
-
-def test_embedding_follows_dtype_and_device_and_copies():
-    q = qkernels.quantize(torch.randn(20, 64), "int4_g32")
-    layer = QuantEmbedding(nn.Embedding(20, 64, padding_idx=3, device="meta"), q, torch.float32)
-    ids = torch.tensor([[1, 19, 3], [0, 1, 1]])
-    assert torch.equal(layer(ids), reference.decode(q)[ids])
-    half = layer.half()
-    assert half(ids).dtype == torch.float16 and half.quant_tensor().equal(q)
-    assert torch.equal(half(ids), reference.decode(q)[ids].half())
-    assert half(ids[:, :0]).shape == (2, 0, 64)
-
-
-@pytest.mark.parametrize("name", ["gemma3, tied, scaled embeddings", "llama"])
-def test_saved_again(tmp_path, name):
-    """What was loaded can be saved: for `load`, and for from_pretrained."""
-    save_dense(name, tmp_path / "m")
-    items, _ = quantized(tmp_path / "m", EVERYTHING)
-    got = load(written(items, tmp_path / "m"))
-    qkernels.save(got, tmp_path / "q", progress=False)
-    got.config.save_pretrained(tmp_path / "q")
-    with torch.device("meta"):
-        skeleton = type(got)(transformers.AutoConfig.from_pretrained(tmp_path / "q")).eval()
-    before = skeleton.model.embed_tokens
-    for again in (load(tmp_path / "q"), qkernels.load(skeleton, tmp_path / "q", progress=False)):
-        assert isinstance(again.model.embed_tokens, QuantEmbedding) and isinstance(again.lm_head, QuantLinear)
-        assert torch.equal(again(IDS).logits, got(IDS).logits)
-    assert before.weight.is_meta  # the skeleton's own, whose place it took, is as it was
-
-
-def test_saved_experts_load_again(tmp_path):
-    """With biases, and one of two parts."""
-    save_dense("gpt-oss", tmp_path / "m", config=gpt_oss())
-    items = dict(io.read(tmp_path / "m"))
-    for name, t in items.items():
-        if name.endswith(("gate_up_proj", "down_proj")):
-            items[name] = QuantStack.of([qkernels.quantize(w.T.contiguous(), "mxfp4") for w in t])
-    got = load(store(items, tmp_path / "m", "mxfp4"))
-    experts = got.model.layers[0].mlp.experts
-    q = experts.down_proj[1].quant_tensor()
-    parts = take(q, torch.arange(10)), qkernels.quantize(reference.decode(q)[10:], "int8")
-    experts.down_proj[1] = linear(parts, experts.down_proj[1].bias, "float", torch.float32)
-    qkernels.save(got, tmp_path / "q", progress=False)
-    got.config.save_pretrained(tmp_path / "q")
-    assert torch.equal(load(tmp_path / "q")(IDS).logits, got(IDS).logits)
-
-
 # -- damage ------------------------------------------------------------------------------------------------------------------------
 
 
@@ -608,6 +363,18 @@ def test_damage(tmp_path, case):
         load(written(items, tmp_path / "m"))
 
 
+def test_layers_that_predict_more_tokens_are_left_out(tmp_path):
+    """As DeepSeek-V3 has them behind its last layer; transformers' models do not."""
+    save_dense("llama", tmp_path / "m", config=transformers.LlamaConfig(**LLAMA, num_nextn_predict_layers=1))
+    items, dense = quantized(tmp_path / "m")
+    items |= {n.replace("layers.1", "layers.2"): copy.deepcopy(v) for n, v in items.items() if "layers.1" in n}
+    items["model.layers.2.eh_proj.weight"] = torch.zeros(64, 128)
+    assert_same_model(load(written(items, tmp_path / "m")), dense)
+    items["model.layers.3.eh_proj.weight"] = torch.zeros(64, 128)
+    with pytest.raises(CheckpointError, match=r"has model\.layers\.3\.eh_proj\.weight, which"):
+        load(rewritten(items, tmp_path))
+
+
 def test_zero_biases_that_the_model_has_not_are_left_out(tmp_path):
     """As some writers of GPTQ checkpoints add to every layer."""
     save_dense("llama", tmp_path / "m")
@@ -620,8 +387,10 @@ def test_zero_biases_that_the_model_has_not_are_left_out(tmp_path):
 
 
 def test_no_directory_no_config_no_transformers(tmp_path, monkeypatch):
-    with pytest.raises(CheckpointError, match="does not exist"):
+    with pytest.raises(CheckpointError, match=r"nothing does not exist$"):
         load(tmp_path / "nothing")
+    with pytest.raises(CheckpointError, match=r"owner/model does not exist; a model of the hub .* hf download owner/model"):
+        load("owner/model")
     save_dense("llama", tmp_path / "m")
     with pytest.raises(CheckpointError, match="name its directory"):
         load(tmp_path / "m" / "model.safetensors")

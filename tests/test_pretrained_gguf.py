@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from pretrained import IDS, LLAMA, assert_same_model, greedy, load, of_transformers, qwen3_moe, save_dense
 from test_cli import Watch
-from test_pretrained import IDS, LLAMA, assert_same_model, greedy, load, of_transformers, qwen3_moe, save_dense
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 import qkernels

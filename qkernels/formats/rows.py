@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qkernels.errors import UnsupportedError
+from qkernels.formats.packing import in_order, pack, unpack
 from qkernels.formats.tensor import QuantTensor
 
 
@@ -59,6 +60,19 @@ def join(weights: Sequence[QuantTensor]) -> QuantTensor:
         if field in tensors:
             tensors[field] = torch.cat([q.tensors()[field] for q in weights])
     return QuantTensor.from_tensors(first.format, (sum(q.shape[0] for q in weights), first.shape[1]), tensors)
+
+
+def transposed(q: QuantTensor) -> QuantTensor:
+    """Return the weight with its columns as rows, number for number: groups become as many columns high as they were rows wide.
+
+    Raises UnsupportedError for blocks that nest and permuted columns, which have no such form.
+    """
+    if q.format.block is not None or q.perm is not None:
+        raise UnsupportedError(f"columns of {q.format.name} cannot become rows")
+    n, k = q.shape
+    tensors = {field: t if field == "tensor_scale" else in_order(t.t()) for field, t in q.tensors().items() if field != "codes"}
+    tensors["codes"] = pack(in_order(unpack(q.codes, q.format.bits, k).t()), q.format.bits)
+    return QuantTensor.from_tensors(replace(q.format, group=q.format.group[::-1], name=""), (k, n), tensors)
 
 
 def per_row(q: QuantTensor) -> QuantTensor:

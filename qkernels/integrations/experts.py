@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qkernels.errors import UnsupportedError
+from qkernels.errors import CheckpointError, UnsupportedError
 from qkernels.formats import QuantTensor
+from qkernels.formats.rows import join
 from qkernels.kernels.registry import Compute
 from qkernels.linear import QuantLinear
+
+Place = tuple[int, int]  # number of an expert, part of its weight
+_SAVED = re.compile(r"(.+?)\.(\d+)(?:\.parts\.(\d+))?\.(weight|bias)")  # parameter of the model, number, part of a JoinedLinear, leaf
+_LISTED = re.compile(r"(.+\.(?:gate_up|down)_proj)s\.(\d+)\.(weight|bias)")  # Unsloth's gpt-oss: "experts.down_projs.3.weight"
+_TAKEN_APART = re.compile(r"(.+)\.(\d+)\.(gate|up|down)_proj\.(weight|bias)")
 
 
 class JoinedLinear(nn.Module):
@@ -111,3 +118,53 @@ def _dense(weight: Tensor, bias: bool) -> nn.Linear:
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias, device="meta")
     layer.weight = nn.Parameter(weight)
     return layer
+
+
+# -- experts that a checkpoint has one by one, and the model in one parameter ------------------------------------------------------
+
+
+def place(model: nn.Module, own: Container[str], name: str) -> tuple[str, Place] | None:
+    """Of what a checkpoint has of one expert, the parameter of all of them, and whose and which part of it this is; None for others.
+
+    Names are those that QuantExperts saves, Unsloth's, and "experts.3.gate_proj.weight", as quantisers call what they took apart: gate
+    above up.
+    """
+    if (m := _SAVED.fullmatch(name)) and (target := m[1] if m[4] == "weight" else f"{m[1]}_bias") in own:
+        return target, (int(m[2]), int(m[3] or 0))
+    if (m := _LISTED.fullmatch(name)) and (target := m[1] if m[3] == "weight" else f"{m[1]}_bias") in own:
+        return target, (int(m[2]), 0)
+    if (m := _TAKEN_APART.fullmatch(name)) is None:
+        return None
+    try:
+        module = model.get_submodule(m[1])
+    except AttributeError:
+        return None
+    target = f"{m[1]}.{'down' if m[3] == 'down' else 'gate_up'}_proj{'_bias' if m[4] == 'bias' else ''}"
+    laid_out = getattr(module, "is_concatenated", False) and not getattr(module, "is_transposed", True)
+    return (target, (int(m[2]), int(m[3] == "up"))) if laid_out and target in own else None
+
+
+def of_all(name: str, saved: Mapping[Place, Any]) -> Any:
+    """The experts' weights, each as its parts, or their biases as one tensor, of all that `place` has found."""
+    ordered = sorted(saved.items(), key=lambda item: item[0])
+    of_each: dict[int, list[Any]] = {}
+    for (e, _), value in ordered:
+        of_each.setdefault(e, []).append(value)
+    if list(of_each) != list(range(len(of_each))):
+        raise CheckpointError(
+            f"{name!r}: the checkpoint has its experts {', '.join(map(str, of_each))}; 0 to {len(of_each) - 1} are needed"
+        )
+    kinds = {(isinstance(value, Tensor), value.shape) for _, value in ordered}
+    if len(kinds) == 1 and next(iter(kinds))[0]:
+        return torch.stack([torch.cat(parts) for parts in of_each.values()])
+    if not all(isinstance(value, QuantTensor) for _, value in ordered):
+        raise CheckpointError(f"{name!r}: its experts are of several kinds or shapes")
+    return [_joined(parts) for parts in of_each.values()]
+
+
+def _joined(parts: Sequence[QuantTensor]) -> tuple[QuantTensor, ...]:
+    """Parts of a weight as one, where they can lie in one."""
+    try:
+        return (join(parts),)
+    except UnsupportedError:
+        return tuple(parts)

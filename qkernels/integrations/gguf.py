@@ -108,7 +108,7 @@ def _fields(name: str, architecture: Architecture, s: Settings) -> dict[str, Any
         fields.setdefault("final_logit_softcapping", s.take("final_logit_softcapping", of=float, default=None))
         fields["query_pre_attn_scalar"] = ATTENTION_SCALE.get((name, fields["num_hidden_layers"]), head_dim)
     fields["rope_parameters"] = _rope(name, s, head_dim)
-    s.ignore("vocab_size", "tensor_data_layout", "expert_count", "expert_used_count", "expert_feed_forward_length")
+    s.ignore("vocab_size", "tensor_data_layout", "expert_count", "expert_used_count", "expert_feed_forward_length", "pooling_type")
     s.done()
     return fields
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,17 +17,17 @@ from qkernels.convert import _set, _why_skip, tie_key
 from qkernels.embedding import QuantEmbedding
 from qkernels.errors import CheckpointError, FormatError, UnsupportedError
 from qkernels.formats import QuantStack, QuantTensor
+from qkernels.formats.rows import transposed
 from qkernels.integrations import conversion, experts
 from qkernels.integrations.transformers import few, namer, unexpected
-from qkernels.io.modules import ACTIVATION_LEAVES
+from qkernels.io.modules import is_of_activations
 from qkernels.kernels.registry import Compute
 from qkernels.linear import QuantLinear
-from qkernels.scaled import SCALE, ScaledLinear
+from qkernels.scaled import SCALE, ScaledActivation, ScaledLinear
 
 log = logging.getLogger("qkernels")
 Value = QuantTensor | QuantStack | Tensor
-# What QuantExperts calls a layer of an expert, where it was saved: parameter of the model, number, part of a JoinedLinear, leaf
-_OF_EXPERT = re.compile(r"(.+?)\.(\d+)(?:\.parts\.(\d+))?\.(weight|bias)")
+_MUCH = 0.05  # of a model's weights: where so many are decoded it is worth a warning; routers are fewer
 
 
 class Loader:
@@ -50,7 +51,9 @@ class Loader:
         self.made: dict[int, tuple[nn.Module, nn.Module]] = {}  # id of a module -> (itself, its replacement)
         self.experts: dict[str, dict[str, nn.ModuleList]] = {}
         self.saved: dict[str, dict[tuple[int, int], Value]] = {}  # parameter of all experts -> (expert, part) -> what was saved of it
+        self.latest: tuple[weakref.ref[QuantTensor], QuantLinear] | None = None  # the weight that came last, and who has it
         self.scaled: dict[str, Tensor] = {}
+        self.decoded: dict[str, int] = {}  # why -> how many numbers
         self.inputs: dict[str, Tensor] = {}  # name of a Linear -> what its input is multiplied by
         self.of_tie: dict[Any, dict[str, Value | None]] = {}  # tied names -> what the checkpoint has for each
         for name, t in self.own.items():
@@ -63,6 +66,8 @@ class Loader:
         name, converter, pattern = self.name_of(key)
         if name not in self.own and name.removesuffix(".weight") in self.own:
             name = name.removesuffix(".weight")  # of a stack, which is a parameter and no module
+        if name not in self.own and (router := name.replace(".router.linear.", ".router.")) in self.own:
+            name = router  # as Unsloth calls that of gpt-oss
         if name not in self.own:
             self._add_unknown(key, name, value)
         elif converter is not None:
@@ -80,9 +85,13 @@ class Loader:
             self.scaled[owner] = value  # AWQ: the activation before a Linear is divided by them
         elif leaf == SCALE and isinstance(value, Tensor) and f"{owner}.weight" in self.own:
             self.inputs[owner] = value
-        elif (m := _OF_EXPERT.fullmatch(name)) and (target := m[1] if leaf == "weight" else f"{m[1]}_bias") in self.own:
-            self.saved.setdefault(target, {})[int(m[2]), int(m[3] or 0)] = value
-        elif leaf in ACTIVATION_LEAVES:
+        elif (found := experts.place(self.model, self.own, name)) is not None:
+            target, place = found
+            parts = self.saved.setdefault(target, {})
+            parts[place] = value
+            if _count(parts.values()) == self.own[target].numel():
+                self._place(target, experts.of_all(target, self.saved.pop(target)), key)
+        elif is_of_activations(name):
             log.debug("%s is left out: it quantises activations or the cache", key)
         elif leaf == "bias" and isinstance(value, Tensor) and f"{owner}.weight" in self.own and not bool(value.any()):
             log.info("%s is all zero, and the model has no such bias", key)
@@ -129,6 +138,7 @@ class Loader:
             self.plain[name] = self._plain(name, value)
         elif isinstance(value, QuantTensor):
             self._put_weight(name, (value,))
+            self._share(name, value)
         elif isinstance(value, tuple):
             self._put_weight(name, value)
         else:
@@ -166,18 +176,30 @@ class Loader:
             new = QuantEmbedding(module, parts[0], self.dtype).eval()
         if new is None:
             log.info("%s is decoded to %s: %s", name, self.own[name].dtype, reason)
+            self.decoded[reason] = self.decoded.get(reason, 0) + self.own[name].numel()
             weight = torch.cat([reference.decode(q) for q in parts])
             self.plain[name] = self._plain(name, weight.T.contiguous() if turned else weight)
             return
         self.made[id(module)] = self.made[id(new)] = module, new  # new itself: where the parent has two names
         _set(self.model, owner, new)
 
+    def _share(self, name: str, q: QuantTensor) -> None:
+        """An embedding holds nothing where a head has the same weight, and its rows can be taken out of the form of that head's kernel."""
+        new = self.made.get(id(self.model.get_submodule(name.rpartition(".")[0])), (None, None))[1]
+        if isinstance(new, QuantLinear):
+            self.latest = weakref.ref(q), new
+        elif isinstance(new, QuantEmbedding) and self.latest and self.latest[0]() is q and (q.format.block or q.format.group[0] == 1):
+            new.share(self.latest[1])
+
     def _put_experts(self, name: str, weights: Sequence[conversion.Parts]) -> None:
         owner, _, leaf = name.rpartition(".")
         module: Any = self.model.get_submodule(owner)
         experts.check(name, module)
+        own = tuple(self.own[name].shape)
         n, k = _shape(weights[0])
-        self._check_shape(name, (len(weights), k, n) if module.is_transposed else (len(weights), n, k), tuple(self.own[name].shape))
+        if (len(weights), *((n, k) if module.is_transposed else (k, n))) == own and n != k:  # as Qwen3-VL's lie: the other way round
+            weights, n, k = [tuple(transposed(q) for q in parts) for parts in weights], k, n
+        self._check_shape(name, (len(weights), k, n) if module.is_transposed else (len(weights), n, k), own)
         on_device = (tuple(q.to(self.device) for q in parts) for parts in weights)
         self.experts.setdefault(owner, {})[leaf] = experts.linears(module, leaf, on_device, self.compute, self.dtype)
 
@@ -188,9 +210,12 @@ class Loader:
         for name in list(self.pieces):
             self._convert(name)
         for name in list(self.saved):
-            self._place(name, _of_all_experts(name, self.saved.pop(name)), name)
+            self._place(name, experts.of_all(name, self.saved.pop(name)), name)
         ties = list(self._put_tied())
         self._check_names()
+        if (decoded := sum(self.decoded.values())) > _MUCH * sum(t.numel() for t in self.own.values()):
+            why = "; ".join(sorted(self.decoded, key=lambda reason: -self.decoded[reason])[:3])
+            log.warning("%.1f million quantised weights are decoded, as no QuantLinear can be where they are: %s", decoded / 1e6, why)
         self.model.load_state_dict(self.plain, strict=False, assign=True)
         self.plain.clear()
         for name, source in ties:
@@ -236,20 +261,9 @@ class Loader:
             held.clear()
 
     def _untie(self, held: Mapping[str, Value | None], value: Value) -> None:
-        """Give every name a module of its own, as a quantised weight is no parameter that several could share.
-
-        An embedding holds nothing where a head has the same weight, and its rows can be taken out of the form of that head's kernel.
-        """
-        modules = {name: self.model.get_submodule(name.rpartition(".")[0]) for name in held}
-        heads: dict[int, QuantLinear] = {}  # id of a value -> who holds it
-        for name in sorted(held, key=lambda name: isinstance(modules[name], nn.Embedding)):
-            own = value if (found := held[name]) is None else found
-            self._put(name, own)
-            new = self.made.get(id(modules[name]), (None, None))[1]
-            if isinstance(new, QuantLinear):
-                heads[id(own)] = new
-            elif isinstance(new, QuantEmbedding) and id(own) in heads and (new.format.block or new.format.group[0] == 1):
-                new.share(heads[id(own)])
+        """Give every name a module of its own, as a quantised weight is no parameter that several could share."""
+        for name in sorted(held, key=lambda name: isinstance(self.model.get_submodule(name.rpartition(".")[0]), nn.Embedding)):
+            self._put(name, value if (found := held[name]) is None else found)
         for config in (self.model.config, self.model.config.get_text_config()):
             config.tie_word_embeddings = False  # nothing may put the one's codes into the other later
 
@@ -261,34 +275,11 @@ class Loader:
             raise CheckpointError(f"the checkpoint has {few(surplus)}, which {model} does not know")
 
 
-class ScaledActivation(nn.Module):
-    """An activation whose result is divided by `scales` [features], which AWQ has multiplied into the Linear that follows."""
-
-    def __init__(self, act: nn.Module, scales: Tensor) -> None:
-        super().__init__()
-        self.act, self.scales = act, nn.Parameter(scales, requires_grad=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(x) / self.scales
-
-
 def _submodule(model: nn.Module, name: str) -> nn.Module | None:
     try:
         return model.get_submodule(name)
     except AttributeError:
         return None
-
-
-def _of_all_experts(name: str, saved: Mapping[tuple[int, int], Value]) -> Any:
-    """The experts' weights, each as its parts, or their biases as one tensor."""
-    ordered = sorted(saved.items(), key=lambda item: item[0])
-    values = [value for _, value in ordered]
-    if all(isinstance(value, Tensor) for value in values) and len({value.shape for value in values}) == 1:
-        return torch.stack(values)  # type: ignore[arg-type]  # they are tensors
-    if not all(isinstance(value, QuantTensor) for value in values):
-        raise CheckpointError(f"{name!r}: its experts are of several kinds or shapes")
-    experts = sorted({e for e, _ in saved})
-    return [tuple(value for (e, _), value in ordered if e == expert) for expert in experts]
 
 
 def _shape(parts: conversion.Parts) -> tuple[int, int]:

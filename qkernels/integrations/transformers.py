@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -165,10 +166,17 @@ def namer(model: Any, own: dict[str, Tensor]) -> Callable[[str], tuple[str, Any,
 
 
 def unexpected(model: Any, keys: Iterable[str]) -> list[str]:
-    """Of names that the model does not have, those that are not known to be obsolete."""
+    """Of names that the model does not have, those that are not known to be obsolete, or of layers that transformers never has."""
     found = SimpleNamespace(missing_keys=set(), unexpected_keys=set(keys))
     model._adjust_missing_and_unexpected_keys(found)
-    return sorted(found.unexpected_keys)
+    return sorted(key for key in found.unexpected_keys if not _predicts_more_tokens(model.config.get_text_config(), key))
+
+
+def _predicts_more_tokens(config: Any, key: str) -> bool:
+    """Whether a tensor is of a layer behind the last, as DeepSeek-V3 and its kin have for tokens beyond the next."""
+    layers, more = getattr(config, "num_hidden_layers", 0), getattr(config, "num_nextn_predict_layers", 0)
+    place = re.search(r"(?:^|\.)layers\.(\d+)\.", key)
+    return isinstance(more, int) and place is not None and layers <= int(place[1]) < layers + more
 
 
 def _jobs(model: Any, tensors: shards.Tensors) -> tuple[Jobs, list[str]]:

@@ -26,7 +26,7 @@ from qkernels.formats.packing import in_order, pack, unpack
 from qkernels.io import gptq_family as family
 from qkernels.io import weights
 from qkernels.io.awq_words import COLUMNS, NIBBLES, PACK, UNPACK, reordered
-from qkernels.io.gptq_settings import ignore_how
+from qkernels.io.gptq_settings import by_dynamic, ignore_how
 from qkernels.io.modules import Module
 from qkernels.io.settings import Settings
 from qkernels.io.words import octets, to_words
@@ -199,12 +199,7 @@ def _schemes(settings: Mapping[str, Any]) -> SchemeOf:
     """What the settings say of each module."""
     s = Settings(settings, "the settings of AWQ")
     s.take("quant_method", "method", of=str, choices=("awq",), default="awq")
-    bits = s.take("bits", "w_bit", of=int)
-    if bits != 4:
-        raise UnsupportedError(f"{s.where}: bits is {bits}; 4 are read")
-    size = s.take("group_size", "q_group_size", of=int)
-    if size != -1 and not 1 <= size < 2**31:
-        raise CheckpointError(f"{s.where}: group_size is {size}; -1 (all columns), or at least 1, is possible")
+    size = _group_size(s, None)
     zero_point = s.take("zero_point", of=bool, default=True)
     backend = s.take("backend", of=str, default="").lower()
     version = s.take("version", "format", of=str, default="llm-awq" if backend == "llm-awq" else "gemm").lower()
@@ -214,13 +209,36 @@ def _schemes(settings: Mapping[str, Any]) -> SchemeOf:
         advice = ": take the model's gemm files, which hold the same numbers" if version == "marlin" else ""
         raise UnsupportedError(f"{s.where}: version is {version!r}; {', '.join(_VERSIONS)} are read{advice}")
     dense = s.take("modules_to_not_convert", of=list, default=[])
-    ignore_how(s)
-    s.ignore("sym", "desc_act", "checkpoint_format", "do_fuse", "fuse_max_seq_len", "modules_to_fuse")  # GPTQ's, as transformers adds
-    s.done()
     version = _VERSIONS[version]
     scheme = Scheme(version, size, zero_point or version == "gemv_fast")  # whose minima are there in any case
+    by_rules = by_dynamic(s, scheme, lambda inner: _overridden(inner, scheme))
+    ignore_how(s)
+    s.ignore("sym", "desc_act", "checkpoint_format", "do_fuse", "fuse_max_seq_len", "modules_to_fuse")  # GPTQ's, as transformers adds
+    s.ignore("pack_dtype")  # GPTQModel's, which the tensors tell
+    s.done()
 
     def scheme_of(module: str) -> Scheme | None:
-        return None if any(f".{part}." in f".{module}." for part in dense) else scheme
+        return None if any(f".{part}." in f".{module}." for part in dense) else by_rules(module)
 
     return scheme_of
+
+
+def _group_size(s: Settings, base: Scheme | None) -> int:
+    """Columns of a group; of 4 bits, as no others are read. Without a base both have to be stated."""
+    needed: dict[str, Any] = {} if base is None else {"default": None}
+    if (bits := s.take("bits", "w_bit", of=int, **needed)) not in (4, None):
+        raise UnsupportedError(f"{s.where}: bits is {bits}; 4 are read")
+    size = s.take("group_size", "q_group_size", of=int, **needed)
+    if size is None and base is not None:
+        return base.group_size
+    if size != -1 and not 1 <= size < 2**31:
+        raise CheckpointError(f"{s.where}: group_size is {size}; -1 (all columns), or at least 1, is possible")
+    return int(size)
+
+
+def _overridden(s: Settings, base: Scheme) -> Scheme:
+    """A scheme, of which an entry of `dynamic` says a part."""
+    s.ignore("desc_act")
+    sym, zero_point = s.take("sym", of=bool, default=not base.zero_point), s.take("zero_point", of=bool, default=None)
+    zero_point = not sym if zero_point is None else zero_point
+    return Scheme(base.version, _group_size(s, base), zero_point or base.version == "gemv_fast")

@@ -14,7 +14,7 @@ from torch import Tensor
 from qkernels import formats
 from qkernels.errors import CheckpointError, FormatError, UnsupportedError
 from qkernels.formats import QuantTensor
-from qkernels.io import directory, native, shards
+from qkernels.io import directory, gguf_blocks, native, shards
 from qkernels.io.detect import CheckpointInfo, detect
 from qkernels.io.modules import PRE_QUANT_SCALE
 from qkernels.io.weights import Value, single
@@ -53,9 +53,12 @@ def _read_native(info: CheckpointInfo) -> Iterator[tuple[str, Value]]:
     tensors, layers, _ = native.read(info.path)
     of_layers = {f"{layer}.{leaf}" for layer in layers for leaf in _LEAVES.values()}
     for layer, entry in layers.items():
+        if "shared_with" in entry or "rows_of" in entry:
+            continue
         held = {field: tensors[f"{layer}.{leaf}"] for field, leaf in _LEAVES.items() if f"{layer}.{leaf}" in tensors}
-        if "shared_with" not in entry:
-            yield f"{layer}.weight", QuantTensor.from_tensors(formats.get(entry["format"]), tuple(entry["shape"]), held)
+        q = QuantTensor.from_tensors(formats.get(entry["format"]), tuple(entry["shape"]), held)
+        for name in (layer, *(name for name, other in layers.items() if other.get("rows_of") == layer)):
+            yield f"{name}.weight", q
     yield from ((name, tensors[name]) for name in tensors if name not in of_layers)
 
 
@@ -102,8 +105,9 @@ def _without_scaled_inputs(items: Iterable[tuple[str, Value]], layout: str) -> I
 def try_write(items: Iterable[tuple[str, Value]], layout: str, settings: Mapping[str, Any] | None = None) -> None:
     """Raise UnsupportedError as `write` would, without writing anything."""
     if layout == "gguf":
-        for name, value in items:
-            _reader("gguf").stored(name, value)
+        for item in items:
+            for name, value in gguf_blocks.apart(*item):
+                _reader("gguf").stored(name, value)
     elif layout == "qkernels":
         for name, value in items:
             if not isinstance(value, Tensor):

@@ -21,6 +21,7 @@ from qkernels.io import checkpoint, directory, gguf_config, gguf_file, gguf_mode
 from qkernels.io.detect import CheckpointInfo, detect
 from qkernels.io.forms import code_bits, dense, few_rows, forms, has_minima
 from qkernels.io.gptq_family import stays_dense
+from qkernels.io.modules import is_of_activations
 from qkernels.quantizers.rtn import rtn
 
 Value = QuantTensor | QuantStack | Tensor
@@ -85,6 +86,7 @@ class _Conversion:
         self.dense: list[str] = []  # modules that a loader has to be told of
         self.bits: list[int] = []  # of the refused ones
         self.columns: list[int] = []
+        self.left_out: set[str] = set()  # scales of activations and caches
 
     def run(self) -> Report:
         if self.path.exists() and not (self.path.is_dir() and not any(self.path.iterdir())):
@@ -97,6 +99,8 @@ class _Conversion:
         config = {key: value for key, value in self.info.config.items() if key not in ("quantization_config", "compression_config")}
         checkpoint.write(self._converted(), self.path, self.layout, settings=self._settings(), config=config or None)
         self._companions(config)
+        if self.left_out:
+            self.report.notes.append(f"{len(self.left_out)} scales of activations and caches are left out: {min(self.left_out)} …")
         return self.report
 
     def items(self) -> Iterable[tuple[str, Value]]:
@@ -104,9 +108,17 @@ class _Conversion:
         if self.info.layout == "gguf":
             return checkpoint.read(self.info) if self.layout == "gguf" else gguf_model.to_hf(self.info)
         if self.layout != "gguf":
-            return checkpoint.read(self.info)
+            return self._of_weights()
         assert self.settings is not None
-        return gguf_model.items(checkpoint.read(self.info), self.settings, self.info.config)
+        return gguf_model.items(self._of_weights(), self.settings, self.info.config)
+
+    def _of_weights(self) -> Iterator[tuple[str, Value]]:
+        """What is read, but for scales of activations and caches: the settings that are written say nothing of those."""
+        for name, value in checkpoint.read(self.info):
+            if self.info.layout != "dense" and isinstance(value, Tensor) and is_of_activations(name):
+                self.left_out.add(name)
+            else:
+                yield name, value
 
     # -- the look ----------------------------------------------------------------------------------------------------------------------
 
@@ -184,7 +196,8 @@ class _Conversion:
         group = value.format.group_extent(value.shape[-2], k)[1]
         if self.layout == "awq":
             group = self._awq_group()
-            return QuantFormat(Int(4), (1, group), "f16", "min" if self.variant == "gemv_fast" else "int")
+            minima = self.variant == "gemv_fast" or (self.example is not None and self.example[1].format.zero == "min")
+            return QuantFormat(Int(4), (1, group), "f16", "min" if minima else "int")
         bits = next(b for b in ((2, 3, 4, 8) if self.layout == "gptq" else range(2, 9)) if b >= bits)
         group = group if group in _GROUPS else next((g for g in _GROUPS if k % g == 0), -1)
         if not has_minima(value):
@@ -230,6 +243,7 @@ class _Conversion:
     def _companions(self, config: Mapping[str, Any]) -> None:
         """Tokenizer, generation config and the like lie beside the weights of a directory."""
         if self.layout == "gguf":
+            self.report.notes += [] if self.info.layout == "gguf" else gguf_config.notes(self.info.config)
             self.report.notes += [] if self.settings and "tokenizer.ggml.tokens" in self.settings else [NO_TOKENIZER]
         elif self.info.layout == "gguf":
             self.report.notes.append(NO_CONFIG)
@@ -243,5 +257,12 @@ class _Conversion:
 
 
 def _forms(value: QuantTensor | QuantStack) -> Iterator[QuantTensor | QuantStack]:
-    """Forms of a weight; a stack has one, as its writers re-lay it themselves."""
-    return iter([value]) if isinstance(value, QuantStack) else forms(value)
+    """Forms of a weight, or those that all weights of a stack have."""
+    if isinstance(value, QuantTensor):
+        yield from forms(value)
+        return
+    yield value
+    for alike in islice(zip(*(forms(q) for q in value)), 1, None):
+        if len({q.format for q in alike}) > 1:
+            return
+        yield QuantStack.of(alike)

@@ -23,6 +23,7 @@ _METHODS = {
     "torchao": "torchao",
     "fp8": "fp8",
     "fbgemm_fp8": "fp8",
+    "mxfp8": "fp8",
     "mxfp4": "mxfp4",
     "modelopt": "modelopt",
 }
@@ -55,7 +56,8 @@ def detect(path: str | os.PathLike[str]) -> CheckpointInfo:
     if path.is_file():
         return _of_file(path)
     if not path.is_dir():
-        raise CheckpointError(f"{path} does not exist")
+        hub = f"; a model of the hub is loaded once it lies on a disk: hf download {path} says where" if len(path.parts) == 2 else ""
+        raise CheckpointError(f"{path} does not exist{hub}")
     if (path / native.MANIFEST).exists():
         manifest = native.read_manifest(path)
         return CheckpointInfo(path, "qkernels", tuple(path / name for name in manifest["sha256"]), manifest, _config(path))

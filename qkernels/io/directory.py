@@ -35,6 +35,7 @@ class Writer:
     def __init__(self, path: str | os.PathLike[str], shard_bytes: int = SHARD_BYTES) -> None:
         self.path, self.target, self.shard_bytes = Path(path), Path(os.path.realpath(path)), shard_bytes
         self._shard: dict[str, Tensor] = {}
+        self._places: set[int] = set()
         self._nbytes = 0
         self._files: list[tuple[Path, list[str]]] = []
 
@@ -48,7 +49,11 @@ class Writer:
     def add(self, name: str, tensor: Tensor) -> None:
         if self._shard and self._nbytes + tensor.nbytes > self.shard_bytes:
             self._flush()
-        self._shard[name] = tensor.contiguous()
+        tensor = tensor.contiguous()
+        if (place := tensor.data_ptr()) in self._places:
+            tensor = tensor.clone()  # safetensors refuses what lies in one place under two names
+        self._places.add(place)
+        self._shard[name] = tensor
         self._nbytes += tensor.nbytes
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
@@ -71,7 +76,7 @@ class Writer:
         save_file(self._shard, str(file), {"format": "pt"})
         file.chmod(0o644)  # safetensors makes it the owner's alone
         self._files.append((file, list(self._shard)))
-        self._shard, self._nbytes = {}, 0
+        self._shard, self._places, self._nbytes = {}, set(), 0
 
     def _name_files(self) -> list[str]:
         names = weight_files(len(self._files))

@@ -20,7 +20,7 @@ _FEW_ROWS = 64  # a multiple of the rows that any layout wants
 def forms(q: QuantTensor) -> Iterator[QuantTensor]:
     """The weight itself, then what else says the same.
 
-    Blocks become groups, minima zero points, zero points of half the range none, and fp32 scales that are fp16 numbers such.
+    Blocks become groups, minima zero points, zero points of half the range none, and fp32 or bf16 scales that are fp16 numbers such.
     """
     yield q
     for change in (_grouped, _of_minima, _symmetric, _narrowed):
@@ -74,10 +74,10 @@ def _symmetric(q: QuantTensor) -> QuantTensor | None:
 
 
 def _narrowed(q: QuantTensor) -> QuantTensor | None:
-    if q.format.block is not None or q.format.scale != "f32" or q.scales is None:
+    if q.format.block is not None or q.format.scale not in ("f32", "bf16") or q.scales is None:
         return None
     held: list[Tensor | None] = [q.scales, q.zeros if q.format.zero in ("float", "min") else None]
-    if any(t is not None and not torch.equal(t.half().float(), t) for t in held):
+    if any(t is not None and not torch.equal(t.half().float(), t.float()) for t in held):
         return None
     zeros = q.zeros if held[1] is None else held[1].half()
     return replace(q, format=replace(q.format, scale="f16", name=""), scales=q.scales.half(), zeros=zeros, origin={})

@@ -1,6 +1,8 @@
-"""FP8 checkpoints: DeepSeek's blocks and their kin (`quant_method: fp8`), scales per tensor or row, and `fbgemm_fp8`.
+"""FP8 checkpoints: DeepSeek's blocks and their kin (`quant_method: fp8`), scales per tensor or row, `fbgemm_fp8` and `mxfp8`.
 
     X.weight [N, K] float8      X.weight_scale_inv or X.weight_scale or X.scale     W = weight * scale, whatever "inv" says
+
+but for GPTQModel's with weight_scale_semantics = "inverse", which divide: their reciprocals multiply here, an ulp of float32 away.
 
 Scales: one, one a row, or one per block of `weight_block_size`, the last blocks cut off; float32 or another float, or exponents
 (float8_e8m0fnu, or uint8). Experts in one tensor are X.gate_up_proj [E, N, K] with X.gate_up_proj_scale_inv: a QuantStack of that name.
@@ -29,7 +31,8 @@ def read(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Iterator
     Raises CheckpointError for an FP8 tensor without a scale, a scale whose weight is no FP8, scales of another shape, and a quantised
     module that the settings leave out.
     """
-    block, kept, fp4_experts = _parse(settings)
+    block, kept, fp4_experts, divides = _parse(settings)
+    tensors = _Reciprocals(tensors) if divides else tensors
     scale_of = _pairs(tensors)
     scales = set(scale_of.values())
     for name in tensors:
@@ -42,10 +45,10 @@ def read(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Iterator
             yield name, dense(name, tensors[name])
 
 
-def _parse(settings: Mapping[str, Any]) -> tuple[tuple[int, ...] | None, list[str], bool]:
-    """(block size, modules that are not quantised, whether experts are FP4)"""
+def _parse(settings: Mapping[str, Any]) -> tuple[tuple[int, ...] | None, list[str], bool, bool]:
+    """(block size, modules that are not quantised, whether experts are FP4, whether scales divide)"""
     s = Settings(settings, "quantization_config")
-    s.take("quant_method", of=str, choices=["fp8", "fbgemm_fp8"])
+    s.take("quant_method", of=str, choices=["fp8", "fbgemm_fp8", "mxfp8"])
     s.take("fmt", of=str, default="e4m3", choices=["e4m3", "float8_e4m3fn"])
     s.take("scale_fmt", of=str, default="float", choices=["float", "ue8m0"])
     block = s.take("weight_block_size", of=list, default=None)
@@ -53,8 +56,31 @@ def _parse(settings: Mapping[str, Any]) -> tuple[tuple[int, ...] | None, list[st
     kept = s.names("modules_to_not_convert", "ignored_layers")
     experts = s.take("expert_dtype", of=str, default="fp8", choices=["fp8", "fp4"])
     s.ignore("activation_scheme", "activation_scale_ub", "kv_cache_scheme", "modules_to_convert", "dequantize")
+    divides = s.take("weight_scale_semantics", of=str, default="", choices=["inverse"]) == "inverse"
+    s.take("bits", of=int, default=8, choices=[8])  # GPTQModel's
+    s.take("method", of=str, default="fp8", choices=["fp8"])
+    if s.take("weight_scale_method", of=str, default=None) and not divides:
+        raise CheckpointError(f"{s.where} has weight_scale_method, GPTQModel's, and no weight_scale_semantics: do the scales divide?")
+    s.ignore("format", "checkpoint_format", "group_size", "desc_act", "sym", "pack_dtype", "lm_head", "dynamic", "meta")
     s.done()
-    return block, kept, experts == "fp4"
+    return block, kept, experts == "fp4", divides
+
+
+class _Reciprocals(Mapping[str, Tensor]):
+    """Tensors whose scales are those that multiply, where GPTQModel's divide."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        t = self._tensors[name]
+        return 1 / t if name.endswith(".weight_scale_inv") and t.dtype == torch.float32 else t
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
 
 def _pairs(tensors: Mapping[str, Tensor]) -> dict[str, str]:

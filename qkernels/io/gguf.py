@@ -196,7 +196,7 @@ def write(
 
 def _write_data(items: Iterable[tuple[str, Value]], data: IO[bytes], alignment: int) -> list[TensorInfo]:
     infos: dict[str, TensorInfo] = {}
-    for name, value in items:
+    for name, value in (part for item in items for part in gguf_blocks.apart(*item)):
         if name in infos:
             raise FormatError(f"the tensor {name!r} is there twice")
         type, shape, raw = stored(name, value)

@@ -11,6 +11,7 @@ from qkernels.errors import UnsupportedError
 from qkernels.formats import Parts, QuantStack, QuantTensor
 from qkernels.formats.ggml import TYPES
 from qkernels.formats.packing import unpack
+from qkernels.io.weights import Value
 
 # what of a format a type with one level of scales holds -> its id; longer groups are written as several
 _HELD = {
@@ -25,7 +26,7 @@ _HELD = {
 
 
 def of(name: str, value: QuantTensor | QuantStack) -> QuantTensor | QuantStack:
-    """Say the same in blocks: int4, int5 and int8 with fp16 scales and MXFP4 and NVFP4 without a scale of the tensor become ggml's types.
+    """Say the same in blocks: int4, int5 and int8 with fp16 scales and MXFP4 and NVFP4 (see `apart`) become ggml's types.
 
     Raises UnsupportedError naming the weight and what of it ggml has no type for.
     """
@@ -38,6 +39,20 @@ def of(name: str, value: QuantTensor | QuantStack) -> QuantTensor | QuantStack:
         blocks = _blocks(name, folded)
         return QuantStack(blocks.format, value.shape, {"codes": blocks.codes.view(*value.shape[:2], -1)})
     return _blocks(name, value)
+
+
+def apart(name: str, value: Value) -> list[tuple[str, Value]]:
+    """The tensors that a file has of a weight: itself, and "<name>.scale" for NVFP4's scale of the whole tensor.
+
+    llama.cpp multiplies what the weight makes by that: of a stack by one number for each expert, of token_embd it does not.
+    """
+    if isinstance(value, Tensor) or not value.format.tensor_scale or not name.endswith(".weight") or name == "token_embd.weight":
+        return [(name, value)]
+    tensors = dict(value.tensors if isinstance(value, QuantStack) else value.tensors())
+    scale, format = tensors.pop("tensor_scale").flatten(), replace(value.format, tensor_scale=False, name="")
+    stack = isinstance(value, QuantStack)
+    rest = QuantStack(format, value.shape, tensors) if stack else QuantTensor.from_tensors(format, value.shape, tensors)  # type: ignore[arg-type]
+    return [(name, rest), (f"{name.removesuffix('weight')}scale", scale)]
 
 
 def _blocks(name: str, q: QuantTensor) -> QuantTensor:

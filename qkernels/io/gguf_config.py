@@ -133,6 +133,16 @@ def _check(arch: str, config: Mapping[str, Any]) -> None:
             raise UnsupportedError(f"{said}, which a GGUF file of the architecture {arch} cannot say: there it is {wanted!r:.80}")
 
 
+def notes(config: Mapping[str, Any]) -> list[str]:
+    """What of a config.json llama.cpp does otherwise, as it does of every file of such a model: windows of Mistral and Qwen."""
+    kind, window = str(config.get("model_type")), config.get("sliding_window")
+    arch, most = gguf_names.ARCHITECTURES[kind], config.get("max_position_embeddings")
+    used = config.get("use_sliding_window", not kind.startswith("qwen"))
+    if arch in (*_LOCAL_LAYERS, "phi3") or not used or not isinstance(window, int) or not isinstance(most, int) or window >= most:
+        return []
+    return [f"config.json has sliding_window = {window}, and llama.cpp has no window in {arch}: of longer texts it attends to all tokens"]
+
+
 # -- rotary embeddings ----------------------------------------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ from qkernels import formats
 from qkernels.errors import CheckpointError, FormatError, UnsupportedError
 from qkernels.formats import QuantFormat, QuantStack, QuantTensor
 from qkernels.formats.ggml import TYPES
+from qkernels.formats.rows import take
 from qkernels.io import gguf, gguf_file, gguf_names
 from qkernels.io.detect import CheckpointInfo
 from qkernels.io.forms import forms
@@ -91,10 +92,9 @@ def as_in_hf(arch: str, name: str, value: Value, settings: Mapping[str, Any]) ->
 def _take_rows(name: str, value: Value, rows: Tensor) -> QuantTensor | Tensor:
     if isinstance(value, Tensor):
         return value[rows]
-    if isinstance(value, QuantStack) or value.format.group[0] != 1:
-        raise UnsupportedError(f"{name} is {value.format.name}, whose rows cannot be reordered: they share scales")
-    moved = {field: t[rows] if field in ("codes", "scales", "zeros") else t for field, t in value.tensors().items()}
-    return QuantTensor.from_tensors(value.format, value.shape, moved)
+    if isinstance(value, QuantStack):
+        raise UnsupportedError(f"{name} is a stack {list(value.shape)}, and has the name of a weight whose rows are reordered")
+    return take(value, rows)
 
 
 def _stacked(name: str, experts: list[Value]) -> Value:

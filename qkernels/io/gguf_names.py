@@ -15,14 +15,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qkernels.errors import CheckpointError, UnsupportedError
-from qkernels.formats import QuantTensor
 
 ARCHITECTURES = {
     "llama": "llama",
@@ -158,15 +156,3 @@ def _rows(rows: int, heads: int) -> Tensor:
     if rows % (2 * heads):
         raise CheckpointError(f"{rows} rows are not {heads} heads of an even size")
     return torch.arange(rows)
-
-
-Rows = TypeVar("Rows", QuantTensor, Tensor)
-
-
-def take_rows(value: Rows, rows: Tensor) -> Rows:
-    """Reorder the rows of a weight of blocks, as they are packed, or of a plain tensor."""
-    if isinstance(value, Tensor):
-        return value[rows]
-    if value.format.block is None:
-        raise UnsupportedError(f"the rows of {value.format.name} are not reordered; those of ggml's block types are")
-    return replace(value, codes=value.codes[rows])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from qkernels.errors import CheckpointError, UnsupportedError
 from qkernels.formats import Int, QuantTensor
@@ -14,6 +14,7 @@ from qkernels.io.gptq_planes import WIDTHS
 from qkernels.io.settings import Settings
 
 BITS = (2, 3, 4, 8)
+T = TypeVar("T")
 HOW = (
     "act_bits", "act_data_type", "act_dynamic", "act_group_aware", "act_group_size", "act_sym", "amp", "auto_mapping_dict",
     "autoround_version", "backend", "batch_size", "block_name_to_quantize", "cache_block_outputs", "cache_examples_on_gpu",
@@ -59,15 +60,30 @@ def schemes(settings: Mapping[str, Any]) -> SchemeOf:
     s.take("quant_method", "method", of=str, choices=("gptq",), default="gptq")
     label = _label(s)
     base = _overridden(s, Scheme(0, 0, True, label != "gptq", label == "gptq_p"), required=True)
-    dynamic = s.take("dynamic", of=dict, default={})
+    scheme_of = by_dynamic(s, base, lambda inner: _overridden(inner, base))
     ignore_how(s)
     s.done()
-    rules = [_rule(pattern, stated, base) for pattern, stated in dynamic.items()]
-
-    def scheme_of(module: str) -> Scheme | None:
-        return next((scheme for pattern, scheme in rules if pattern.match(module)), base)
-
     return scheme_of
+
+
+def by_dynamic(s: Settings, base: T, overridden: Callable[[Settings], T]) -> Callable[[str], T | None]:
+    """What GPTQModel's `dynamic` says of each module, by the first pattern that matches its path; `base` where none does.
+
+    "-:<regex>" leaves modules out: None. "+:<regex>" or "<regex>" stores them otherwise: `overridden` makes a scheme of the entry.
+    """
+
+    def rule(pattern: str, stated: Any) -> tuple[re.Pattern[str], T | None]:
+        where = f"{s.where}: dynamic: {pattern}"
+        if pattern.startswith("-:"):
+            return compiled(pattern[2:], where), None
+        inner = Settings(stated, where)
+        scheme = overridden(inner)
+        ignore_how(inner)
+        inner.done()
+        return compiled(pattern.removeprefix("+:"), where), scheme
+
+    rules = [rule(pattern, stated) for pattern, stated in s.take("dynamic", of=dict, default={}).items()]
+    return lambda module: next((scheme for pattern, scheme in rules if pattern.match(module)), base)
 
 
 def _label(s: Settings) -> str:
@@ -99,18 +115,6 @@ def _overridden(s: Settings, base: Scheme, required: bool = False) -> Scheme:
         raise CheckpointError(f"{s.where}: group_size is {size}; -1 (all columns), or at least 1, is possible")
     told = sym if sym is not None else None if zero_point is None else not zero_point
     return Scheme(bits or base.bits, size or base.group_size, base.sym if told is None else told, *base[3:])
-
-
-def _rule(pattern: Any, stated: Any, base: Scheme) -> tuple[re.Pattern[str], Scheme | None]:
-    """An entry of `dynamic`: "-:<regex>" leaves modules out, "+:<regex>" or "<regex>" stores them otherwise."""
-    where = f"the settings of GPTQ: dynamic: {pattern}"
-    if pattern.startswith("-:"):
-        return compiled(pattern[2:], where), None
-    s = Settings(stated, where)
-    scheme = _overridden(s, base)
-    ignore_how(s)
-    s.done()
-    return compiled(pattern.removeprefix("+:"), where), scheme
 
 
 def scheme_of_weight(q: QuantTensor) -> Scheme:

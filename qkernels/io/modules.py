@@ -15,6 +15,14 @@ ACTIVATION_LEAVES = frozenset(
     [f"{of}_{what}" for of in ("input", "output", "q", "k", "v") for what in ("scale", "zero_point", "global_scale")]
     + ["activation_scale", "activation_scale_ub", "input_scale_ub", "kv_scale", "qscale_act"]
 )
+
+
+def is_of_activations(name: str) -> bool:
+    """Whether a tensor quantises activations or the cache: "q_proj.input_scale", or "experts.down_proj_activation_scale" of stacks."""
+    leaf = name.rpartition(".")[2]
+    return leaf in ACTIVATION_LEAVES or leaf.endswith("_proj_activation_scale")
+
+
 PRE_QUANT_SCALE = "pre_quant_scale"  # last part of a name: [K], by which the input of a layer has to be multiplied, ModelOpt's
 
 

@@ -1,6 +1,7 @@
 """qkernels' own directory: canonical tensors in safetensors, and what they mean in JSON.
 
-DIR/qkernels.json          {"version": 1, "layers": {name: {"format", "shape", "compute", "dtype" of the dense weight where known}},
+DIR/qkernels.json          {"version": 1, "layers": {name: {"format", "shape", "compute", "dtype" of the dense weight where known, and
+                               "shared_with": a first name of the same module or "rows_of": that of a tied head, whose tensors it has}},
                                "tied": {name: name of its tensor}, "sha256": {file: digest}, "digest": of all that}
 DIR/model.safetensors      every tensor of the model's state_dict, canonical layout; above 4 GB model-00001-of-0000N.safetensors, …
 """
@@ -170,7 +171,7 @@ def _is_layer(entry: Any) -> bool:
         return False
     shape, dtype = entry.get("shape"), entry.get("dtype", "float32")
     return (
-        isinstance(entry.get("shared_with", ""), str)
+        all(isinstance(entry.get(key, ""), str) for key in ("shared_with", "rows_of"))
         and isinstance(dtype, str)
         and isinstance(getattr(torch, dtype, None), torch.dtype)
         and isinstance(shape, list)

@@ -53,19 +53,21 @@ class Tensors(Mapping[str, Tensor]):
 def open_directory(directory: Path) -> Tensors:
     """Open model.safetensors, or else the files that model.safetensors.index.json names; the index is not trusted.
 
-    One file of another name is taken where it is the only one: AutoGPTQ saves gptq_model-4bit-128g.safetensors.
+    One file or index of another name is taken where it is the only one: AutoGPTQ saves gptq_model-4bit-128g.safetensors.
 
     Raises CheckpointError naming what is missing, truncated, outside the directory, or not where the index says it is.
     """
     if (directory / WEIGHTS).is_file():
         return Tensors([directory / WEIGHTS])
     index = directory / INDEX
+    if not index.is_file() and len(others := list(directory.glob("*.safetensors.index.json"))) == 1:
+        index = others[0]
     if not index.is_file():
         alone = list(directory.glob("*.safetensors"))
         if len(alone) == 1 and "-of-" not in alone[0].name:  # no shard of several
             return Tensors(alone)
-        others = sorted(p.name for p in directory.iterdir() if p.suffix in _PICKLED)
-        advice = f", only {', '.join(others)}: load it in transformers and save_pretrained() writes safetensors" if others else ""
+        pickled = sorted(p.name for p in directory.iterdir() if p.suffix in _PICKLED)
+        advice = f", only {', '.join(pickled)}: load it in transformers and save_pretrained() writes safetensors" if pickled else ""
         raise CheckpointError(f"{directory} holds neither {WEIGHTS} nor {INDEX}{advice}")
     weight_map = _weight_map(index)
     tensors = Tensors(directory / file for file in sorted(set(weight_map.values())))
