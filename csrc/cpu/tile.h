@@ -422,8 +422,11 @@ constexpr int MOST_SUMS = is_s8<Source> ? S8_ACCUMULATORS : ACCUMULATORS;
 template <>
 constexpr int MOST_SUMS<S8Pairs> = PAIR_ACCUMULATORS;
 #endif
+// A single panel is what remains of N beyond its strips: 8 rows fill the products' pipes, and more would only be compiled.
+template <int PANELS>
+constexpr int HIGHEST = PANELS == 1 ? 8 : 12;
 template <class Source, int PANELS>
-constexpr int MAX_ROWS = MOST_SUMS<Source> / PANELS < 12 ? MOST_SUMS<Source> / PANELS : 12;
+constexpr int MAX_ROWS = MOST_SUMS<Source> / PANELS < HIGHEST<PANELS> ? MOST_SUMS<Source> / PANELS : HIGHEST<PANELS>;
 
 // Codes of 8 bits would gain as much from one more row, but then the next row would cost a third more.
 template <class Source>
