@@ -5,6 +5,9 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# A thread of OpenMP's that has nothing to do sleeps: by default it spins, on a core that another process of `pytest -n` works on. Before
+# torch is imported, and for the processes that tests start.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
