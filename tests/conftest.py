@@ -21,6 +21,11 @@ ctypes.c_bool.in_dll(_C10, "FLAGS_caffe2_cpu_allocator_do_junk_fill").value = Tr
 assert torch.empty(1).isnan()
 
 
+def pytest_collection_modifyitems(items):
+    """The longest first: in the end no process works at one while the others have nothing left to do."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 @pytest.fixture(autouse=True)
 def _surroundings():
     torch.set_num_threads(2)
