@@ -66,6 +66,7 @@ CUDA_FLAGS = [*COMMON, "--expt-relaxed-constexpr", "-DUSE_CUDA", "-Xcompiler=-fP
 # What is compiled for one runs on later ones of the same major version: 8.0's on 8.6 and 8.9. The newest brings PTX for those to come.
 ARCHITECTURES = ("7.5", "8.0", "9.0", "10.0", "12.0")
 OLDEST = dict.fromkeys(("w4_gemv", "s8_gemv", "s8_quantize"), "7.5")  # the GPUs of a source; others need Ampere's copies, products
+QUICK = ("dispatch", "ops", "quantize", "s8_quantize", "s8_wgmma", "w4_wgmma")  # sources that take seconds: last, to end on all cores
 OLDEST_NVCC = (12, 5)  # has cudaGetDriverEntryPointByVersion
 
 
@@ -242,7 +243,7 @@ def build(library: Path, recipe: Recipe, compilers: ThreadPoolExecutor) -> None:
             run([*recipe.compile, *recipe.flags_of.get(stem, []), "-c", source, "-o", str(out)])
         return str(out)
 
-    objects = list(compilers.map(compile_one, recipe.sources))
+    objects = list(compilers.map(compile_one, sorted(recipe.sources, key=lambda source: Path(source).stem in QUICK)))
     fresh = library.with_suffix(".fresh")
     run([*recipe.link, *objects, *recipe.libraries, "-o", str(fresh)])
     fresh.replace(library)  # at one stroke: a process that has the old one open keeps it whole

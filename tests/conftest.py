@@ -5,6 +5,9 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# A thread of OpenMP's that has nothing to do sleeps: by default it spins, on a core that another process of `pytest -n` works on. Before
+# torch is imported, and for the processes that tests start.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
@@ -16,6 +19,11 @@ from qkernels.kernels.cpu import library
 _C10 = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
 ctypes.c_bool.in_dll(_C10, "FLAGS_caffe2_cpu_allocator_do_junk_fill").value = True
 assert torch.empty(1).isnan()
+
+
+def pytest_collection_modifyitems(items):
+    """The longest first: in the end no process works at one while the others have nothing left to do."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.utils.cpp_extension import include_paths, library_paths
+from torch.utils.cpp_extension import include_paths
 
 from qkernels import reference
 from qkernels.kernels.triton import layout, s8_gemm, s8_w4_gemm
@@ -25,7 +25,7 @@ FLAGS += ["-fstack-reuse=none"]  # variables are a GPU's registers: products rea
 FLAGS += ["-fno-strict-aliasing", "-U_FORTIFY_SOURCE"]  # CUDA's casts; longjmp from one fibre's stack to another's
 FLAGS += ["-Wall", "-Wno-unknown-pragmas", "-Wno-attributes", "-Wno-parentheses", "-Wno-unused", "-Werror"]
 INCLUDE = [f"-I{EMULATION}", *(flag for path in include_paths() for flag in ("-isystem", path))]
-LINK = [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu"]
+LINK = ["-Wl,--no-as-needed", "-ltorch_cpu"]  # by name alone: see `begun`
 _COUNT = itertools.count()
 
 
@@ -64,12 +64,14 @@ def compile(*arguments):
 
 @functools.lru_cache(maxsize=1)
 def begun():
-    """The folder of what all sources have in common, which goes when this process ends: their first headers and the machine."""
+    """The folder of what all sources have in common, which goes when this process ends: their first headers, the machine, and an empty
+    library of torch's name: reading its own takes the linker longer than all else, and what is loaded is found in this process anyway."""
     folder = tempfile.TemporaryDirectory()
-    header, machine = (Path(folder.name) / name for name in ("begin.h", "machine.o"))
+    header, machine, torchs = (Path(folder.name) / name for name in ("begin.h", "machine.o", "libtorch_cpu.so"))
     header.write_text('#include "cuda/hopper.cuh"\n#include <torch/csrc/stable/tensor.h>\n')
     compile(*INCLUDE, "-xc++-header", header, "-o", f"{header}.gch")
     compile("-c", EMULATION / "machine.cpp", "-o", machine)
+    compile("-shared", f"-Wl,-soname,{torchs.name}", "-xc++", "/dev/null", "-o", torchs)
     return folder
 
 
@@ -91,7 +93,7 @@ def build(source, folder, changes=()):
         (csrc / "cuda" / file).write_text(text.replace(old, new))
     unit, library = folder / f"{name}.cpp", folder / f"{name}.so"
     unit.write_text(f'#include "begin.h"\n#define EMULATED_AS {name}\n#include "cuda/{source}.cu"\n')
-    compile("-shared", *INCLUDE, f"-I{csrc}", unit, folder / "machine.o", *LINK, "-o", library)
+    compile("-shared", *INCLUDE, f"-I{csrc}", unit, folder / "machine.o", f"-L{folder}", *LINK, "-o", library)
     torch.ops.load_library(library)
     loaded = ctypes.CDLL(str(library))
     loaded.set_late.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)

@@ -2,6 +2,7 @@
 
 import itertools
 
+import interpreter  # noqa: F401  for what it changes
 import pytest
 import torch
 from cases import SWEEP, assert_rows, random_quant, whole, with_parts
@@ -16,6 +17,7 @@ from qkernels.kernels.triton.f16_gemm import Tile
 from qkernels.kernels.triton.launch import Gpu
 from qkernels.testing import assert_matmul_close
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 H100 = Device("cuda", sm=90)
 BIASED = ("u4b8_g64_zf_sf16", "u8b128_g64_zf_sf16", "u4b8_g-1_zf_sf16", "u5b16_g64_zf_sbf16")  # float zeros of codes that have a bias
 PLANES = ("int3_g256", "int5_g16", "int6_g-1")  # codes of two planes

@@ -16,6 +16,7 @@ from qkernels.kernels.triton.int8 import Stored, Tile
 from qkernels.kernels.triton.launch import SPLITS
 from qkernels.testing import assert_matmul_close
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ODD = ("u4_g-1_zi_sbf16", "u4b8_g96_sf32", "u4_g32_zi_sf16", "u4_g64_zi_sf32", "u4b8_g384_sbf16", "u4_g256_zi_sbf16")
 FORMATS = [formats.get(n) for n in ("int4", "int4_asym", "int4_g32", "int4_g64", "int4_g256", "int4_g-1", *ODD)]
 every_format = pytest.mark.parametrize("format", FORMATS, ids=lambda f: f.name)

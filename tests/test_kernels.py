@@ -27,14 +27,29 @@ KERNELS = kernels.all_kernels()
 # other groups than the registered ones; 20, 12 and 9 are padded
 MORE = ("int4_g32", "int4_g-1", "int8_g32", "u4b8_g20_sf16", "u5_g12_zi_sf16", "u4_g32_zm_sf16", "u5b3_g12_zm_sbf16", "nf4_g9_sbf16")
 FORMATS = [*formats.all_formats(), *map(formats.get, MORE)]
+HERE = devices.current("cpu")
 HIGHEST = library.level()  # of this machine: it gets all the cases, the others half of them
-PAIRS = [pytest.param(kernel, f, id=f"{kernel.name}-{f.name}") for kernel in KERNELS for f in FORMATS]
-LEVELS = [
-    pytest.param(kernel, f, level, id=f"{kernel.name}-{f.name}-{level}")
-    for kernel in KERNELS
-    for f in FORMATS
-    for level in (config.ISA_LEVELS if kernel.backend == "cpu" else ("any",))
-]
+
+
+def of_each_reason(kernel, device=HERE):
+    """The formats that a kernel takes, and of the others one for each of the registry's reasons, with which its test is skipped."""
+    found = {}
+    for f in FORMATS:
+        found.setdefault(why_not(kernel, Problem(f, 64, 256, device=device)) or f, f)
+    return list(found.values())
+
+
+def at_levels(kernel):
+    """(format, level): at a level that this machine lacks, one format is skipped for all."""
+    if kernel.backend != "cpu":
+        return [(f, "any") for f in of_each_reason(kernel)]
+    there = [level for level in config.ISA_LEVELS if HIGHEST != "none" and torch.ops.qkernels.cpu_has_level(level)]
+    of = {level: of_each_reason(kernel, dataclasses.replace(HERE, isa=level)) for level in there}
+    return [(f, level) for f in FORMATS for level in config.ISA_LEVELS if f in of.get(level, FORMATS[:1])]
+
+
+PAIRS = [pytest.param(kernel, f, id=f"{kernel.name}-{f.name}") for kernel in KERNELS for f in of_each_reason(kernel)]
+LEVELS = [pytest.param(kernel, f, level, id=f"{kernel.name}-{f.name}-{level}") for kernel in KERNELS for f, level in at_levels(kernel)]
 
 
 def need(kernel, format, n=64, k=256, **fields):

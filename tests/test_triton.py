@@ -29,6 +29,7 @@ SOME_BLOCKS = {("q4_k", 4096, 1), ("q6_k", 4096, 64)}  # bytes and minima, bytes
 ROWS = (1, 64, 128, 1024)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["interpreted.py", "interpreted_w4.py"])
 def test_under_the_interpreter(name):
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(TESTS)}

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import itertools
 import re
 import subprocess
@@ -85,27 +86,28 @@ class Built:
         assert found is not None, text
         return int(found[1]), int(found[2])
 
+    @functools.cached_property
     def code(self) -> Code:
-        """All lines of machine code."""
-        return parse(self._tool("nvdisasm", "-c"))
+        """All lines of machine code; `nvdisasm` takes longer than many a compilation."""
+        return parse(self._tool("nvdisasm", "-c", "--no-dataflow"))  # which would tell where indirect branches go
 
     def instructions(self) -> dict[str, list[str]]:
         """Name -> instructions of that name."""
         found: dict[str, list[str]] = collections.defaultdict(list)
-        for name, instruction in self.code():
+        for name, instruction in self.code:
             if instruction:
                 found[name].append(instruction)
         return found
 
     def loop(self) -> list[str]:
         """Names of the instructions of the shortest loop that has a matrix instruction; none where there is no such loop."""
-        return [name for name, _ in matrix_loop(self.code())]
+        return [name for name, _ in matrix_loop(self.code)]
 
-    def _tool(self, name: str, option: str) -> str:
+    def _tool(self, name: str, *options: str) -> str:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(self.compiled.asm["cubin"])
             file.flush()
-            return tool(name, option, file.name)
+            return tool(name, *options, file.name)
 
 
 def compiled_for(sm: int, kernel: Any, types: dict[str, str | None], constants: dict[str, Any], **options: Any) -> Any:
