@@ -32,7 +32,8 @@ ROWS = (1, 64, 128, 1024)
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["interpreted.py", "interpreted_w4.py"])
 def test_under_the_interpreter(name):
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(TESTS)}
+    # numpy multiplies the tiles: too small for a second thread, which would spin
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", str(TESTS / name)]
     done = subprocess.run(command, env=environment, cwd=TESTS.parent, capture_output=True, text=True, timeout=1800, check=False)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
