@@ -86,6 +86,8 @@ def test_gptqmodel_divides(case):
         list(fp8.read(tensors, settings | own | {"weight_scale_semantics": "direct"}))
     with pytest.raises(CheckpointError, match="and no weight_scale_semantics: do the scales divide"):
         list(fp8.read(tensors, settings | own | {"weight_scale_semantics": None}))
+    with pytest.raises(CheckpointError, match=r"dynamic = .*unknown"):  # in settings that are not GPTQModel's
+        list(fp8.read(tensors, settings | {"dynamic": {"-:a": {}}}))
 
 
 def test_fp8_directory(tmp_path):

@@ -422,7 +422,8 @@ constexpr int MOST_SUMS = is_s8<Source> ? S8_ACCUMULATORS : ACCUMULATORS;
 template <>
 constexpr int MOST_SUMS<S8Pairs> = PAIR_ACCUMULATORS;
 #endif
-// A single panel is what remains of N beyond its strips: 8 rows fill the products' pipes, and more would only be compiled.
+// A single panel is what remains of N beyond its strips: 8 rows are as many chains of sums as a product's 4 cycles in 2 pipes want (not
+// timed), and more would be a share of the build.
 template <int PANELS>
 constexpr int HIGHEST = PANELS == 1 ? 8 : 12;
 template <class Source, int PANELS>

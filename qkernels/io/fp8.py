@@ -61,7 +61,8 @@ def _parse(settings: Mapping[str, Any]) -> tuple[tuple[int, ...] | None, list[st
     s.take("method", of=str, default="fp8", choices=["fp8"])
     if s.take("weight_scale_method", of=str, default=None) and not divides:
         raise CheckpointError(f"{s.where} has weight_scale_method, GPTQModel's, and no weight_scale_semantics: do the scales divide?")
-    s.ignore("format", "checkpoint_format", "group_size", "desc_act", "sym", "pack_dtype", "lm_head", "dynamic", "meta")
+    if divides:  # GPTQModel's, which the tensors tell
+        s.ignore("format", "checkpoint_format", "group_size", "desc_act", "sym", "pack_dtype", "lm_head", "dynamic", "meta")
     s.done()
     return block, kept, experts == "fp4", divides
 
