@@ -74,6 +74,13 @@ def test_every_kernel_is_there_for_every_gpu(compiled):
         assert set(kernels) == {one.removesuffix("+PTX") for one in library.architectures(source)}, source
 
 
+def test_copies_have_an_address(compiled):
+    """A copy whose address is in uniform registers: those that ptxas 13.0 then names are not the ones it wrote."""
+    for (source, arguments), kernels in compiled.items():
+        for kernel in kernels.values():
+            assert not [one for one in kernel.all_of("LDGSTS") if "+UR" in one], (source, arguments, kernel.architecture)
+
+
 @pytest.mark.parametrize(("source", "arguments"), VARIANTS)
 def test_machine_code_for_hopper(compiled, source, arguments):
     kernel, tokens, by_step = compiled[source, arguments]["9.0a"], arguments[2], arguments[3:] == ("1",)
@@ -180,12 +187,13 @@ GEMV = [
 @pytest.mark.parametrize("dtype", ["bf16", "f16"])
 @pytest.mark.parametrize("arguments", GEMV, ids="-".join)
 def test_machine_code_of_few_rows(compiled, dtype, arguments):
-    """Loads of two tiles are on their way before the first product, and all of the loop's weights while another tile is multiplied."""
+    """Loads of two or three tiles are on their way before the first product, and all of the loop's weights while another is multiplied."""
     kernels = compiled["w4_gemv", (dtype, *arguments)]
     assert kernels
-    bits, products = (8, 16) if arguments[0] == "Int8" else (4, 32)
-    weights, float_zero = 8 * products, arguments[-1] == "1"
-    budget = 4.1 if arguments[:2] == ("Table", "0") else 0.9 * bits  # instructions a weight: what there is time for; a codebook wants more
+    float_zero, tiles = arguments[-1] == "1", 3 if arguments[0] != "Table" and arguments[1:] == ("1", "0") else 2
+    bits, products = (8, 8 * tiles) if arguments[0] == "Int8" else (4, 16 * tiles)
+    weights = 8 * products
+    budget = 4.3 if arguments[:2] == ("Table", "0") else 0.9 * bits  # instructions a weight: what there is time for; a codebook wants more
     for architecture, kernel in kernels.items():
         if (architecture, dtype) == ("7.5", "bf16"):
             continue  # Turing has no such products
@@ -195,7 +203,7 @@ def test_machine_code_of_few_rows(compiled, dtype, arguments):
         assert not static_cuda.count(loop, "STL", "LDL"), "registers are spilled"
         first = next(i for i, instruction in enumerate(code) if instruction.startswith("HMMA"))
         before, inside = ({i.split()[1] for i in part if i.startswith("LDG.E") and ".128" in i} for part in (code[:first], loop))
-        assert len(inside) == 8 and inside <= before, "16 bytes of four rows, of two tiles"
+        assert len(inside) == 4 * tiles and inside <= before, "16 bytes of four rows, of every tile"
         print(f"{architecture}, {dtype}, {', '.join(arguments)}: {len(loop) / weights:.2f} instructions a weight")
         assert len(loop) / weights <= budget
 

@@ -53,9 +53,19 @@ __device__ inline void store_shared_f32(uint32_t at, float value) {
 // Of some warps of a block; barrier 0 is __syncthreads's.
 __device__ inline void sync_warps(int barrier, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory"); }
 
-// -- global to shared memory behind the program's back (before sm_80: at once): 16 bytes, in groups of one thread ----------------------------
+// -- global to shared memory behind the program's back (before sm_80: at once), in groups of one thread -------------------------------------
 
-// Zeros where nothing is `there`; `from` is then not read.
+// 4 bytes.
+__device__ inline void copy_async_word(uint32_t to, const uint32_t* from) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+#else
+  store_shared_u32(to, *from);
+#endif
+}
+
+// 16 bytes; zeros where nothing is `there`: `from` is then not read. Without a hint to the cache: with one ptxas 13.0 at times takes the
+// address, from sm_90 on, out of uniform registers that nobody wrote, which ended in an error on an H200. tests/test_cuda.py looks for it.
 __device__ inline void copy_async(uint32_t to, const void* from, bool there) {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
@@ -63,11 +73,6 @@ __device__ inline void copy_async(uint32_t to, const void* from, bool there) {
   const uint4 v = there ? *static_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0);
   store_shared(to, {v.x, v.y, v.z, v.w});
 #endif
-}
-// With a cache_policy (sm_80).
-__device__ inline void copy_async(uint32_t to, const void* from, bool there, uint64_t policy) {
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(to), "l"(from), "r"(there ? 16 : 0), "l"(policy)
-               : "memory");
 }
 __device__ inline void copy_async_commit() {
 #if __CUDA_ARCH__ >= 800

@@ -1,5 +1,5 @@
 // y = x · Ŵᵀ with activations in int8, at most eight rows of them, and codes of 8 or 4 bits, from Turing on: a lane multiplies four codes by
-// four at a time (dp4a). Not yet run on a GPU.
+// four at a time (dp4a).
 //
 // Operands are those of s8_mma.cu. A lane loads 16 bytes of four rows of the weight in a tile, while it multiplies those of the tile before,
 // and finds what they want of x in shared memory. With one scale a row sums are int32 to the end, and results have the bits that they have

@@ -1,5 +1,4 @@
-// y = x · Ŵᵀ with activations in int8 and codes of 8 or 4 bits, from Ampere on: products of codes are summed exactly. Not yet run on a
-// GPU.
+// y = x · Ŵᵀ with activations in int8 and codes of 8 or 4 bits, from Ampere on: products of codes are summed exactly.
 //
 // Activations were quantised before (s8_quantize.cu): codes, a scale for each row, and its sum of codes. Codes of 8 bits lie row after row
 // (qkernels/kernels/triton/s8_gemm.py). Those of 4 bits lie in tiles of 128, 64 or 32 columns (s8_w4_gemm.py there) and become int8 in
@@ -20,7 +19,7 @@
 namespace qk {
 namespace {
 
-constexpr int STEP = 128;              // columns, and bytes of a row of int8
+constexpr int STEP = 128;  // columns, and bytes of a row of int8
 constexpr int STAGE_BYTES = 24 << 10;  // of four stages; of larger ones there are three, in 99 KiB, what a block may have everywhere
 
 // A part of the result, and how warps share it: each has 16 I rows of the weight and 8 J tokens.
@@ -33,7 +32,7 @@ struct Tile {
 // flip: what makes four codes positive, and guards where zero points come off.
 struct Arguments : Operands {
   void* parts;  // of every block the sums of a tile
-  int* flags;   // of every block: its part is there; 0 before and after
+  int* flags;  // of every block: its part is there; 0 before and after
   int steps, tiles_n, tiles_m, raster;
   bool whole;  // no tile is cut
 };
@@ -45,12 +44,12 @@ __device__ inline uint32_t swizzled(int row, int piece) { return row * STEP + (p
 
 // COUNT rows of int8, zeros beyond the last.
 template <int COUNT, int THREADS>
-__device__ void copy_rows(uint32_t to, const uint8_t* from, int first, int rows, const Arguments& a, int step, uint64_t policy) {
+__device__ void copy_rows(uint32_t to, const uint8_t* from, int first, int rows, const Arguments& a, int step) {
 #pragma unroll
   for (int i = 0; i < COUNT * STEP / 16 / THREADS; ++i) {
     const int row = (i * THREADS + threadIdx.x) / 8, piece = threadIdx.x % 8;
     const bool there = first + row < rows;
-    copy_async(to + swizzled(row, piece), from + (int64_t(there ? first + row : 0) * a.steps + step) * STEP + 16 * piece, there, policy);
+    copy_async(to + swizzled(row, piece), from + (int64_t(there ? first + row : 0) * a.steps + step) * STEP + 16 * piece, there);
   }
 }
 
@@ -62,8 +61,8 @@ struct W8 {
   static constexpr bool GROUPS = false;
 
   template <class T>
-  __device__ static void copy(uint32_t to, const Arguments& a, int row, int step, uint64_t policy) {
-    copy_rows<T::ROWS, T::THREADS>(to, a.weight, row, a.n, a, step, policy);
+  __device__ static void copy(uint32_t to, const Arguments& a, int row, int step) {
+    copy_rows<T::ROWS, T::THREADS>(to, a.weight, row, a.n, a, step);
   }
   // Rows `row` and up of a tile, in products of 32 columns.
   template <class T>
@@ -80,13 +79,13 @@ struct W4 {
   static constexpr bool GROUPS = GROUPS_;
 
   template <class T>
-  __device__ static void copy(uint32_t to, const Arguments& a, int row, int step, uint64_t policy) {
+  __device__ static void copy(uint32_t to, const Arguments& a, int row, int step) {
     constexpr int PIECES = T::ROWS * WORDS;  // of a tile, 16 bytes each
 #pragma unroll
     for (int i = 0; i < T::ROWS * ROW_BYTES / 16 / T::THREADS; ++i) {
       const int at = i * T::THREADS + threadIdx.x, tile = step * (STEP / SPAN) + at / PIECES, piece = at % PIECES;
       const bool there = tile < a.tiles && row + piece / WORDS < a.n;
-      copy_async(to + 16 * at, a.weight + (there ? (int64_t(tile) * a.n + row) * WORDS + piece : 0) * 16, there, policy);
+      copy_async(to + 16 * at, a.weight + (there ? (int64_t(tile) * a.n + row) * WORDS + piece : 0) * 16, there);
     }
   }
   template <class T>
@@ -256,12 +255,11 @@ __global__ void __launch_bounds__(T::THREADS) gemm(const __grid_constant__ Argum
   const uint32_t shared = shared_memory();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int row = warp % T::WARPS_N * (16 * T::I), token = warp / T::WARPS_N * (8 * T::J);
-  const uint64_t policy = cache_policy(a.tiles_m == 1), usual = cache_policy(false);
   const auto copy_weights = [&](int stage, const Cursor& at) {
-    W::template copy<T>(shared + stage * BYTES + T::X, a, at.work.n * T::ROWS, at.step, policy);
+    W::template copy<T>(shared + stage * BYTES + T::X, a, at.work.n * T::ROWS, at.step);
   };
   const auto copy_tokens = [&](int stage, const Cursor& at) {
-    copy_rows<T::TOKENS, T::THREADS>(shared + stage * BYTES, a.x, at.work.m * T::TOKENS, a.m, a, at.step, usual);
+    copy_rows<T::TOKENS, T::THREADS>(shared + stage * BYTES, a.x, at.work.m * T::TOKENS, a.m, a, at.step);
   };
   StreamK schedule(a.tiles_n, a.tiles_m, a.steps, a.raster, a.whole, blockIdx.x, gridDim.x);
   Cursor ahead(schedule);

@@ -1,4 +1,4 @@
-// Rows of activations become int8: codes, a scale each, and the sum of its codes; not yet run on a GPU.
+// Rows of activations become int8: codes, a scale each, and the sum of its codes.
 //
 // As qkernels/kernels/triton/jit/int8.py has it: the scale is the largest magnitude / 127, codes are to the nearest, ties to even, and the
 // product that is rounded is exact. A row that is not finite gets the scale NaN, and codes 0; one of at most 2^-118 counts as zeros: its scale

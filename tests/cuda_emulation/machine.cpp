@@ -88,17 +88,17 @@ void begin_copy(uint32_t to, uint32_t bytes, uint32_t barrier, std::function<voi
   current->block->copies.push_back({to, bytes, barrier, std::move(arrive)});
 }
 
-void begin_piece(uint32_t to, const void* from) {
-  std::memset(shared(to, 16), GARBAGE, 16);
-  current->pieces.push_back({to, from, current->piece_groups});
+void begin_piece(uint32_t to, const void* from, uint32_t bytes) {
+  std::memset(shared(to, bytes), GARBAGE, bytes);
+  current->pieces.push_back({to, bytes, from, current->piece_groups});
 }
 
 namespace {
 
 void land(Block& block, const Piece& p) {
   uint8_t* to = &block.shared[p.to - BASE];
-  if (p.from) std::memcpy(to, p.from, 16);
-  else std::memset(to, 0, 16);
+  if (p.from) std::memcpy(to, p.from, p.bytes);
+  else std::memset(to, 0, p.bytes);
 }
 
 // Some piece of some lane may arrive at any time after its commit.

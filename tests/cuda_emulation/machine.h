@@ -48,9 +48,9 @@ struct Block {
   bool any = false;  // whether some thread has given true: __syncthreads_or
 };
 
-// 16 bytes that one thread has copied to shared memory, in groups of its own; from: or null, and they are zeros.
+// Bytes that one thread has copied to shared memory, in groups of its own; from: or null, and they are zeros.
 struct Piece {
-  uint32_t to;
+  uint32_t to, bytes;
   const void* from;
   int group;
 };
@@ -144,7 +144,7 @@ const Barrier& barrier(uint32_t at);
 void arrive_at(uint32_t barrier, int bytes);
 void begin_copy(uint32_t to, uint32_t bytes, uint32_t barrier, std::function<void(uint8_t*)> arrive);
 
-void begin_piece(uint32_t to, const void* from);
+void begin_piece(uint32_t to, const void* from, uint32_t bytes);
 void finish_pieces(int pending);  // those of the groups that this thread began first, all but so many
 
 void begin_product(Product p);

@@ -1,5 +1,5 @@
 """Codes of 4 bits against int8 activations, from Turing on, without Triton: csrc/cuda/s8_mma.cu and, up to eight rows, s8_gemv.cu
-over the layout of triton/s8_w4_gemm.py. Not yet run on a GPU.
+over the layout of triton/s8_w4_gemm.py. As it is, not yet run on a GPU.
 
 A launch gives every row of x codes and a scale (s8_quantize.cu), a second one multiplies: weights become int8 in registers, on their way
 to the tensor core, or to dp4a. With one scale for a row sums are int32 to the end: neither the other rows of x nor how K is cut

@@ -1,5 +1,5 @@
 """Codes of 8 bits with one scale a row against int8 activations, from Turing on, without Triton: csrc/cuda/s8_mma.cu and, up to
-eight rows, s8_gemv.cu over the layout of triton/s8_gemm.py. Not yet run on a GPU.
+eight rows, s8_gemv.cu over the layout of triton/s8_gemm.py. As it is, not yet run on a GPU.
 
 A launch gives every row of x codes and a scale (s8_quantize.cu), a second one multiplies; both operands come through shared memory in
 stages. A grid of the blocks that fit on the GPU works through the tiles; what does not come out even is cut along K. Sums are int32:

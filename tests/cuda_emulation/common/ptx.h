@@ -29,11 +29,14 @@ inline void store_shared_u32(uint32_t at, uint32_t value) { std::memcpy(emulated
 inline void store_shared_f32(uint32_t at, float value) { std::memcpy(emulated::shared(at, 4), &value, 4); }
 inline void sync_warps(int barrier, int threads) { emulated::meet(barrier, threads); }
 
+inline void copy_async_word(uint32_t to, const uint32_t* from) {
+  if (reinterpret_cast<uintptr_t>(from) % 4) emulated::fail("a copy of 4 bytes begins at a multiple of 4");
+  emulated::begin_piece(to, from, 4);
+}
 inline void copy_async(uint32_t to, const void* from, bool there) {
   if (there && reinterpret_cast<uintptr_t>(from) % 16) emulated::fail("a copy of 16 bytes begins at a multiple of 16");
-  emulated::begin_piece(to, there ? from : nullptr);
+  emulated::begin_piece(to, there ? from : nullptr, 16);
 }
-inline void copy_async(uint32_t to, const void* from, bool there, uint64_t) { copy_async(to, from, there); }
 inline void copy_async_commit() { ++emulated::current->piece_groups; }
 template <int PENDING>
 void copy_async_wait() {
