@@ -28,10 +28,24 @@ __host__ __device__ inline float number_of(uint32_t raw, Kind kind) {
   return (byte & 0x7f) == 0x7f ? float_of(0x7fc00000) : value;
 }
 
-// Bits of number i, the lowest of what it returns: of the aligned word that has them, lest there be a load for every size.
-__host__ __device__ inline uint32_t raw_at(const void* p, int64_t i, Kind kind) {
+// Where number i is: the aligned word that has it, lest there be a load for every size, and how far up there.
+struct Place {
+  const uint32_t* word;
+  uint32_t shift;
+};
+__host__ __device__ inline Place place_of(const void* p, int64_t i, Kind kind) {
   const uintptr_t at = reinterpret_cast<uintptr_t>(p) + i * bytes_of(kind);
-  return load_word(reinterpret_cast<const uint32_t*>(at & ~uintptr_t(3))) >> (at & 3) * 8;
+  return {reinterpret_cast<const uint32_t*>(at & ~uintptr_t(3)), uint32_t(at & 3) * 8};
+}
+
+// Its bits, the lowest of `bits()`: the shift would wait for the load, so it is for whoever wants them.
+struct Raw {
+  uint32_t word = 0, shift = 0;
+  __host__ __device__ uint32_t bits() const { return word >> shift; }
+};
+__host__ __device__ inline Raw raw_at(const void* p, int64_t i, Kind kind) {
+  const Place place = place_of(p, i, kind);
+  return {load_word(place.word), place.shift};
 }
 
 // f(kind), of which the compiler then knows the value: those of scales.
@@ -47,7 +61,7 @@ __device__ void of_kind(Kind kind, F f) {
   }
 }
 
-__host__ __device__ inline float number(const void* p, int64_t i, Kind kind) { return number_of(raw_at(p, i, kind), kind); }
+__host__ __device__ inline float number(const void* p, int64_t i, Kind kind) { return number_of(raw_at(p, i, kind).bits(), kind); }
 
 // -- two numbers of 16 bits in a register --------------------------------------------------------------------------------------------------
 

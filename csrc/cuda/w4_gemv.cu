@@ -5,16 +5,17 @@
 // products; what columns beyond the last row of x give is left. Scales are applied to the sums of their columns, a float zero point to the
 // sum of x there, for which there is one more product, with ones.
 //
-// A block has 32 rows of the weight and a run of K. Its warps take the run's tiles in turns, 16 bytes of four rows a lane: the words of two
-// tiles are on their way before anything else is done, and of one while another is multiplied. Rows of x and scales wait in shared memory.
-// Sums of warps are added in their order, and those of blocks by the last one to come, in theirs: how K is cut depends on the weight's
-// shape and the GPU alone, so that a row's result is the same whatever other rows there are.
+// A block has a run of K and, one after the other, every so many 32 rows of the weight. Its warps take the run's tiles in turns, 16 bytes of
+// four rows a lane: the words of two or three tiles are on their way before anything else is done, and of one, of these rows or the next,
+// while another is multiplied. Rows of x wait in shared memory for all of it; scales of the next rows are copied there while these are multiplied. Sums of
+// warps are added in their order, and those of blocks by the last one to come, in theirs: how K is cut depends on the weight's shape and
+// the GPU alone, so that a row's result is the same whatever other rows there are.
 //
 // In the gated form there are two weights, of which a block has 16 rows each: rows 16 and up of the block are the second's. Their sums are
 // next to each other in the end, and the result is silu(first) · second, rounded once.
 //
-// An H200's memory brings 36 weights of 4 bits in a clock of one processor: 3.6 instructions of a lane for each. Here they are 1.9, of
-// floats 2.7 and of codebooks 3.5, where a scale serves a tile (benchmarks/results/static/cuda.md); unpacking alone takes 1.4, 2.1 and 2.9.
+// An H200's memory brings 36 weights of 4 bits in a clock of one processor: 3.6 instructions of a lane for each. Here they are 2.1, of
+// floats 2.8 and of codebooks 3.5, where a scale serves a tile (benchmarks/results/static/cuda.md); unpacking alone takes 1.4, 2.1 and 2.9.
 //
 // Source: weights as the left operand: Machete and humming; the last block adds up: the threadFenceReduction sample. Written from scratch.
 
@@ -31,10 +32,10 @@ constexpr int WARPS = 8, THREADS = 32 * WARPS;
 constexpr int ROWS = 32;  // of the weight, in a block
 constexpr int TOKENS = 8;  // rows of x
 constexpr int ROW_BYTES = 64;  // of the weight, in a tile
-constexpr int DEPTH = 2;  // tiles of a warp that are on their way
 constexpr int NUMBERS = 4 * ROWS;  // bytes of a number of every row
 constexpr int APART = ROWS + 4;  // sums of two tokens lie so far apart: in other banks of shared memory
 constexpr int WARP_SUMS = 4 * TOKENS * APART;  // bytes
+constexpr int RESERVED = 1024;  // bytes of shared memory that the driver takes for every block
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 constexpr bool TURING = true;
@@ -57,7 +58,8 @@ struct Arguments {
   float* parts;  // [blocks of K, M, rows], or null where K is whole
   int* counters;  // of every 32 rows: blocks that came; 0 before and after
   int64_t stride;  // of x
-  int m, n, k, tiles, run, blocks_n, blocks_k;  // run: tiles of a block
+  int m, n, k, tiles, run, blocks_k;  // run: tiles of a block
+  int blocks_n, at_once;  // blocks of rows; those that are worked on at a time, by a block each
   int rows;  // of both weights
   int64_t half;  // bytes of weights from row 0 of a block to row 16
   int rows_of_scales, per_tile, rows_per_scale;
@@ -73,75 +75,81 @@ struct Arguments {
   __device__ int row(int block, int r) const { return gated ? block * (ROWS / 2) + r % (ROWS / 2) : block * ROWS + r; }
 };
 
-// Where a block has what, in shared memory.
+// Where a block has what, in shared memory: of scales and zero points two sets, for these rows and the next.
 struct Room {
-  uint32_t x, row_bytes, scales, zeros, bytes;
+  uint32_t x, row_bytes, numbers, set_bytes, sums, bytes;
 
   // parts: scales of a tile, as they are stored here
   __host__ __device__ Room(const Arguments& a, int columns, int parts, uint32_t base) {
     x = base, row_bytes = a.run * columns * 2 + 16;  // rows begin in different banks
-    scales = x + a.m * row_bytes, zeros = scales + a.run * parts * NUMBERS;
-    bytes = max(zeros + (a.of[0].zeros ? a.run * parts * NUMBERS : 0) - base, uint32_t(WARPS * WARP_SUMS));
+    numbers = x + a.m * row_bytes, set_bytes = a.run * parts * NUMBERS * (a.of[0].zeros ? 2 : 1);
+    sums = numbers + (a.at_once < a.blocks_n ? 2 : 1) * set_bytes;
+    bytes = sums + WARPS * WARP_SUMS - base;
   }
 };
 
-// Scales and zero points of the block, on their way to where its warps take them: of a tile, a part of it and g those of rows g, g + 8,
-// g + 16 and g + 24. Integer zero points lie there as Codes wants them, others times the scale. A lane loads some numbers of one row, all
-// at once, and stores them later: it waits for memory once.
+// Scales and zero points of a block of rows, on their way to where its warps take them: of a tile, a part of it and g those of rows g,
+// g + 8, g + 16 and g + 24. The words that have them are copied there, and become floats in their place, by the same thread. Integer zero
+// points lie there as Codes wants them, others times the scale.
 template <class Codes, int PARTS, bool FLOAT_ZERO>
 struct Numbers {
-  static constexpr int BATCH = PARTS == 1 ? 4 : 8;  // of a lane; every warp has one part, of every so many tiles
-  static constexpr int STEP = BATCH * WARPS;
   static_assert(WARPS % PARTS == 0);
-  uint32_t scales[BATCH], zeros[BATCH];
+  const Arguments& a;
+  const int block, begin, parts;  // of rows; of the run: its first tile, and parts of all its tiles
+  const uint32_t scales, zeros;  // where they go
 
-  // Of the block's parts from `first` on; where there are no more, of the last one again, so that nothing stands between the loads.
-  __device__ void load(const Arguments& a, int block, int begin, int parts, int first) {
+  // f(where a number of this lane goes, past the first; the weight's place for it), for all of them.
+  template <class F>
+  __device__ void each(F f) const {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const uint32_t every = a.rows_of_scales * a.per_tile;
-    const void *const of_scales = a.weight(lane).scales, *const of_zeros = a.weight(lane).zeros;
-    const uint32_t last = min(a.row(block, lane), a.n - 1), row_of_scales = a.rows_per_scale == 1 ? last : last / a.rows_per_scale;
-    const uint32_t own = row_of_scales * a.per_tile + warp % PARTS * a.per_tile / PARTS;
-#pragma unroll
-    for (int b = 0; b < BATCH; ++b) {
-      const uint32_t tile = begin + min(first + b * WARPS + warp, parts - 1) / PARTS;
-      const uint64_t at = (tile * a.runs_of_tile >> 32) * every + own;
-      scales[b] = raw_at(of_scales, at, a.scale_kind);
-      if (a.zeros()) zeros[b] = raw_at(of_zeros, at, FLOAT_ZERO ? a.scale_kind : Kind::u8);
+    const uint32_t last = min(a.row(block, lane), a.n - 1), row = a.rows_per_scale == 1 ? last : last / a.rows_per_scale;
+    const uint32_t own = row * a.per_tile + warp % PARTS * a.per_tile / PARTS;
+#pragma unroll 1
+    for (int part = warp; part < parts; part += WARPS) {  // every warp has one part, of every so many tiles
+      f(part * NUMBERS + lane % 8 * 16 + lane / 8 * 4, ((begin + part / PARTS) * a.runs_of_tile >> 32) * every + own);
     }
   }
-  __device__ void store(const Arguments& a, const Room& room, int parts, int first) const {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, to = (first + warp) * NUMBERS + lane % 8 * 16 + lane / 8 * 4;
-    const int count = (parts - first - warp + WARPS - 1) / WARPS;  // of this lane
-    of_kind(a.scale_kind, [&](auto kind) {
-#pragma unroll
-      for (int b = 0; b < BATCH; ++b) {
-        if (b >= count) break;
-        const float scale = number_of(scales[b], kind);
-        store_shared_f32(room.scales + to + b * WARPS * NUMBERS, scale);
-        if constexpr (FLOAT_ZERO) store_shared_f32(room.zeros + to + b * WARPS * NUMBERS, scale * number_of(zeros[b], kind));
-      }
+  __device__ Place scale_at(int64_t i) const { return place_of(a.weight(threadIdx.x % 32).scales, i, a.scale_kind); }
+  __device__ Place zero_at(int64_t i) const { return place_of(a.weight(threadIdx.x % 32).zeros, i, FLOAT_ZERO ? a.scale_kind : Kind::u8); }
+
+  __device__ void copy() const {
+    each([&](uint32_t to, int64_t i) {
+      copy_async_word(scales + to, scale_at(i).word);
+      if (a.zeros()) copy_async_word(zeros + to, zero_at(i).word);
     });
-    if constexpr (!FLOAT_ZERO) {
-      if (!a.zeros()) return;
-#pragma unroll
-      for (int b = 0; b < BATCH; ++b) {
-        if (b < count) store_shared_f32(room.zeros + to + b * WARPS * NUMBERS, __uint_as_float(Codes::zero(zeros[b] & 0xff)));
-      }
-    }
+    copy_async_commit();
+  }
+  // After the copies have arrived.
+  __device__ void convert() const {
+    of_kind(a.scale_kind, [&](auto kind) {
+      each([&](uint32_t to, int64_t i) {
+        uint32_t word[1];
+        load_shared(word, scales + to);
+        const float scale = number_of(word[0] >> scale_at(i).shift, kind);
+        store_shared_f32(scales + to, scale);
+        if (!FLOAT_ZERO && !a.zeros()) return;
+        load_shared(word, zeros + to);
+        const uint32_t zero = word[0] >> zero_at(i).shift;
+        store_shared_f32(zeros + to, FLOAT_ZERO ? scale * number_of(zero, kind) : __uint_as_float(Codes::zero(zero & 0xff)));
+      });
+    });
   }
 };
 
 // Begins to copy the run's columns of x, and zeros beyond the last one.
 __device__ inline void copy_x(const Arguments& a, const Room& room, int begin, int columns) {
+#pragma unroll 1
   for (int i = 8 * threadIdx.x; i < columns; i += 8 * THREADS) {
     const uint16_t* from = a.x + begin + i;
     uint32_t to = room.x + 2 * i;
     const int there = a.k - begin - i;
     if (a.aligned && (there >= 8 || there <= 0)) {
+#pragma unroll 1
       for (int token = 0; token < a.m; ++token, from += a.stride, to += room.row_bytes) copy_async(to, from, there > 0);
       continue;
     }
+#pragma unroll 1
     for (int token = 0; token < a.m; ++token, from += a.stride, to += room.row_bytes) {
       uint32_t pairs[4];
 #pragma unroll
@@ -152,20 +160,19 @@ __device__ inline void copy_x(const Arguments& a, const Room& room, int begin, i
   copy_async_commit();
 }
 
-// The lane's 16 bytes of rows g, g + 8, g + 16 and g + 24, as far as there are rows: in all blocks but the last, without a look. half: from
-// row 0 to row 16.
+// The lane's 16 bytes of rows g, g + 8, g + 16 and g + 24 of a block of `rows`: in all but the last, without a look. half: from row 0 to row 16.
 __device__ inline void load_words(uint32_t (&words)[4][4], const uint8_t* from, int64_t half, int rows) {
   const auto load = [&](int i) {
     const uint4 v = load_once(from + (i / 2) * half + i % 2 * 8 * ROW_BYTES);
     words[i][0] = v.x, words[i][1] = v.y, words[i][2] = v.z, words[i][3] = v.w;
   };
-  if (rows > 24) {
+  if (rows >= ROWS) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) load(i);
   } else {
 #pragma unroll
-    for (int i = 0; i < 3; ++i) {
-      if (8 * i < rows) load(i);
+    for (int i = 0; i < 4; ++i) {
+      if (int(threadIdx.x % 32 / 4) + 8 * i < rows) load(i);
     }
   }
 }
@@ -183,7 +190,8 @@ struct Gemv {
   static constexpr bool CODEBOOK = std::is_same_v<Codes, Table<T>>, FLOATS = std::is_same_v<Codes, Table<T, true>>;
   static constexpr bool LIGHT = !CODEBOOK && !FLOATS && !FLOAT_ZERO, FULL = std::is_same_v<T, bf16> && Codes::COLUMNS == 128 && FLOAT_ZERO;
   static constexpr bool HEAVY = !LIGHT && PARTS > 1 && (TURING || FULL || (PARTS == 8 && !FLOATS));
-  static constexpr int RESIDENT = HEAVY ? 1 : LIGHT && PARTS == 1 ? 3 : 2;  // blocks of a processor: no registers of the loop are spilled
+  // Blocks of a processor, and tiles of a warp that are on their way: no registers of the loop are spilled.
+  static constexpr int RESIDENT = HEAVY ? 1 : 2, DEPTH = LIGHT && PARTS == 1 ? 3 : 2;
 
   // sums [2][4] += the products of a tile: of rows g, g + 8 and g + 16, g + 24, each for tokens 2 c and 2 c + 1.
   // x, scales, zeros: the tile's, for this lane; zero_of: of the four rows, what `zeros` changes.
@@ -230,15 +238,19 @@ struct Gemv {
   }
 };
 
-// Leaves the warps' sums where all can read them, and adds up those of row `lane` of the block and of one token a warp.
-__device__ inline float sum_of_warps(const float (&sums)[2][4], uint32_t base, int tokens) {
+// Leaves the warps' sums where all can read them.
+__device__ inline void leave(const float (&sums)[2][4], uint32_t base) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     const int r = 8 * (i / 2) + lane / 4, token = lane % 4 * 2 + i % 2;
     store_shared_f32(base + warp * WARP_SUMS + 4 * (token * APART + r), sums[i / 4][i % 4]);
   }
-  __syncthreads();
+}
+
+// Adds up those of row `lane` of a block of rows, and of one token a warp.
+__device__ inline float sum_of_warps(uint32_t base, int tokens) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   float sum = 0;
   if (warp >= tokens) return sum;
 #pragma unroll
@@ -256,56 +268,10 @@ __device__ inline bool sum_of_blocks(float& sum, const Arguments& a, int block_n
   return true;
 }
 
-template <class T, class Codes, int PARTS, bool FLOAT_ZERO>
-__device__ void run(const Arguments& a) {
-  using G = Gemv<T, Codes, PARTS, FLOAT_ZERO>;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int block_n = blockIdx.x % a.blocks_n, block_k = blockIdx.x / a.blocks_n;
-  const int begin = block_k * a.run, count = min(a.run, a.tiles - begin);
-  const Room room(a, Codes::COLUMNS, PARTS, shared_memory());
-
-  uint32_t words[DEPTH][4][4] = {};
-  const int rows = a.rows - block_n * ROWS - lane / 4;
-  const uint8_t* from = a.of[0].codes + (int64_t(begin + warp) * a.n + a.row(block_n, 0)) * ROW_BYTES + lane * 16;
-  const int64_t turn = int64_t(WARPS) * a.n * ROW_BYTES;
-#pragma unroll
-  for (int d = 0; d < DEPTH; ++d, from += turn) {
-    if (warp + d * WARPS < count) load_words(words[d], from, a.half, rows);
-  }
-  let_next_begin();
-  Numbers<Codes, PARTS, FLOAT_ZERO> numbers;
-  numbers.load(a, block_n, begin, count * PARTS, 0);
-  const Codes codes(a.table);
-  wait_for_previous();
-  copy_x(a, room, begin * Codes::COLUMNS, count * Codes::COLUMNS);
-  numbers.store(a, room, count * PARTS, 0);
-  for (int first = numbers.STEP; first < count * PARTS; first += numbers.STEP) {
-    numbers.load(a, block_n, begin, count * PARTS, first);
-    numbers.store(a, room, count * PARTS, first);
-  }
-  copy_async_wait<0>();
-  __syncthreads();
-
-  float sums[2][4] = {};
-  uint32_t zero_of[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) zero_of[i] = Codes::zero(a.zero);
-  uint32_t x = room.x + min(lane % 8, a.m - 1) * room.row_bytes + lane / 8 * 16 + warp * Codes::COLUMNS * 2;
-  uint32_t scales = room.scales + warp * PARTS * NUMBERS + lane / 4 * 16;
-  const uint32_t zeros_beyond = room.zeros - room.scales;
-#pragma unroll 1
-  for (int left = count - warp; left > 0;) {
-#pragma unroll
-    for (int d = 0; d < DEPTH && left > 0; ++d) {
-      G::add_tile(sums, codes, words[d], zero_of, x, scales, scales + zeros_beyond, a.zeros());
-      if (left > DEPTH * WARPS) load_words(words[d], from, a.half, rows);
-      left -= WARPS, from += turn, x += WARPS * Codes::COLUMNS * 2, scales += WARPS * PARTS * NUMBERS;
-    }
-  }
-
-  __syncthreads();
-  float sum = sum_of_warps(sums, room.x, a.m);
-  const int place = block_n * ROWS + lane, n = a.row(block_n, lane), token = warp;
+// The result of row `lane` of a block of rows and of token `warp`, from the sum over this block's columns.
+template <class T>
+__device__ void finish(const Arguments& a, float sum, int block_n, int block_k) {
+  const int token = threadIdx.x / 32, lane = threadIdx.x % 32, place = block_n * ROWS + lane, n = a.row(block_n, lane);
   const bool inside = place < a.rows && token < a.m;
   if (a.parts && !sum_of_blocks(sum, a, block_n, block_k, int64_t(token) * a.rows + place, inside)) return;
   const Weight& of = a.weight(lane);
@@ -316,6 +282,67 @@ __device__ void run(const Arguments& a) {
 }
 
 template <class T, class Codes, int PARTS, bool FLOAT_ZERO>
+__device__ void run(const Arguments& a) {
+  using G = Gemv<T, Codes, PARTS, FLOAT_ZERO>;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  int block_n = blockIdx.x % a.at_once;
+  const int block_k = blockIdx.x / a.at_once, begin = block_k * a.run, count = min(a.run, a.tiles - begin);
+  const int own = (count - warp + WARPS - 1) / WARPS;  // tiles of this warp
+  const Room room(a, Codes::COLUMNS, PARTS, shared_memory());
+  const auto words_of = [&](int block) { return a.of[0].codes + (int64_t(begin + warp) * a.n + a.row(block, 0)) * ROW_BYTES + lane * 16; };
+  const auto rows_of = [&](int block) { return a.rows - block * ROWS; };
+  const uint32_t zeros_beyond = count * PARTS * NUMBERS;
+  const auto numbers_of = [&](int block, uint32_t at) {
+    return Numbers<Codes, PARTS, FLOAT_ZERO>{a, block, begin, count * PARTS, at, at + zeros_beyond};
+  };
+
+  constexpr int DEPTH = G::DEPTH;
+  uint32_t words[DEPTH][4][4] = {};
+  const int64_t turn = int64_t(WARPS) * a.n * ROW_BYTES;
+#pragma unroll
+  for (int d = 0; d < DEPTH; ++d) {
+    if (d < own) load_words(words[d], words_of(block_n) + d * turn, a.half, rows_of(block_n));
+  }
+  let_next_begin();
+  uint32_t set = room.numbers;
+  numbers_of(block_n, set).copy();
+  const Codes codes(a.table);
+  wait_for_previous();
+  copy_x(a, room, begin * Codes::COLUMNS, count * Codes::COLUMNS);
+  uint32_t zero_of[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) zero_of[i] = Codes::zero(a.zero);
+  for (;;) {
+    copy_async_wait<0>();
+    numbers_of(block_n, set).convert();
+    __syncthreads();  // x and numbers are there, and nobody reads the sums of the rows before
+    const int next = block_n + a.at_once;
+    const bool more = next < a.blocks_n;
+    const uint32_t next_set = 2 * room.numbers + room.set_bytes - set;
+    if (more) numbers_of(next, next_set).copy();
+    const uint8_t *from = words_of(block_n) + DEPTH * turn, *after = words_of(next);
+    float sums[2][4] = {};
+    uint32_t x = room.x + min(lane % 8, a.m - 1) * room.row_bytes + lane / 8 * 16 + warp * Codes::COLUMNS * 2;
+    uint32_t scales = set + warp * PARTS * NUMBERS + lane / 4 * 16;
+#pragma unroll 1
+    for (int left = own; left > 0; from += DEPTH * turn) {
+#pragma unroll
+      for (int d = 0; d < DEPTH && left > 0; ++d) {
+        G::add_tile(sums, codes, words[d], zero_of, x, scales, scales + zeros_beyond, a.zeros());
+        const bool here = left > DEPTH;  // the tile that comes into its place is of these rows
+        if (here || more) load_words(words[d], (here ? from : after) + d * turn, a.half, rows_of(here ? block_n : next));
+        --left, x += WARPS * Codes::COLUMNS * 2, scales += WARPS * PARTS * NUMBERS;
+      }
+    }
+    leave(sums, room.sums);
+    __syncthreads();
+    finish<T>(a, sum_of_warps(room.sums, a.m), block_n, block_k);
+    if (!more) return;
+    block_n = next, set = next_set;
+  }
+}
+
+template <class T, class Codes, int PARTS, bool FLOAT_ZERO>
 __global__ void __launch_bounds__(THREADS, Gemv<T, Codes, PARTS, FLOAT_ZERO>::RESIDENT) gemv(const __grid_constant__ Arguments a) {
   if constexpr (TURING && std::is_same_v<T, bf16>) __trap();  // it has no such products
   else run<T, Codes, PARTS, FLOAT_ZERO>(a);
@@ -323,19 +350,25 @@ __global__ void __launch_bounds__(THREADS, Gemv<T, Codes, PARTS, FLOAT_ZERO>::RE
 
 // -- the host's side ---------------------------------------------------------------------------------------------------------------------
 
-// shared: bytes that a block may have; early: the launch begins while the kernel before it ends.
+// processors: of the GPU; shared: bytes that a block may have; early: the launch begins while the kernel before it ends.
 struct How {
-  int64_t shared;
+  int64_t processors, shared;
   bool early;
   cudaStream_t stream;
 };
 
 template <class T, class Codes, int PARTS, bool FLOAT_ZERO>
-void launch(const Arguments& a, const How& how) {
+void launch(Arguments a, const How& how) {
   const auto kernel = gemv<T, Codes, PARTS, FLOAT_ZERO>;
+  const auto shared = [&] { return int64_t(Room(a, Codes::COLUMNS, PARTS, 0).bytes); };
+  // As many blocks as find room at once, and all with as many rows, if there are more.
+  const int64_t resident =
+      std::clamp<int64_t>((how.shared + RESERVED) / (shared() + RESERVED), 1, Gemv<T, Codes, PARTS, FLOAT_ZERO>::RESIDENT);
+  const int64_t room = how.processors * resident, turns = (int64_t(a.blocks_n) * a.blocks_k + room - 1) / room;
+  a.at_once = int((a.blocks_n + turns - 1) / turns);
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(unsigned(a.blocks_n * a.blocks_k)), config.blockDim = dim3(THREADS);
-  config.dynamicSmemBytes = Room(a, Codes::COLUMNS, PARTS, 0).bytes;
+  config.gridDim = dim3(unsigned(a.at_once * a.blocks_k)), config.blockDim = dim3(THREADS);
+  config.dynamicSmemBytes = shared();
   config.stream = how.stream;
   STD_TORCH_CHECK(int64_t(config.dynamicSmemBytes) <= how.shared, "w4_gemv: runs of ", a.run, " tiles want ", config.dynamicSmemBytes,
                   " bytes of shared memory; a block may have ", how.shared);
@@ -405,9 +438,9 @@ void multiply(const Tensor& x, const Layer& layer, const Layer* up, const std::o
   if (up) {
     STD_TORCH_CHECK(n % (ROWS / 2) == 0, "w4_swiglu: N = ", n, " is no multiple of ", ROWS / 2);
     const auto like = [](const std::optional<Tensor>& a, const std::optional<Tensor>& b) { return a.has_value() == b.has_value(); };
-    const bool same = up->scales.size(0) == scales.size(0) && up->scales.size(1) == scales.size(1) && up->scales.size(2) == scales.size(2) &&
-                      up->scales.scalar_type() == scales.scalar_type() && like(up->zeros, layer.zeros) &&
-                      (!up->zeros || up->zeros->scalar_type() == layer.zeros->scalar_type());
+    const bool same = up->scales.size(0) == scales.size(0) && up->scales.size(1) == scales.size(1) &&
+                      up->scales.size(2) == scales.size(2) && up->scales.scalar_type() == scales.scalar_type() &&
+                      like(up->zeros, layer.zeros) && (!up->zeros || up->zeros->scalar_type() == layer.zeros->scalar_type());
     STD_TORCH_CHECK(same, "w4_swiglu: both weights have scales and zero points of one type and shape");
     STD_TORCH_CHECK(!layer.bias || !up->bias || layer.bias->scalar_type() == up->bias->scalar_type(), "w4_swiglu: biases are of one type");
   }
@@ -434,9 +467,10 @@ void multiply(const Tensor& x, const Layer& layer, const Layer* up, const std::o
 void w4_gemv(Tensor x, Tensor weight, Tensor scales, std::optional<Tensor> zeros, std::optional<Tensor> tensor_scale,
              std::optional<Tensor> table, std::optional<Tensor> bias, Tensor out, std::optional<Tensor> parts,
              std::optional<Tensor> counters, int64_t bits, bool mirrored, int64_t scale_kind, int64_t zero, int64_t rows_per_scale,
-             int64_t tiles_per_scale, int64_t run, int64_t shared, bool early, int64_t stream) {
+             int64_t tiles_per_scale, int64_t run, int64_t processors, int64_t shared, bool early, int64_t stream) {
   multiply(x, {weight, scales, zeros, tensor_scale, bias}, nullptr, table, out, parts, counters,
-           {bits, mirrored, scale_kind, zero, rows_per_scale, tiles_per_scale, run}, {shared, early, reinterpret_cast<cudaStream_t>(stream)});
+           {bits, mirrored, scale_kind, zero, rows_per_scale, tiles_per_scale, run},
+           {processors, shared, early, reinterpret_cast<cudaStream_t>(stream)});
 }
 
 // out [M, N] = silu(x · Ĝᵀ + bias) · (x · Ûᵀ + bias), of two weights of one format; parts [blocks of K, M, 2 N], and twice as many counters.
@@ -444,10 +478,12 @@ void w4_swiglu(Tensor x, Tensor gate, Tensor gate_scales, std::optional<Tensor> 
                std::optional<Tensor> gate_bias, Tensor up, Tensor up_scales, std::optional<Tensor> up_zeros,
                std::optional<Tensor> up_tensor_scale, std::optional<Tensor> up_bias, std::optional<Tensor> table, Tensor out,
                std::optional<Tensor> parts, std::optional<Tensor> counters, int64_t bits, bool mirrored, int64_t scale_kind, int64_t zero,
-               int64_t rows_per_scale, int64_t tiles_per_scale, int64_t run, int64_t shared, bool early, int64_t stream) {
+               int64_t rows_per_scale, int64_t tiles_per_scale, int64_t run, int64_t processors, int64_t shared, bool early,
+               int64_t stream) {
   const Layer second{up, up_scales, up_zeros, up_tensor_scale, up_bias};
   multiply(x, {gate, gate_scales, gate_zeros, gate_tensor_scale, gate_bias}, &second, table, out, parts, counters,
-           {bits, mirrored, scale_kind, zero, rows_per_scale, tiles_per_scale, run}, {shared, early, reinterpret_cast<cudaStream_t>(stream)});
+           {bits, mirrored, scale_kind, zero, rows_per_scale, tiles_per_scale, run},
+           {processors, shared, early, reinterpret_cast<cudaStream_t>(stream)});
 }
 
 }  // namespace
@@ -457,12 +493,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(qkernels, m) {
   m.def(
       "w4_gemv(Tensor x, Tensor weight, Tensor scales, Tensor? zeros, Tensor? tensor_scale, Tensor? table, Tensor? bias, Tensor(a!) out,"
       " Tensor(b!)? parts, Tensor(c!)? counters, int bits, bool mirrored, int scale_kind, int zero, int rows_per_scale,"
-      " int tiles_per_scale, int run, int shared, bool early, int stream) -> ()");
+      " int tiles_per_scale, int run, int processors, int shared, bool early, int stream) -> ()");
   m.def(
       "w4_swiglu(Tensor x, Tensor gate, Tensor gate_scales, Tensor? gate_zeros, Tensor? gate_tensor_scale, Tensor? gate_bias, Tensor up,"
       " Tensor up_scales, Tensor? up_zeros, Tensor? up_tensor_scale, Tensor? up_bias, Tensor? table, Tensor(a!) out, Tensor(b!)? parts,"
       " Tensor(c!)? counters, int bits, bool mirrored, int scale_kind, int zero, int rows_per_scale, int tiles_per_scale, int run,"
-      " int shared, bool early, int stream) -> ()");
+      " int processors, int shared, bool early, int stream) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(qkernels, CUDA, m) {
   m.impl("w4_gemv", TORCH_BOX(&qk::w4_gemv));

@@ -49,9 +49,9 @@ struct alignas(16) Numbers {
 };
 
 template <class T, class Codes>
-__device__ Numbers numbers_of(const Arguments& a, uint32_t raw_scale, uint32_t raw_zero) {
-  const float scale = number_of(raw_scale, a.scale_kind);
-  const float zero = a.zeros ? number_of(raw_zero, a.zero_kind) : float(a.zero);
+__device__ Numbers numbers_of(const Arguments& a, Raw raw_scale, Raw raw_zero) {
+  const float scale = number_of(raw_scale.bits(), a.scale_kind);
+  const float zero = a.zeros ? number_of(raw_zero.bits(), a.zero_kind) : float(a.zero);
   const float near = fminf(fmaxf(rintf(zero), 0.0f), 128 / Codes::COLUMNS == 1 ? 15.0f : 255.0f);
   const uint32_t pair = Pair<T>::of(scale, scale);
   const float rest = scale - Pair<T>::floats(pair).x, shift = (near - zero) * scale;
@@ -117,20 +117,22 @@ struct Tile {
     }
   }
 
-  struct Raw {
-    uint32_t scale = 0, zero = 0;
+  struct RawNumbers {
+    Raw scale, zero;
   };
   // Number i of a step, of row i >> shift.
-  __device__ Raw load_numbers(int step, int i) const {
+  __device__ RawNumbers load_numbers(int step, int i) const {
     const int n = min(first_row + (i >> a.shift), a.n - 1), run = a.steps_per_run == 1 ? step : step / a.steps_per_run;
     const int row = a.rows_per_scale == 1 ? n : n / a.rows_per_scale;
     const int64_t at = ((int64_t(run) * a.rows_of_scales + row) << a.shift) + (i & ((1 << a.shift) - 1));
-    return {raw_at(a.scales, at, a.scale_kind), a.zeros ? raw_at(a.zeros, at, a.zero_kind) : 0};
+    return {raw_at(a.scales, at, a.scale_kind), a.zeros ? raw_at(a.zeros, at, a.zero_kind) : Raw{}};
   }
-  __device__ Raw load_first(int step) const { return int(thread) < ROWS << a.shift ? load_numbers(step, int(thread)) : Raw{}; }
+  __device__ RawNumbers load_first(int step) const {
+    return int(thread) < ROWS << a.shift ? load_numbers(step, int(thread)) : RawNumbers{};
+  }
 
   // All of a step; this thread's first is there already.
-  __device__ void store_numbers(Raw raw, int step) const {
+  __device__ void store_numbers(RawNumbers raw, int step) const {
 #pragma unroll 1
     for (int i = int(thread); i < ROWS << a.shift;) {
       const Numbers n = numbers_of<T, Codes>(a, raw.scale, raw.zero);
@@ -195,7 +197,7 @@ struct Tile {
 #pragma unroll 1
     for (int step = work.begin; step < work.end; ++step) {
       uint32_t next[BLOCKS][2][4];
-      Raw raw;
+      RawNumbers raw;
       const int after = min(step + 1, work.end - 1);
 #pragma unroll
       for (int piece = 0; piece < PIECES; ++piece, ++stage) {
@@ -319,16 +321,17 @@ const T* pointer(const std::optional<Tensor>& t) {
 // [16], tensor_scale [1] float32. parts: room for a tile's sums of every block, not wanted where no tile is cut; flags: an int32 0 of each.
 void w4_mma(Tensor x, Tensor weight, Tensor scales, std::optional<Tensor> zeros, std::optional<Tensor> tensor_scale,
             std::optional<Tensor> table, std::optional<Tensor> bias, Tensor out, std::optional<Tensor> parts, Tensor flags, int64_t bits,
-            int64_t kind, int64_t zero, int64_t steps_per_run, int64_t rows_per_scale, int64_t tokens, int64_t blocks, int64_t raster, bool whole, bool alike,
-            bool early, int64_t stream) {
+            int64_t kind, int64_t zero, int64_t steps_per_run, int64_t rows_per_scale, int64_t tokens, int64_t blocks, int64_t raster,
+            bool whole, bool alike, bool early, int64_t stream) {
   const int64_t m = x.size(0), k = x.size(1), n = out.size(1), steps = weight.size(0), columns = bits == 4 ? 128 : 64,
                 groups = scales.size(2);
   STD_TORCH_CHECK(weight.is_contiguous() && weight.size(1) == n * 16 && k <= steps * columns && out.size(0) == m && out.is_contiguous(),
                   "w4_mma: weight [", steps, ", ", weight.size(1), "] does not fit x [", m, ", ", k, "] and out [", m, ", ", n, "]");
   STD_TORCH_CHECK(k % 8 == 0 && x.stride(1) == 1 && x.stride(0) % 8 == 0 && reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0,
                   "w4_mma: K = ", k, ", the stride of x, ", x.stride(0), ", and its address are wanted in pieces of 16 bytes");
-  STD_TORCH_CHECK(scales.size(1) == (n + rows_per_scale - 1) / rows_per_scale && (groups == 1 || groups == 2 || groups == 4 || (groups == 8 && bits == 4)), "w4_mma: scales [",
-                  scales.size(0), ", ", scales.size(1), ", ", groups, "] do not fit N = ", n);
+  STD_TORCH_CHECK(scales.size(1) == (n + rows_per_scale - 1) / rows_per_scale &&
+                      (groups == 1 || groups == 2 || groups == 4 || (groups == 8 && bits == 4)),
+                  "w4_mma: scales [", scales.size(0), ", ", scales.size(1), ", ", groups, "] do not fit N = ", n);
   Arguments a{};
   a.x = static_cast<const uint8_t*>(x.const_data_ptr()), a.x_bytes = x.stride(0) * 2;
   a.weight = static_cast<const uint8_t*>(weight.const_data_ptr()), a.scales = scales.const_data_ptr();
@@ -352,7 +355,8 @@ void w4_mma(Tensor x, Tensor weight, Tensor scales, std::optional<Tensor> zeros,
 STABLE_TORCH_LIBRARY_FRAGMENT(qkernels, m) {
   m.def(
       "w4_mma(Tensor x, Tensor weight, Tensor scales, Tensor? zeros, Tensor? tensor_scale, Tensor? table, Tensor? bias, Tensor(a!) out,"
-      " Tensor(b!)? parts, Tensor(c!) flags, int bits, int kind, int zero, int steps_per_run, int rows_per_scale, int tokens, int blocks, int raster, bool "
+      " Tensor(b!)? parts, Tensor(c!) flags, int bits, int kind, int zero, int steps_per_run, int rows_per_scale, int tokens, int blocks, "
+      "int raster, bool "
       "whole,"
       " bool alike, bool early, int stream) -> ()");
 }
