@@ -13,12 +13,15 @@ SIZES = {
 EXPERTS = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
 GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 4, "hidden_activation": "gelu_pytorch_tanh"}
 LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 10000.0, "beta_fast": 8.0}
 GEMMA3_ROPE = {
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 50000.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
 }
 CONFIGS = {
     "llama": lambda: transformers.LlamaConfig(**SIZES, head_dim=16, rope_parameters=LINEAR),
+    "qwen3": lambda: transformers.Qwen3Config(**SIZES, head_dim=16, rope_parameters=YARN | {"attention_factor": 1.3}),
+    "qwen3, the usual yarn": lambda: transformers.Qwen3Config(**SIZES, head_dim=16, rope_parameters=YARN | {"beta_fast": None}),
     "qwen2moe": lambda: transformers.Qwen2MoeConfig(**SIZES, **EXPERTS, shared_expert_intermediate_size=64, norm_topk_prob=False),
     "gemma2": lambda: transformers.Gemma2Config(**SIZES, **GEMMA, attn_logit_softcapping=20.0, final_logit_softcapping=10.0),
     "gemma3": lambda: transformers.Gemma3TextConfig(**SIZES | {"num_hidden_layers": 6}, **GEMMA, rope_parameters=GEMMA3_ROPE),

@@ -281,7 +281,7 @@ def test_frequencies_of_llama_3():
     torch.testing.assert_close(gguf_config.derived(config.to_dict()), {"rope_freqs.weight": plain / scaled})
     assert gguf_config.derived(CONFIG) == {}
     with pytest.raises(UnsupportedError, match=r"of such a model is not written"):
-        gguf_config.key_values(CONFIG | {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}})
+        gguf_config.key_values(CONFIG | {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}})
 
 
 def test_forms_of_integers():

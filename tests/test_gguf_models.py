@@ -111,7 +111,10 @@ def config_of(name, **changes):
         ("phi3", {"hidden_act": "relu"}, UnsupportedError, "hidden_act = 'relu'"),
         ("llama", {"rope_parameters": 5}, CheckpointError, "no JSON object"),
         ("llama", {"rope_parameters": {"rope_type": "linear", "factor": "4"}}, CheckpointError, "factor = '4'"),
-        ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, UnsupportedError, "rope_type 'yarn'"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}}, UnsupportedError, "rope_type 'dynamic'"),
+        ("llama", {"rope_parameters": gguf_models.YARN | {"truncate": False}}, UnsupportedError, "truncate = False"),
+        ("llama", {"rope_parameters": gguf_models.YARN | {"beta_slow": -1}}, CheckpointError, "beta_slow = -1"),
+        ("gemma3", {"rope_parameters": {"full_attention": gguf_models.YARN}}, UnsupportedError, "rope_type 'yarn'"),
     ],
 )  # fmt: skip
 def test_what_a_file_cannot_say(name, changes, error, message):

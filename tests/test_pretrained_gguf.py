@@ -1,6 +1,7 @@
 """from_pretrained of GGUF files: written by gguf-py, as llama.cpp's converters would; the same numbers in transformers are the judge."""
 
 import gc
+import math
 import re
 
 import numpy as np
@@ -167,6 +168,28 @@ def test_rope(tmp_path):
     path, _ = write(tmp_path / "b", "llama", [*scaling, ("add_uint32", "rope.scaling.original_context_length", 512)])
     rope = load(path).config.rope_parameters
     assert (rope["rope_type"], rope["factor"], rope["original_max_position_embeddings"]) == ("yarn", 4.0, 512)
+    assert not {"beta_fast", "beta_slow", "attention_factor"} & rope.keys()
+
+
+def test_yarn(tmp_path):
+    """What newer converters say of it."""
+
+    def written(folder, *more):
+        (tmp_path / folder).mkdir()
+        scaling = [("add_string", "rope.scaling.type", "yarn"), ("add_float32", "rope.scaling.factor", 4.0)]
+        keys = [("add_float32", f"rope.scaling.{key}", value) for key, value in more]
+        return write(tmp_path / folder, "llama", [*scaling, ("add_uint32", "rope.scaling.original_context_length", 512), *keys])[0]
+
+    usual = {"yarn_ext_factor": 1.0, "yarn_beta_slow": 1.0, "yarn_attn_factor": 1.0}
+    rope = load(written("a", *usual.items(), ("yarn_beta_fast", 64.0))).config.rope_parameters
+    assert rope["beta_fast"] == 64 and not {"beta_slow", "attention_factor"} & rope.keys()
+    rope = load(written("b", ("attn_factor", 0.5))).config.rope_parameters
+    assert rope["attention_factor"] == pytest.approx(0.5 * (0.1 * math.log(4) + 1))
+    for i, (key, value, message) in enumerate(
+        [("yarn_ext_factor", 0.5, "yarn_ext_factor is 0.5"), ("yarn_beta_fast", math.inf, "beta_fast = inf"), ("attn_factor", 0.0, "= 0.0")]
+    ):
+        with pytest.raises(qkernels.QKernelsError, match=message):
+            load(written(f"wrong {i}", (key, value)))
 
 
 @pytest.mark.parametrize("name", ["llama", "llama tied"])

@@ -17,7 +17,18 @@ from qkernels.errors import CheckpointError, UnsupportedError
 from qkernels.formats import QuantStack, QuantTensor
 from qkernels.integrations.transformers import described_by
 from qkernels.io import CheckpointInfo, gguf, gguf_file, gguf_model, gguf_names
-from qkernels.io.gguf_config import ATTENTION_SCALE, EXPERTS, GRANTED, LOCAL_THETA, MOST_CHANNELS, REQUIRED, SHARED_EXPERT, SOFTCAPS
+from qkernels.io.gguf_config import (
+    ATTENTION_SCALE,
+    EXPERTS,
+    GRANTED,
+    LOCAL_THETA,
+    MOST_CHANNELS,
+    REQUIRED,
+    SHARED_EXPERT,
+    SOFTCAPS,
+    YARN,
+    yarn_attention,
+)
 from qkernels.io.settings import Settings
 
 Value = QuantTensor | QuantStack | Tensor
@@ -132,12 +143,32 @@ def _rope(name: str, s: Settings, head_dim: int) -> dict[str, Any]:
         return rope | {"original_max_position_embeddings": original, "attention_factor": attention}
     if kind != "none" and factor != 1.0:
         rope |= {"rope_type": kind, "factor": factor}
-        if kind == "yarn":
-            rope["original_max_position_embeddings"] = original
+    if kind == "yarn":
+        rope |= _yarn(s, factor, original)
     if name == "gemma3":
         local = s.take("rope.freq_base_swa", of=float, default=LOCAL_THETA)
         return {"full_attention": rope, "sliding_attention": {"rope_type": "default", "rope_theta": local}}
     return rope
+
+
+def _yarn(s: Settings, factor: float, original: int | None) -> dict[str, Any]:
+    """Of the parameters of YaRN those that are no usual ones, and where positions begin to be divided."""
+    if (part := s.take("rope.scaling.yarn_ext_factor", of=float, default=1.0)) not in (1.0, -1.0):
+        raise UnsupportedError(f"{s.where}: rope.scaling.yarn_ext_factor is {part}; 1 is possible")
+    stated = {name: s.take(f"rope.scaling.yarn_{name}", of=float, default=usual) for name, usual in YARN.items()}
+    # one key is llama.cpp's of before, the other of today; it multiplies what YaRN has itself, which transformers' stands for
+    attention = s.take("rope.scaling.attn_factor", of=float, default=1.0) * s.take("rope.scaling.yarn_attn_factor", of=float, default=1.0)
+    if wrong := {name: value for name, value in {**stated, "attn_factor": attention}.items() if not 0 < value < 1e6}:
+        name, value = min(wrong.items())
+        raise CheckpointError(f"{s.where}: rope.scaling of YaRN has {name} = {value}; positive numbers below a million are possible")
+    if factor == 1.0:
+        return {}
+    found: dict[str, Any] = {name: value for name, value in stated.items() if value != YARN[name]}
+    if original is not None:
+        found["original_max_position_embeddings"] = original
+    if attention != 1.0:
+        found["attention_factor"] = attention * yarn_attention(factor)
+    return found
 
 
 def _longrope(info: CheckpointInfo, fields: dict[str, Any]) -> dict[str, Any]:

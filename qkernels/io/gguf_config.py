@@ -73,6 +73,7 @@ _LARGEST = 1e30
 MOST_CHANNELS = 1 << 16  # of a head; what is made for each has to be bounded
 _LONGROPE = ("longrope", "su", "yarn")  # as Phi-3 has called the same one after the other
 LOCAL_THETA = 10000.0  # of Gemma 3's layers with a window, where nothing says another
+YARN = {"beta_fast": 32.0, "beta_slow": 1.0}  # what transformers and llama.cpp take where nothing is said
 
 
 def key_values(config: Mapping[str, Any]) -> KeyValues:
@@ -158,11 +159,14 @@ def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _rope_keys(arch: str, config: Mapping[str, Any]) -> dict[str, Any]:
     rope, found = rope_parameters(config), dict[str, Any]()
-    known = ("default", *_LONGROPE) if arch == "phi3" else ("default", "linear", "llama3")
+    plain = ("default", "linear", "llama3")  # llama.cpp would turn Gemma's layers with a window by YaRN, too
+    known = ("default", *_LONGROPE) if arch == "phi3" else plain if arch in _LOCAL_LAYERS else (*plain, "yarn")
     if (kind := rope["rope_type"]) not in known:
         raise UnsupportedError(f"rope_type {kind!r}: a GGUF file of such a model is not written; {', '.join(known)} are")
     if kind == "linear":
         found |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(_number(rope, "factor"))}
+    if kind == "yarn":
+        found |= _yarn_keys(config, {name: value for name, value in rope.items() if value is not None})
     if arch == "gemma3":
         local = (config.get("rope_parameters") or {}).get("sliding_attention") or {}
         if not isinstance(local, Mapping):
@@ -171,6 +175,30 @@ def _rope_keys(arch: str, config: Mapping[str, Any]) -> dict[str, Any]:
             raise UnsupportedError(f"the layers with a window have rope_type {of_local!r}, which a GGUF file cannot say")
         found["rope.freq_base_swa"] = float(_number({**config, **local}, "rope_theta" if local else "rope_local_base_freq", LOCAL_THETA))
     return found
+
+
+def _yarn_keys(config: Mapping[str, Any], rope: Mapping[str, Any]) -> dict[str, Any]:
+    """YaRN's; llama.cpp's factor of cosines and sines multiplies the usual one, transformers' stands in its place."""
+    if rope.get("truncate", True) is not True:
+        raise UnsupportedError(
+            "truncate = False of rope_type 'yarn', which a GGUF file cannot say: there channels are rounded to whole ones"
+        )
+    factor, original = _number(rope, "factor"), _number(rope, "original_max_position_embeddings", config["max_position_embeddings"])
+    found = {"rope.scaling.type": "yarn", "rope.scaling.factor": factor, "rope.scaling.original_context_length": int(original)}
+    found |= {f"rope.scaling.yarn_{name}": _number(rope, name, usual) for name, usual in YARN.items() if rope.get(name, usual) != usual}
+    usual = yarn_attention(factor)
+    if "mscale" in rope and "mscale_all_dim" in rope:
+        wanted = yarn_attention(factor, _number(rope, "mscale")) / yarn_attention(factor, _number(rope, "mscale_all_dim"))
+    else:
+        wanted = usual
+    if (wanted := _number(rope, "attention_factor", wanted)) != usual:
+        found["rope.scaling.attn_factor"] = wanted / usual
+    return found
+
+
+def yarn_attention(factor: float, mscale: float = 1.0) -> float:
+    """What YaRN multiplies cosines and sines by, where positions are divided by `factor`. Source: Peng et al. 2023."""
+    return 0.1 * mscale * math.log(factor) + 1 if factor > 1 else 1.0
 
 
 def _phi3_keys(arch: str, config: Mapping[str, Any], rope: Mapping[str, Any]) -> dict[str, Any]:
@@ -212,7 +240,7 @@ def derived(config: Mapping[str, Any]) -> dict[str, Tensor]:
     rope = rope_parameters(config)
     if rope["rope_type"] == "llama3":
         return {"rope_freqs.weight": _llama3_factors(config, rope)}
-    if rope["rope_type"] in _LONGROPE:
+    if rope["rope_type"] in _LONGROPE and config.get("model_type") == "phi3":
         return {
             f"rope_factors_{kind}.weight": _factors(rope.get(f"{kind}_factor"), kind, _turned(config) // 2) for kind in ("long", "short")
         }
