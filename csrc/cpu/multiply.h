@@ -147,10 +147,27 @@ inline bool streamed_bits(const Job& j) {
   switch (j.w.bits) {
     case 2: return streamed<S8Bits<2>>(j), true;
     case 3: return streamed<S8Bits<3>>(j), true;
+#ifdef QK_LANES
+    case 5: return middle_of(j.w) != 0 ? streamed<S8BitsLanes<5>>(j) : streamed<S8Bits<5>>(j), true;
+    case 6: return middle_of(j.w) != 0 ? streamed<S8BitsLanes<6>>(j) : streamed<S8Bits<6>>(j), true;
+#else
     case 5: return streamed<S8Bits<5>>(j), true;
     case 6: return streamed<S8Bits<6>>(j), true;
+#endif
     default: return false;
   }
+}
+#endif
+
+#ifdef QK_LANES
+// Of weights that have a middle, which may be of 4 bits and few rows; false for others.
+template <int PANELS, int ALL>
+bool by_lanes(const Job& j) {
+  if (middle_of(j.w) == 0) return false;
+  if (j.w.bits == 6) through_scratch<S8Lanes<63>, PANELS, ALL>(j);
+  else if (j.w.bits == 4 && j.rows() <= FEW_S8) direct<S8NarrowLanes, PANELS, ALL>(j);
+  else through_scratch<S8Lanes<31>, PANELS, ALL>(j);
+  return true;
 }
 #endif
 
@@ -168,6 +185,9 @@ struct ByS8 {
 #ifdef QK_EXPAND
     if constexpr (ALL == STRIP)
       if (streamed_bits(j)) return;
+#endif
+#ifdef QK_LANES
+    if (by_lanes<PANELS, ALL>(j)) return;
 #endif
     if (j.w.bits == 8) return direct<S8Bytes, PANELS, ALL>(j);
     if (j.w.bits == 4 && j.rows() <= FEW_S8) return integers ? direct<S8Nibbles, PANELS, ALL>(j) : tables<PANELS, ALL>(j);

@@ -65,6 +65,9 @@ void rows_to_s8(const Rows& rows, const Weight& w, int64_t m0, int64_t m1, const
   const bool few_codes = has_few_codes(w);
   const float largest_code = few_codes ? 120 : 127;  // the same for every kernel and level, that all may give the same bits
   const int32_t less = bias_of(w) - w.offset;
+#ifdef QK_LANES
+  const int middle = middle_of(w);
+#endif
   for_blocks(rows, w.geometry, m0, m1, a.m, [&](const float* v, int64_t length, int64_t at, int64_t block) {
     I most = magnitude_bits(load_f(v));  // as integers, where a NaN is larger than all: it reaches the scale and the whole row
     for (int64_t i = 16; i < length; i += 16) most = max_i(most, magnitude_bits(load_f(v + i)));
@@ -77,6 +80,9 @@ void rows_to_s8(const Rows& rows, const Weight& w, int64_t m0, int64_t m1, const
     a.scales[block] = finite ? absmax / largest_code : bits_to_float(0x7fc00000u);
     a.sums[block] = a.scales[block] * float(sum);
     a.starts[block] = less * sum;
+#ifdef QK_LANES
+    if (middle != 0) a.starts[block] = less_of_lanes(out, length, middle);
+#endif
 #ifdef QK_PAIRS
     if constexpr (PAIRS) a.starts[block] -= DotPairs::rows(out, length);
 #endif

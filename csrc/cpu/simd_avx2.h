@@ -114,6 +114,30 @@ struct DotS8<255> {  // codes minus 128, as |w| times x with the sign of w: 2 * 
   void fold() {}
   F value() const { return to_float(sum); }
 };
+// Of a block of LONGEST columns at most: codes less the middle of theirs, in 16 bits to the end. What overflows on the way comes back, as the
+// whole sum fits: of 6 bits 32 * 127 * 8 products a lane, of 5 bits 16 * 127 * 16.
+#define QK_LANES
+template <int LARGEST>
+struct DotLanes {
+  static constexpr int HALF = (LARGEST + 1) / 2, LONGEST = INT16_MAX / (HALF * 127) * 2, FOLD_K = MAX_BLOCK, BIAS = 0;
+  __m256i a, b;
+  void start(int32_t less) { a = b = _mm256_set1_epi32(less); }  // two 16-bit numbers: see less_of_lanes
+  void add(B w, const int8_t* x) {
+    const __m256i v = broadcast_4(x);
+    a = _mm256_add_epi16(a, _mm256_maddubs_epi16(w.a, v)), b = _mm256_add_epi16(b, _mm256_maddubs_epi16(w.b, v));
+    __asm__("" : "+x"(a), "+x"(b));  // as above
+  }
+  void fold() {}
+  F value() const { return to_float({pairs_to_i32(a), pairs_to_i32(b)}); }
+};
+// Minus `middle` times the sums of a row's values that meet in the two 16-bit lanes of a word: of k % 4 below 2, and of the others.
+inline int32_t less_of_lanes(const int8_t* x, int64_t length, int middle) {
+  __m128i sum = _mm_setzero_si128();
+  for (int64_t i = 0; i < length; i += TILE_K)
+    sum = _mm_add_epi16(sum, _mm_maddubs_epi16(_mm_set1_epi8(1), _mm_loadl_epi64(reinterpret_cast<const __m128i*>(x + i))));
+  sum = _mm_add_epi16(sum, _mm_srli_si128(sum, 4));
+  return _mm_cvtsi128_si32(_mm_mullo_epi16(sum, _mm_set1_epi16(int16_t(-middle))));
+}
 struct DotF32 {
   static constexpr int FOLD_K = MAX_BLOCK;
   F sum;

@@ -47,12 +47,37 @@ inline int32_t bias_of(const Weight& w) {
   return w.kind == CodeKind::integer && w.bits <= 6 ? DotS8<63>::BIAS : DotS8<255>::BIAS;
 }
 
+#ifdef QK_LANES
+// What codes are lessened by where that is all that their values lack, and 16 bits then hold the sum of a group, as it is short; else 0.
+inline int middle_of(const Weight& w) {
+  using Five = DotLanes<31>;
+  using Six = DotLanes<63>;
+  const bool table = is_narrow(w), six = w.kind == CodeKind::integer && w.bits == 6, five = w.kind == CodeKind::integer && w.bits == 5;
+  if (!(table || six || five) || w.geometry.group_padded > (six ? Six::LONGEST : Five::LONGEST)) return 0;
+  const int middle = table ? 128 - w.lowest : w.offset, half = six ? Six::HALF : Five::HALF, above = table ? w.span - middle : half;
+  return 0 < middle && middle <= half && above <= half && (table || middle == half) ? middle : 0;
+}
+template <int LARGEST>
+struct S8Lanes : S8Unpacked<LARGEST> {
+  using Dot = DotLanes<LARGEST>;
+};
+struct S8NarrowLanes : S8Narrow {
+  using Dot = DotLanes<31>;
+};
+#endif
+
 #ifdef QK_EXPAND
 template <int BITS>
 struct S8Bits : S8<(1 << BITS) - 1> {  // integers
   static constexpr int TILE_BYTES = 16 * BITS, IDLE_ROWS = 1;
   static B weight(const uint8_t* tile, int step, const Weight&) { return expanded(tile + 8 * BITS * step, BITS); }
 };
+#ifdef QK_LANES
+template <int BITS>
+struct S8BitsLanes : S8Bits<BITS> {
+  using Dot = DotLanes<(1 << BITS) - 1>;
+};
+#endif
 #endif
 
 #ifdef QK_PAIRS
