@@ -5,7 +5,8 @@ other is 16 to 128 tokens of a tile. Sums are float32; tiles that do not come ou
 order, so a result is the same on every run. How K is cut depends on the number of rows, but for `cuda_f16_w4_mma_invariant`, where N and
 K alone decide. Triton is not needed: float32 activations and gradients go through its kernels where it is there, else through the decoded
 weight and torch's matmul.
-Right on an H200, and half as fast as Triton there, in a form that waited for scales at every step; this one has not yet run on a GPU.
+On an H200 a form that waited for scales at every step was half as fast as Triton, and no test of it failed; this one has not yet run on
+a GPU.
 
 Source: products, copies and fragment order as in Marlin; unpacking by magic numbers, FasterTransformer's; stream-K, Osama et al. 2023.
 Written from scratch.

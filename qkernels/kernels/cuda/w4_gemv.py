@@ -3,7 +3,8 @@
 The weight is the left operand of a warp's products, unpacked in registers; eight rows of x are the right one's columns. More rows are
 multiplied eight by eight: each time the weight is read again. How K is cut depends on the weight's shape and the GPU alone, and a row's
 result is the same whatever other rows there are.
-Right on an H200 in a form whose blocks had 32 rows of the weight each; this one, whose blocks go on to others, has not yet run on a GPU.
+A form whose blocks had 32 rows of the weight each ran on an H200, where no test of it failed; this one, whose blocks go on to others,
+has not.
 
 Source: weights as the left operand, Machete and humming; unpacking by magic numbers, FasterTransformer's. Written from scratch.
 """
