@@ -34,7 +34,7 @@ ROWS, WARPS = 32, 8  # of a block
 MOST_TILES = 32  # of a block: longer runs of K gain nothing
 BESIDE = WARPS * 4 * FEW * (ROWS + 4) + 16 * FEW + 1024  # bytes of shared memory: of sums, between rows of x, of the driver
 # Blocks for a processor, if there are so many parts of K: 4096 x 4096 took 6.3 us with 1.9, 7.4 with 1.0 and with 3.9, 6144 x 4096 6.2 with
-# 1.5, 7.1 with 2.9, 8.2 with 5.8 (int4, one row of x, on an H200).
+# 1.5, 7.1 with 2.9, 8.2 with 5.8 (int4, one row of x, on an H200, in the form before).
 BUSY = 1.4
 KINDS = ("f32", "f16", "bf16", "e4m3", "e8m0")  # types of scales, as csrc/cuda/numbers.cuh counts them
 
