@@ -47,9 +47,9 @@ LEVELS = {  # source -> its own flags. No other source may hold such instruction
     "level_avx512vnni": AVX2 + AVX512,
     "level_avx512bf16": AVX2 + AVX512 + ["-mavx512bf16", "-mavx512vbmi"],
 }
-if sys.platform == "linux" and X86 and not EMULATE:  # elsewhere nothing asks the system to save its registers
+if EMULATE or (sys.platform == "linux" and X86):  # elsewhere nothing asks the system to save its registers
     LEVELS["level_amx"] = LEVELS["level_avx512bf16"] + ["-mamx-tile", "-mamx-int8"]
-EMULATED = [level for level in LEVELS if "avx512" in level] if EMULATE else []
+EMULATED = [level for level in LEVELS if "avx512" in level or "amx" in level] if EMULATE else []
 for level in EMULATED:  # -O3 takes five times as long to compile; what -m would define stays defined
     defines = [f"-D__{flag.removeprefix('-m').upper()}__" for flag in LEVELS[level] if flag.startswith("-mavx512")]
     LEVELS[level] = ["-Icsrc/emulated", "-O1", "-Wno-psabi", *defines]

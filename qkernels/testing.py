@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qkernels.formats import Codebook, Int, QuantFormat, QuantTensor
+from qkernels.formats import Codebook, Int, QuantFormat, QuantTensor, nested
 from qkernels.reference import spread
 
 ACT_GROUP = 256  # the longest run of K that shares one int8 activation scale: of the CPU kernels
@@ -30,7 +30,7 @@ def assert_matmul_close(
 
     int8: the quantised weight, where the kernel quantises activations to int8. Besides, then: half a step of them, for every row and run
     of K, and what the entries of a codebook lie beside those that int8 holds. act_group: the longest such run, which ends with a group of
-    the weight's as well; None: one scale for all of K, whatever the weight's groups.
+    the weight's as well (`act_extent`); None: one scale for all of K, whatever the weight's groups.
     """
     exact = F.linear(x.double(), weight, None if bias is None else bias.double())
     assert y.shape == exact.shape and y.dtype == x.dtype, f"got {list(y.shape)} {y.dtype}, want {list(exact.shape)} {x.dtype}"
@@ -76,7 +76,7 @@ def _float_bound(x: Tensor, weight: Tensor, bias: Tensor | None, exact: Tensor) 
 
 def _int8_bound(x: Tensor, weight: Tensor, q: QuantTensor, act_group: int | None) -> Tensor:
     n, k = q.shape
-    code, extent = q.format.code, q.format.group_extent(n, k)[1]
+    code, extent = q.format.code, act_extent(q.format, n, k)
     rounding = torch.zeros_like(weight)
     if isinstance(code, Codebook) and (beside := beside_int8(code)):
         assert q.scales is not None
@@ -92,6 +92,13 @@ def _int8_bound(x: Tensor, weight: Tensor, q: QuantTensor, act_group: int | None
             step = x[..., run].double().abs().amax(-1, keepdim=True) / largest
             total = total + 0.5 * step * (weight[:, run].abs() + rounding[:, run]).sum(1)
     return 1.001 * total  # the fp32 arithmetic of the scales
+
+
+def act_extent(format: QuantFormat, n: int, k: int) -> int:
+    """Columns that one int8 activation scale serves at most: the weight's group, or the block whose groups have integer scales."""
+    block = format.block
+    scaled = block is not None and not nested.is_kept(format) and nested.parts_of(format).scales is not None
+    return block.elements if block is not None and scaled else format.group_extent(n, k)[1]
 
 
 def beside_int8(code: Codebook) -> float:

@@ -249,6 +249,21 @@ def test_bits_do_not_depend_on_threads_or_batch(kernel, format, dtype):
         assert torch.equal(kernel.run(x[:m], packed, None), y[:m]), m
 
 
+@pytest.mark.parametrize("format", of_each_reason(kernels.get("cpu_s8_wN_dot")), ids=lambda f: f.name)
+def test_every_level_gives_the_same_bits_with_int8(format, isa):
+    kernel, k = kernels.get("cpu_s8_wN_dot"), whole(format, 515)
+    need(kernel, format, 130, k)
+    there = [level for level in config.ISA_LEVELS if torch.ops.qkernels.cpu_has_level(level)]
+    q = random_quant(format, 130, k)
+    packed, x = kernel.prepare(q), torch.randn(70, k)
+    for m in (1, 3, 6, 40, 70):
+        found = {}
+        for level in there:
+            isa(level)
+            found[level] = kernel.run(x[:m], packed, None)
+        assert all(torch.equal(y, found[there[0]]) for y in found.values()), (m, list(found))
+
+
 @pytest.mark.parametrize("bad", [-1, 64, 1 << 30])
 def test_a_permutation_may_not_reach_beyond_x(bad):
     kernel = kernels.registry.get("cpu_s8_wN_dot")

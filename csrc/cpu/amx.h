@@ -40,7 +40,7 @@ inline void unpack(S8Amx, const Weight& w, const uint8_t* codes, const Chunk& ch
   }
 }
 inline bool by_amx(const Weight& w, int64_t rows) {
-  const int64_t group = w.geometry.group_padded < AMX_K ? w.geometry.group_padded : AMX_K;
+  const int64_t run = w.inner != 0 ? w.inner : w.geometry.group_padded, group = run < AMX_K ? run : AMX_K;
   const bool fits = w.nested == Nested::none && (w.bits < 8 || w.offset == 0 || w.offset == 128);
   return fits && group >= AMX_LEAST_GROUP && rows * group >= AMX_FROM;
 }
@@ -66,9 +66,9 @@ struct TileSums {
   alignas(64) int32_t of[2][2][AMX_ROWS][PANEL];  // half of the rows, panel
 };
 
-// x [16 * HALVES, length] times two panels
+// x [16 * HALVES, length], rows x_stride apart, times two panels
 template <bool SIGNED, int HALVES>
-inline void multiply_tiles(const int8_t* x, int64_t length, const uint8_t* weights, int64_t panel_bytes, TileSums& sums) {
+inline void multiply_tiles(const int8_t* x, int64_t x_stride, int64_t length, const uint8_t* weights, int64_t panel_bytes, TileSums& sums) {
   __asm__ volatile("" : : : "memory");  // GCC's _tile_loadd does not say that it reads memory
   const int64_t columns = tile_columns(length);
   _tile_zero(0);
@@ -79,7 +79,7 @@ inline void multiply_tiles(const int8_t* x, int64_t length, const uint8_t* weigh
   }
   for (int64_t k = 0; k < length; k += columns, weights += columns * PANEL) {
     const uint8_t* other = weights + panel_bytes;
-    _tile_loadd(4, x + k, length);
+    _tile_loadd(4, x + k, x_stride);
     _tile_loadd(6, weights, 64);
     _tile_loadd(7, other, 64);
     if (SIGNED) {
@@ -90,7 +90,7 @@ inline void multiply_tiles(const int8_t* x, int64_t length, const uint8_t* weigh
       _tile_dpbsud(1, 4, 7);
     }
     if (HALVES == 2) {
-      _tile_loadd(5, x + AMX_ROWS * length + k, length);
+      _tile_loadd(5, x + AMX_ROWS * x_stride + k, x_stride);
       if (SIGNED) {
         _tile_dpbssd(2, 5, 6);
         _tile_dpbssd(3, 5, 7);
@@ -120,8 +120,8 @@ inline void add_scaled(const TileSums* sums, const float* factors, const float* 
     each<BLOCKS>(QK_WITH(b) {
       const F scale = set1_f(scales[b * m + r]);
       const int32_t* sum = sums[b].of[r / AMX_ROWS][0][r % AMX_ROWS];
-      one = fma(mul(first[b], scale), to_float(_mm512_load_si512(sum)), one);
-      other = fma(mul(second[b], scale), to_float(_mm512_load_si512(sum + AMX_ROWS * PANEL)), other);
+      one = fma(mul(first[b], scale), to_float(load_i(sum)), one);
+      other = fma(mul(second[b], scale), to_float(load_i(sum + AMX_ROWS * PANEL)), other);
     });
     store_f(out, one), store_f(out + PANEL, other);
   }
@@ -148,7 +148,8 @@ void amx_rows(const Weight& w, const Activations& x, const Chunk& chunk, int64_t
         const int64_t columns = tile_columns(block.length);
         if (configured != rows * AMX_K + columns) configure(rows, columns), configured = rows * AMX_K + columns;
         const auto* values = static_cast<const int8_t*>(x.values) + x.m * block.k0 + m * block.length;
-        multiply_tiles<SIGNED, HALVES>(values, block.length, codes + unit % 2 * 2 * panel_bytes, panel_bytes, sums[unit % 2][i]);
+        multiply_tiles<SIGNED, HALVES>(values, block.length, block.length, codes + unit % 2 * 2 * panel_bytes, panel_bytes,
+                                       sums[unit % 2][i]);
         codes += room_of<S8Amx>(block.length) * PANEL, block = block_after(w.geometry, block);
       }
       if (before > 0) {
@@ -160,13 +161,53 @@ void amx_rows(const Weight& w, const Activations& x, const Chunk& chunk, int64_t
   }
 }
 
-template <>
-void rows_of_tiles<S8Amx, STRIP>(const Weight& w, const Activations& x, Chunk& chunk, int64_t m0, int64_t m1, float* acc) {
-  if (chunk.shifts != nullptr) add_shifts<STRIP>(chunk.shifts, x, chunk.first, chunk.count, m0, m1, acc + SHIFT_SUMS);
+// Rows r0…r1 of the sums of a batch of inner groups with two panels, times their integer scales [AMX_BATCH, STRIP, 16].
+inline void add_integers(const TileSums* sums, const int32_t* scales, int64_t r0, int64_t r1, int32_t (*totals)[2][PANEL]) {
+  I first[AMX_BATCH], second[AMX_BATCH];
+  each<AMX_BATCH>(QK_WITH(b) { first[b] = load_i(scales + b * STRIP * PANEL), second[b] = load_i(scales + (b * STRIP + 1) * PANEL); });
+  for (int64_t r = r0; r < r1; r++) {
+    I one = load_i(totals[r][0]), other = load_i(totals[r][1]);
+    each<AMX_BATCH>(QK_WITH(b) {
+      const int32_t* sum = sums[b].of[r / AMX_ROWS][0][r % AMX_ROWS];
+      one = add_i(one, mul_i(first[b], load_i(sum))), other = add_i(other, mul_i(second[b], load_i(sum + AMX_ROWS * PANEL)));
+    });
+    store_i(totals[r][0], one), store_i(totals[r][1], other);
+  }
+}
+
+// As amx_rows, where inner groups have integer scales: see scaled.h.
+template <bool SIGNED, int HALVES>
+void amx_scaled_rows(const Weight& w, const Activations& x, const Chunk& chunk, int64_t m, int64_t rows, int64_t& configured, float* acc) {
+  TileSums sums[2][AMX_BATCH];
+  alignas(64) int32_t totals[2 * AMX_ROWS][2][PANEL];
+  const int64_t length = w.inner, groups = MAX_BLOCK / length, batches = groups / AMX_BATCH, panel_bytes = chunk.room * PANEL;
+  if (configured != rows * AMX_K + length) configure(rows, length), configured = rows * AMX_K + length;
+  for (int64_t b = 0; b < chunk.count; b++)
+    for (int64_t p = 0; p < STRIP; p += 2) {
+      const int64_t at = (chunk.first + b) * x.m + m, first = b * groups * STRIP + p;
+      const auto* values = static_cast<const int8_t*>(x.values) + at * MAX_BLOCK;
+      const uint8_t* codes = chunk.codes + p * panel_bytes + b * MAX_BLOCK * PANEL;
+      __builtin_memset(totals, 0, size_t(rows) * sizeof(totals[0]));
+      for (int64_t i = 0; i <= batches; i++)
+        for (int64_t j = 0; j < AMX_BATCH; j++) {
+          const int64_t k = (i * AMX_BATCH + j) * length;
+          if (i < batches) multiply_tiles<SIGNED, HALVES>(values + k, MAX_BLOCK, length, codes + k * PANEL, panel_bytes, sums[i % 2][j]);
+          if (i > 0)
+            add_integers(sums[(i + 1) % 2], chunk.inner + (first + (i - 1) * AMX_BATCH * STRIP) * PANEL, rows * j / AMX_BATCH,
+                         rows * (j + 1) / AMX_BATCH, totals);
+        }
+      for (int64_t r = 0; r < rows; r++)
+        add_totals<1, 2>([&](int, int q) { return load_i(totals[r][q]); }, chunk.scales + (b * STRIP + p) * PANEL, x.scales + at + r, 0,
+                         acc + (r * STRIP + p) * PANEL);
+      if (w.zeros != nullptr) add_minima<2>(w, x, chunk, b, chunk.first + b, int(p), STRIP, m, rows, acc + p * PANEL);
+    }
+}
+
+template <class OfHeight>  // work of 16 and of 32 rows at most
+inline void amx_tiles(const Weight& w, const Activations& x, Chunk& chunk, int64_t m0, int64_t m1, OfHeight low, OfHeight tall,
+                      float* acc) {
   const int64_t tiles = (m1 - m0 + 2 * AMX_ROWS - 1) / (2 * AMX_ROWS);
   chunk.ahead.per_tile = ((chunk.ahead.end - chunk.ahead.at) / tiles + 63) / 64 * 64;
-  const auto low = w.offset != 0 ? amx_rows<true, 1> : amx_rows<false, 1>;
-  const auto tall = w.offset != 0 ? amx_rows<true, 2> : amx_rows<false, 2>;
   int64_t configured = 0;
   for (int64_t m = m0, rows; m < m1; m += rows, acc += rows * STRIP * PANEL) {
     rows = m1 - m < 2 * AMX_ROWS ? m1 - m : 2 * AMX_ROWS;
@@ -176,18 +217,31 @@ void rows_of_tiles<S8Amx, STRIP>(const Weight& w, const Activations& x, Chunk& c
   }
 }
 
+template <>
+void rows_of_tiles<S8Amx, STRIP>(const Weight& w, const Activations& x, Chunk& chunk, int64_t m0, int64_t m1, float* acc) {
+  if (chunk.shifts != nullptr) add_shifts<STRIP>(chunk.shifts, x, chunk.first, chunk.count, m0, m1, acc + SHIFT_SUMS);
+  if (w.offset != 0) amx_tiles(w, x, chunk, m0, m1, amx_rows<true, 1>, amx_rows<true, 2>, acc);
+  else amx_tiles(w, x, chunk, m0, m1, amx_rows<false, 1>, amx_rows<false, 2>, acc);
+}
+template <>
+void rows_of_tiles<Scaled<S8Amx>, STRIP>(const Weight& w, const Activations& x, Chunk& chunk, int64_t m0, int64_t m1, float* acc) {
+  if (w.offset != 0) amx_tiles(w, x, chunk, m0, m1, amx_scaled_rows<true, 1>, amx_scaled_rows<true, 2>, acc);
+  else amx_tiles(w, x, chunk, m0, m1, amx_scaled_rows<false, 1>, amx_scaled_rows<false, 2>, acc);
+}
+
 struct ByAmx {
+  template <class Source>
+  static void of(const Job& j) {
+    by_own_chunks<Source, STRIP, STRIP>(j, AMX_COLUMNS, [&](const Chunk& chunk) {
+      unpack(S8Amx{}, j.w, codes_at(j.w, j.panel, chunk.block.k0), chunk, j.unpacked());
+      return j.unpacked();
+    });
+    _tile_release();
+  }
   template <int PANELS, int ALL>
   static void panels(const Job& j) {
-    if constexpr (ALL == STRIP) {
-      if (by_amx(j.w, j.rows())) {
-        by_own_chunks<S8Amx, PANELS, ALL>(j, AMX_COLUMNS, [&](const Chunk& chunk) {
-          unpack(S8Amx{}, j.w, codes_at(j.w, j.panel, chunk.block.k0), chunk, j.unpacked());
-          return j.unpacked();
-        });
-        return _tile_release();
-      }
-    }
+    if constexpr (ALL == STRIP)
+      if (by_amx(j.w, j.rows())) return j.w.inner != 0 ? of<Scaled<S8Amx>>(j) : of<S8Amx>(j);
     ByS8::panels<PANELS, ALL>(j);
   }
 };

@@ -30,7 +30,7 @@ bool has_avx2() {
 }
 #endif
 #ifdef QKERNELS_EMULATE  // csrc/emulated: every machine has these
-constexpr auto has_avx512vnni = always, has_avx512bf16 = always;
+constexpr auto has_avx512vnni = always, has_avx512bf16 = always, has_amx = always;
 #elif defined(QKERNELS_X86)
 bool has_avx512vnni() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
@@ -52,7 +52,7 @@ bool has_amx() {
 #endif
 
 const Entry LEVELS[] = {
-#if defined(QKERNELS_X86) && defined(__linux__) && !defined(QKERNELS_EMULATE)
+#if (defined(QKERNELS_X86) && defined(__linux__)) || defined(QKERNELS_EMULATE)
     {&level_amx, has_amx},
 #endif
 #if defined(QKERNELS_X86) || defined(QKERNELS_EMULATE)
@@ -86,7 +86,7 @@ bool has_level(const char* name) {
 
 bool pairs_pay() {
 #ifdef QKERNELS_EMULATE
-  return true;
+  return best_level() != &level_amx;
 #elif defined(QKERNELS_X86)
   static const bool amd = __builtin_cpu_is("amd");
   return amd;

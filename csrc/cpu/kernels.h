@@ -2,9 +2,8 @@
 //
 // Packed weight, for every width of 1 to 8 bits: panels of 16 output rows; in a panel, tiles of 16 rows x 8 k. Four panels are a strip, and
 // a strip holds its tiles in order of k, then of panels: a kernel reads one run of memory. The panels that remain are strips of one.
-//   4 bits   64 B a tile: byte 4n+i holds w[n][k0+i] low and w[n][k0+4+i] high, so 32-bit lane n belongs to row n
-//   8 bits   two half tiles of 64 B: byte 4n+i of half h holds w[n][k0+4h+i]
-//   others   as 8 bits, each half squeezed into 8*bits bytes: a little-endian bit stream of its 64 codes
+// A tile's 128 codes in the order of k / 4, row, k % 4 lie in planes, their lowest bits first: of 8 bits or of 4, of 2 and of 1, whose sum is
+// the width. In a plane of b bits code c is in byte c % 16b, from bit b * (c / 16b) on. So 32-bit lane n of 64 bytes is row n's, always.
 // Every group of K is padded to a multiple of 8 (with code 0 against activations of 0). Groups longer than MAX_BLOCK are worked
 // through in blocks: an int8 activation scale serves one block, and int32 sums stay exact in fp32.
 #pragma once
@@ -13,6 +12,7 @@
 namespace qk {
 
 constexpr int PANEL = 16, TILE_K = 8, STRIP = 4, MAX_BLOCK = 256;
+constexpr int64_t LEAST_INNER = 16, MOST_INNER = MAX_BLOCK / LEAST_INNER;  // columns with one integer scale; such groups of a block
 constexpr int64_t MOST_ROWS = 512;  // of x at a time: their sums with a strip take 128 KiB of scratch
 constexpr int64_t ALWAYS = INT64_MAX;
 
@@ -77,6 +77,9 @@ struct Weight {
   // multiplied by, and then the minima
   const uint16_t* outer;
   int64_t per_outer;
+  // int8 kernels, where scales and minima are integers of so many columns each (see scaled.h): the geometry's groups are then those of the
+  // outer scales, all of MAX_BLOCK. Else 0.
+  int64_t inner;
   // Codes of up to 4 bits. Float kernels: the value of each code; integers are centred, that is code - 2^(bits - 1), and `centre` is
   // what a zero point has to be lessened by: the products cancel less, and the shortest conversion gives it.
   alignas(64) float table[16];
@@ -111,6 +114,12 @@ static inline const uint16_t* outer_at(const Weight& w, const Place& p, int64_t 
   return w.outer + (p.before * (w.geometry.groups / w.per_outer * levels) + at * p.panels + p.in_strip) * PANEL;
 }
 
+// Of the integer scales, or minima, of some panels: those of a block's inner group.
+static inline int64_t inner_at(const Weight& w, const Place& p, int64_t block, int64_t group) {
+  const int64_t inner_groups = MAX_BLOCK / w.inner;
+  return p.before * w.geometry.groups * inner_groups + (block * inner_groups + group) * p.panels + p.in_strip;
+}
+
 static inline bool has_few_codes(const Weight& w) { return w.kind == CodeKind::integer && w.bits <= 4; }  // below 16
 
 struct Activations {  // block by block: what a tile reads lies together, and rows are no power of two apart, which would share cache sets
@@ -118,7 +127,10 @@ struct Activations {  // block by block: what a tile reads lies together, and ro
   void* values;  // per block [m, length]: int8, float or bf16. bf16: the 8 of a tile in the order 0 2 1 3 4 6 5 7, see Bf16Nibbles
   float* sums;  // [blocks, m]  sum of the values, times their scale
   float* scales;  // [blocks, m]  int8 only
-  int32_t* starts;  // [blocks, m]  int8 only: what a block's sum of products starts from, as codes are unsigned
+  // int8 only: what a block's sum of products starts from, as codes are unsigned [blocks, m]; where scales are integers, an inner group's
+  // [blocks, MAX_BLOCK / inner, m]
+  int32_t* starts;
+  int16_t* inner_sums;  // [blocks, m, MOST_INNER]  of the values of every inner group, where scales are integers
 };
 
 struct Output {

@@ -2,6 +2,8 @@
 //
 // Weights come straight from their packed form (few rows) or from a scratch panel that is unpacked once for many rows.
 #include "cpu/tile.h"
+#include "cpu/scaled.h"
+#include "cpu/tiles.h"
 #include "cpu/nested.h"
 #include "cpu/unpack.h"
 #include "cpu/rows.h"
@@ -16,7 +18,9 @@ constexpr int64_t PAIR_CODES = 8 << 10;  // bytes of unpacked codes: likewise
 constexpr int64_t SCRATCH_WEIGHTS =
     STRIP * MAX_BLOCK * PANEL * 4;  // bytes: a block of floats, or several of shorter numbers; near L1's size
 constexpr int64_t SCRATCH_NESTED = STRIP * NESTED_K * PANEL;  // bytes: codes on their way to floats
-constexpr int64_t SCRATCH = SCRATCH_ACC + 3 * SCRATCH_SCALES + SCRATCH_WEIGHTS + SCRATCH_NESTED;
+constexpr int64_t MOST_K = SCRATCH_WEIGHTS / (STRIP * PANEL);  // columns of a chunk that is unpacked to int8
+constexpr int64_t SCRATCH_INNER = MOST_K / LEAST_INNER * STRIP * PANEL * 4;  // bytes: integer scales; and half of it for minima
+constexpr int64_t SCRATCH = SCRATCH_ACC + 3 * SCRATCH_SCALES + SCRATCH_WEIGHTS + SCRATCH_NESTED + SCRATCH_INNER * 3 / 2;
 
 struct Job {  // rows m0…m1 times the strip that begins with `panel`
   const Weight& w;
@@ -31,6 +35,7 @@ struct Job {  // rows m0…m1 times the strip that begins with `panel`
   float* nested() const { return reinterpret_cast<float*>(columns()); }  // a weight has the one or the other
   uint8_t* unpacked() const { return reinterpret_cast<uint8_t*>(scratch + SCRATCH_ACC + 3 * SCRATCH_SCALES); }
   uint8_t* nested_codes() const { return unpacked() + SCRATCH_WEIGHTS; }
+  int32_t* inner() const { return reinterpret_cast<int32_t*>(nested_codes() + SCRATCH_NESTED); }
 };
 
 template <class Source>
@@ -52,12 +57,13 @@ Block fill(Chunk& chunk, const Geometry& g, int64_t most) {
 
 template <class Source>
 Chunk chunk_of(const Job& j, int panels) {  // of the strip; its sums start from 0
-  const bool shifted = j.w.zeros != nullptr || (!is_s8<Source> && j.w.centre != 0);
+  const bool shifted = (j.w.zeros != nullptr && !is_scaled<Source>) || (!is_s8<Source> && j.w.centre != 0);
   Chunk chunk;
   chunk.first = 0, chunk.block = first_block(j.w.geometry), chunk.place = place_of(j.w, j.panel);
   chunk.step = panels * Source::TILE_BYTES;
   chunk.scales = j.scales(), chunk.shifts = shifted ? chunk.scales + SCRATCH_SCALES / 4 : nullptr, chunk.columns = j.columns();
   chunk.nested = j.nested();
+  chunk.inner = j.inner(), chunk.minima = chunk.inner + SCRATCH_INNER / 4, chunk.minima_scales = chunk.scales + SCRATCH_SCALES / 4;
   __builtin_memset(j.acc(), 0, size_t(j.rows() * panels * PANEL * 4));
   if (shifted) __builtin_memset(j.acc() + SHIFT_SUMS, 0, size_t(j.rows() * panels * PANEL * 4));
   return chunk;
@@ -78,7 +84,8 @@ void by_own_chunks(const Job& j, int64_t most_k, const Codes& codes_of) {
     chunk.ahead = {next, j.w.nested != Nested::none ? next : bytes < end - next ? next + bytes : end, 0};
     for (int p = 0; p < ALL; p += PANELS) {
       chunk.place = place_of(j.w, j.panel + p), chunk.codes = codes + p * Source::TILE_BYTES, chunk.passes = (ALL - p) / PANELS;
-      decode<!is_s8<Source>, PANELS>(j.w, chunk);
+      if constexpr (is_scaled<Source>) decode_scaled<PANELS>(j.w, chunk, chunk.first, chunk.count, true);
+      else decode<!is_s8<Source>, PANELS>(j.w, chunk);
       rows_of_tiles<Source, PANELS>(j.w, j.x, chunk, j.m0, j.m1, j.acc() + j.rows() * p * PANEL);
     }
     chunk.block = after;
@@ -101,7 +108,7 @@ template <class Source>
 void streamed(const Job& j) {  // a whole strip, for rows that one tile holds
   Chunk chunk = chunk_of<Source>(j, STRIP);
   chunk.count = j.w.geometry.blocks, chunk.codes = codes_at(j.w, j.panel, 0);
-  tile_of<Source, STRIP, true>(chunk, j.w.geometry.k_padded, j.rows(), LENGTHS{})(j.w, j.x, chunk, j.m0, j.acc());
+  tile_of<Source, STRIP, true>(j.w, chunk, j.w.geometry.k_padded, j.rows(), LENGTHS{})(j.w, j.x, chunk, j.m0, j.acc());
   write_rows(j.w, j.out, j.m0, j.m1, j.panel, STRIP, chunk.shifts != nullptr, j.acc());
 }
 
@@ -140,33 +147,55 @@ void from_nested(const Job& j) {
 
 // Up to a few rows (FEW_…, of the level), unpacking in registers again for every tile is cheaper than a trip through scratch.
 
-#ifdef QK_EXPAND
+// What has integer scales. Codes of 5 and 6 bits are such that ScaledDot holds their sums: see set_inner in ops.cpp.
+template <int PANELS, int ALL>
+void by_scaled(const Job& j) {
+  const bool integers = j.w.kind == CodeKind::integer;
+  if constexpr (ALL == STRIP && STREAMS)
+    if (integers && j.rows() <= STREAMED_ROWS<Scaled<S8Planes<5>>>) switch (j.w.bits) {
+        case 2: return streamed<Scaled<S8Planes<2>>>(j);
+        case 3: return streamed<Scaled<S8Planes<3>>>(j);
+        case 5: return streamed<Scaled<S8Planes<5>>>(j);
+        case 6: return streamed<Scaled<S8Planes<6>>>(j);
+      }
+  if (j.w.bits == 4 && j.rows() <= FEW_S8)
+    return integers ? direct<Scaled<S8Nibbles>, PANELS, ALL>(j) : direct<Scaled<S8Table>, PANELS, ALL>(j);
+  if (integers && j.w.bits <= 4) return through_scratch<Scaled<S8Unpacked<15>>, PANELS, ALL>(j);
+  if constexpr (NARROW != 0) {  // else all codes cost the same
+    if (j.w.bits == 5) return through_scratch<Scaled<S8Unpacked<31>>, PANELS, ALL>(j);
+    if (j.w.bits == 6) return through_scratch<Scaled<S8Unpacked<63>>, PANELS, ALL>(j);
+  }
+  through_scratch<Scaled<S8Bytes>, PANELS, ALL>(j);
+}
+
 // Integers of the commoner odd widths, for as few rows as one tile holds; false for others.
-inline bool streamed_bits(const Job& j) {
-  if (j.w.kind != CodeKind::integer || j.rows() > STREAMED_ROWS<S8Bits<5>>) return false;
-  switch (j.w.bits) {
-    case 2: return streamed<S8Bits<2>>(j), true;
-    case 3: return streamed<S8Bits<3>>(j), true;
+template <int ALL>
+bool streamed_bits(const Job& j) {
+  if constexpr (ALL != STRIP || !STREAMS) {
+    return false;
+  } else {
+    if (j.w.kind != CodeKind::integer || j.rows() > STREAMED_ROWS<S8Planes<5>>) return false;
+    switch (j.w.bits) {
+      case 2: return streamed<S8Planes<2>>(j), true;
+      case 3: return streamed<S8Planes<3>>(j), true;
 #ifdef QK_LANES
-    case 5: return middle_of(j.w) != 0 ? streamed<S8BitsLanes<5>>(j) : streamed<S8Bits<5>>(j), true;
-    case 6: return middle_of(j.w) != 0 ? streamed<S8BitsLanes<6>>(j) : streamed<S8Bits<6>>(j), true;
+      case 5: return middle_of(j.w) != 0 ? streamed<S8PlanesLanes>(j) : streamed<S8Planes<5>>(j), true;
 #else
-    case 5: return streamed<S8Bits<5>>(j), true;
-    case 6: return streamed<S8Bits<6>>(j), true;
+      case 5: return streamed<S8Planes<5>>(j), true;
 #endif
-    default: return false;
+      case 6: return streamed<S8Planes<6>>(j), true;
+    }
+    return false;
   }
 }
-#endif
 
 #ifdef QK_LANES
 // Of weights that have a middle, which may be of 4 bits and few rows; false for others.
 template <int PANELS, int ALL>
 bool by_lanes(const Job& j) {
   if (middle_of(j.w) == 0) return false;
-  if (j.w.bits == 6) through_scratch<S8Lanes<63>, PANELS, ALL>(j);
-  else if (j.w.bits == 4 && j.rows() <= FEW_S8) direct<S8NarrowLanes, PANELS, ALL>(j);
-  else through_scratch<S8Lanes<31>, PANELS, ALL>(j);
+  if (j.w.bits == 4 && j.rows() <= FEW_S8) direct<S8NarrowLanes, PANELS, ALL>(j);
+  else through_scratch<S8Lanes, PANELS, ALL>(j);
   return true;
 }
 #endif
@@ -181,11 +210,9 @@ struct ByS8 {
   template <int PANELS, int ALL>
   static void panels(const Job& j) {
     if (j.w.nested != Nested::none) return from_nested<S8Bytes, PANELS, ALL>(j);
+    if (j.w.inner != 0) return by_scaled<PANELS, ALL>(j);
     const bool integers = j.w.kind == CodeKind::integer;
-#ifdef QK_EXPAND
-    if constexpr (ALL == STRIP)
-      if (streamed_bits(j)) return;
-#endif
+    if (streamed_bits<ALL>(j)) return;
 #ifdef QK_LANES
     if (by_lanes<PANELS, ALL>(j)) return;
 #endif
@@ -202,18 +229,24 @@ struct ByS8 {
 
 #ifdef QK_PAIRS
 struct ByPairs {  // through scratch
-  template <int PANELS, int ALL>
-  static void panels(const Job& j) {
-    static_assert(PANELS == ALL);
-    by_chunks<S8Pairs, PANELS, ALL>(j, PAIR_CODES / (PANEL * PANELS), [&](const Chunk& chunk) {
+  template <class Source, int PANELS>
+  static void of(const Job& j) {
+    by_chunks<Source, PANELS, PANELS>(j, PAIR_CODES / (PANEL * PANELS), [&](const Chunk& chunk) {
       uint8_t* out = j.unpacked();
+      int32_t* columns = j.columns();
       Block block = chunk.block;
       for (int64_t b = 0; b < chunk.count; b++, block = block_after(j.w.geometry, block)) {
-        unpack_pairs<PANELS>(j.w.bits, codes_at(j.w, j.panel, block.k0), block.length, out, j.columns() + b * PANELS * PANEL);
-        out += block.length * PANELS * PANEL;
+        const int64_t run = is_scaled<Source> ? j.w.inner : block.length;
+        for (int64_t k = 0; k < block.length; k += run, out += run * PANELS * PANEL, columns += PANELS * PANEL)
+          unpack_pairs<PANELS>(j.w.bits, codes_at(j.w, j.panel, block.k0 + k), run, out, columns);
       }
       return j.unpacked();
     });
+  }
+  template <int PANELS, int ALL>
+  static void panels(const Job& j) {
+    static_assert(PANELS == ALL);
+    j.w.inner != 0 ? of<Scaled<S8Pairs>, PANELS>(j) : of<S8Pairs, PANELS>(j);
   }
 };
 #endif

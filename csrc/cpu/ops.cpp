@@ -116,6 +116,15 @@ void set_outer(Weight& w, const Tensor& tensor_scale) {
   w.outer = static_cast<const uint16_t*>(tensor_scale.const_data_ptr()), w.per_outer = groups / count;
 }
 
+// Integer scales to multiply integer sums by, of the codes of which 16 bits hold a group's sums at every level; others are as good as floats.
+void set_inner(Weight& w) {
+  const int64_t group = w.geometry.group;
+  if (w.outer == nullptr || group * w.per_outer != MAX_BLOCK || (group != 16 && group != 32)) return;
+  const bool low = w.bits <= 4 || (w.bits == 5 && w.offset == 0) || (w.bits == 6 && w.offset == 32 && group == 16);
+  if (!low || (w.kind == CodeKind::table ? w.bits != 4 : w.offset > 15 && w.bits <= 4)) return;
+  w.inner = group, w.per_outer = 1, w.geometry = make_geometry(w.geometry.k, MAX_BLOCK);
+}
+
 void set_packed(Weight& w, const Tensor& qweight, const std::optional<Tensor>& scales, const std::optional<Tensor>& zeros) {
   const int64_t panels = panels_of(w.n), bytes = panels * w.geometry.k_padded * 2 * w.bits, numbers = panels * w.geometry.groups;
   STD_TORCH_CHECK(qweight.scalar_type() == ScalarType::Byte && qweight.numel() == bytes, "qweight must hold ", bytes,
@@ -180,6 +189,7 @@ Weight weight_of(const Tensor& qweight, const std::optional<Tensor>& scales, con
   }
   for (int i = 0; i < 32; i++) w.table_bf16[i] = nearest_bf16(w.table[i % 16]);
   if (tensor_scale) set_outer(w, *tensor_scale);
+  if (int8) set_inner(w);
   // The stable ABI has no such dtype yet: its bytes come instead.
   if (w.outer == nullptr && w.scale_dtype == Dtype::u8) w.scale_dtype = Dtype::e8m0;
   return w;
@@ -287,9 +297,11 @@ Tensor linear(Tensor x, Tensor qweight, std::optional<Tensor> scales, std::optio
 
   static thread_local Buffer activations, bias_buffer;
   const size_t values = (size_t(m) * g.k_padded * by.value_bytes + 63) / 64 * 64, blocks = size_t(m) * g.blocks;
-  char* memory = activations.at_least(values + 3 * blocks * sizeof(float));
+  const size_t starts = w.inner != 0 ? blocks * size_t(MAX_BLOCK / w.inner) : blocks, inner = w.inner != 0 ? blocks * MOST_INNER : 0;
+  char* memory = activations.at_least(values + (2 * blocks + starts) * 4 + inner * 2);
   auto* of_blocks = reinterpret_cast<float*>(memory + values);
-  const Activations a{m, memory, of_blocks, of_blocks + blocks, reinterpret_cast<int32_t*>(of_blocks + 2 * blocks)};
+  auto* first = reinterpret_cast<int32_t*>(of_blocks + 2 * blocks);
+  const Activations a{m, memory, of_blocks, of_blocks + blocks, first, reinterpret_cast<int16_t*>(first + starts)};
   const Rows rows{x.const_data_ptr(), dtype, stride, checked_perm(perm, k)};
   share_rows(m, m * k < 64 * 1024, [&](int64_t m0, int64_t m1) { by.prepare_rows(rows, w, m0, m1, a); });
   const Output out{y.mutable_data_ptr(), dtype, bias_floats(bias, n, level, bias_buffer)};

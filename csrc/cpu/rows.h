@@ -73,19 +73,26 @@ void rows_to_s8(const Rows& rows, const Weight& w, int64_t m0, int64_t m1, const
     for (int64_t i = 16; i < length; i += 16) most = max_i(most, magnitude_bits(load_f(v + i)));
     const float absmax = bits_to_float(uint32_t(highest(most)));
     const bool finite = absmax < __builtin_inff();
+    const float times = absmax > 0x1p-120f ? largest_code / absmax : 0.0f;
     int8_t* out = static_cast<int8_t*>(a.values) + at;
-    int32_t sum = 0;
-    if (finite) sum = round_to_s8(v, length, absmax > 0x1p-120f ? largest_code / absmax : 0.0f, out);
-    else __builtin_memset(out, 1, size_t(length));  // any code: the scale makes the row NaN
-    a.scales[block] = finite ? absmax / largest_code : bits_to_float(0x7fc00000u);
-    a.sums[block] = a.scales[block] * float(sum);
-    a.starts[block] = less * sum;
+    const int64_t run = w.inner != 0 ? w.inner : length, runs = length / run;  // columns of which the sums have a start
+    int32_t total = 0;
+    for (int64_t r = 0; r < runs; r++, out += run) {
+      int32_t sum = 0;
+      if (finite) sum = round_to_s8(v + r * run, run, times, out);
+      else __builtin_memset(out, 1, size_t(run));  // any code: the scale makes the row NaN
+      int32_t& start = a.starts[w.inner != 0 ? (block / a.m * runs + r) * a.m + block % a.m : block];
+      start = less * sum, total += sum;
+      if (w.inner != 0) a.inner_sums[block * MOST_INNER + r] = int16_t(sum);
 #ifdef QK_LANES
-    if (middle != 0) a.starts[block] = less_of_lanes(out, length, middle);
+      if (middle != 0) start = less_of_lanes(out, run, middle);
 #endif
 #ifdef QK_PAIRS
-    if constexpr (PAIRS) a.starts[block] -= DotPairs::rows(out, length);
+      if constexpr (PAIRS) start -= DotPairs::rows(out, run);
 #endif
+    }
+    a.scales[block] = finite ? absmax / largest_code : bits_to_float(0x7fc00000u);
+    a.sums[block] = a.scales[block] * float(total);
   });
 }
 

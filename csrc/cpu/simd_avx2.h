@@ -42,6 +42,7 @@ inline int32_t reduce(__m256i x, const Join& join) {
 inline int32_t highest(I x) {
   return reduce(_mm256_max_epi32(x.a, x.b), [](__m128i a, __m128i b) { return _mm_max_epi32(a, b); });
 }
+inline void hold(F&) {}  // registers are GCC's to choose here
 inline I zero_i() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 inline I add_i(I x, I y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
 inline int32_t total(I x) {
@@ -138,6 +139,54 @@ inline int32_t less_of_lanes(const int8_t* x, int64_t length, int middle) {
   sum = _mm_add_epi16(sum, _mm_srli_si128(sum, 4));
   return _mm_cvtsi128_si32(_mm_mullo_epi16(sum, _mm_set1_epi16(int16_t(-middle))));
 }
+// Sums that integer scales multiply, see scaled.h: a scale lies twice in a word, for the product that adds pairs in any case.
+template <class Dot>
+struct ScaledDot;
+template <int LARGEST>
+struct ScaledDot<DotS8<LARGEST>> : DotLanes<LARGEST> {
+  static constexpr int PIECE = LARGEST < 16 ? 32 : 16;  // columns; of 6 bits less the middle of theirs, by their start
+  static_assert(PIECE / 2 * (LARGEST < 63 ? LARGEST : 32) * 127 <= INT16_MAX);
+  I scale;
+  I scaled(I total) const { return add_i(total, {_mm256_madd_epi16(this->a, scale.a), _mm256_madd_epi16(this->b, scale.b)}); }
+};
+template <>
+struct ScaledDot<DotS8<255>> {
+  static constexpr int FOLD_K = MAX_BLOCK, PIECE = MAX_BLOCK;
+  I sum, scale;
+  void start(int32_t) { sum = zero_i(); }
+  static __m256i dot(__m256i sum, __m256i w, __m256i x, __m256i scale) {
+    w = _mm256_xor_si256(w, _mm256_set1_epi8(-128));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w)), scale));
+  }
+  void add(B w, const int8_t* x) {
+    const __m256i v = broadcast_4(x);
+    sum = {dot(sum.a, w.a, v, scale.a), dot(sum.b, w.b, v, scale.b)};
+    __asm__("" : "+x"(sum.a), "+x"(sum.b));  // as above
+  }
+  void fold() {}
+  I scaled(I total) const { return add_i(total, sum); }
+};
+inline I load_scales(const uint8_t* p, bool is_signed) {
+  const __m256i bytes = _mm256_broadcastsi128_si256(load_half(p));
+  const auto spread = [&](int first) {  // into the upper halves of 16 bits
+    const __m256i up = _mm256_shuffle_epi8(bytes, _mm256_add_epi8(_mm256_set_epi32(0x07800780, 0x06800680, 0x05800580, 0x04800480,
+                                                                                   0x03800380, 0x02800280, 0x01800180, 0x00800080),
+                                                                  _mm256_set1_epi16(int16_t(first << 8))));
+    return is_signed ? _mm256_srai_epi16(up, 8) : _mm256_srli_epi16(up, 8);
+  };
+  return {spread(0), spread(8)};
+}
+inline I load_pairs(const uint8_t* first, const uint8_t* second, bool is_signed) {
+  const __m128i x = load_half(first), y = load_half(second), low = _mm_unpacklo_epi8(x, y), high = _mm_unpackhi_epi8(x, y);
+  if (is_signed) return {_mm256_cvtepi8_epi16(low), _mm256_cvtepi8_epi16(high)};
+  return {_mm256_cvtepu8_epi16(low), _mm256_cvtepu8_epi16(high)};
+}
+inline I load_i(const int32_t* p) { return {load_si(p), load_si(p + 8)}; }
+inline void store_i(int32_t* p, I v) { store_b(reinterpret_cast<uint8_t*>(p), {v.a, v.b}); }
+inline I add_pairs(I sum, I pairs, I others) {
+  return {_mm256_add_epi32(sum.a, _mm256_madd_epi16(pairs.a, others.a)), _mm256_add_epi32(sum.b, _mm256_madd_epi16(pairs.b, others.b))};
+}
+
 struct DotF32 {
   static constexpr int FOLD_K = MAX_BLOCK;
   F sum;
@@ -229,50 +278,26 @@ inline void store_numbers(void* p, Dtype dtype, int64_t i, F v) {
   }
 }
 
-// Codes of 2, 3, 5 and 6 bits: every 16-bit lane is given the two bytes that its two codes lie in, a product moves them to its top, and two
-// shifts to where they belong.
-#include "cpu/bits.h"
-#define QK_EXPAND
+// Codes of several planes, or of another than one of 4 or 8 bits: see kernels.h. half: which 64 of the tile's.
 template <int BITS>
-struct Spread {
-  alignas(32) uint8_t bytes[2][32];  // of 32 codes each
-  alignas(32) uint16_t up[16];
-  static constexpr int first(int lane) {  // byte from which a lane of 16 codes is loaded: nothing is read beyond the 64
-    return 2 * BITS * lane < 8 * BITS - 16 ? 2 * BITS * lane : 8 * BITS - 16;
-  }
-  constexpr Spread() : bytes(), up() {
-    for (int i = 0; i < 32; i++) {
-      const int lane = i / 8, bit = 2 * BITS * (i % 8), byte = 2 * BITS * lane - first(lane) + bit / 8;
-      bytes[i / 16][i % 16 * 2] = uint8_t(byte), bytes[i / 16][i % 16 * 2 + 1] = uint8_t(byte + 1);
-      up[i % 16] = uint16_t(1 << (16 - 2 * BITS - bit % 8));
-    }
-  }
-};
-template <int BITS>
-constexpr Spread<BITS> SPREAD;
-template <int BITS>
-inline B spread(const uint8_t* stream) {
-  constexpr int MASK = (1 << BITS) - 1;
-  const auto half = [&](int h) {
-    const __m128i first = load_half(stream + Spread<BITS>::first(2 * h)), second = load_half(stream + Spread<BITS>::first(2 * h + 1));
-    const __m256i words = _mm256_shuffle_epi8(_mm256_set_m128i(second, first), load_si(SPREAD<BITS>.bytes[h]));
-    const __m256i up = _mm256_mullo_epi16(words, load_si(SPREAD<BITS>.up));
-    return _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(up, 8 - BITS), _mm256_set1_epi16(int16_t(MASK << 8))),
-                           _mm256_and_si256(_mm256_srli_epi16(up, 16 - 2 * BITS), _mm256_set1_epi16(MASK)));
+[[gnu::always_inline]] inline B planes(const uint8_t* tile, int half) {
+  constexpr int FOUR = BITS & 4, LAST = BITS - 1;
+  const auto join = [](__m256i to, __m256i from, int mask) {
+    return _mm256_or_si256(to, _mm256_and_si256(from, _mm256_set1_epi8(char(mask))));
   };
-  return {half(0), half(1)};
-}
-[[gnu::always_inline]] inline B expanded(const uint8_t* stream, int bits) {
-  switch (bits) {
-    case 2: return spread<2>(stream);
-    case 3: return spread<3>(stream);
-    case 5: return spread<5>(stream);
-    case 6: return spread<6>(stream);
+  B v = FOUR ? nibbles(load_b(tile), half) : B{_mm256_setzero_si256(), _mm256_setzero_si256()};
+  if constexpr ((BITS & 2) != 0) {
+    const __m256i two = load_si(tile + 16 * FOUR);
+    const auto up = [&](int by) { return by < 0 ? _mm256_srli_epi16(two, -by) : _mm256_slli_epi16(two, by); };
+    v = {join(v.a, up(FOUR - 4 * half), 3 << FOUR), join(v.b, up(FOUR - 4 * half - 2), 3 << FOUR)};
   }
-  __builtin_unreachable();
-}
-inline void expand_bits(const uint8_t* stream, int bits, uint8_t* codes) {
-  if (bits == 1) deposit<1>(stream, codes);
-  else if (bits == 7) deposit<7>(stream, codes);  // two of which would not fit a lane
-  else store_b(codes, expanded(stream, bits));
+  if constexpr ((BITS & 1) != 0) {
+    const __m256i one = _mm256_broadcastsi128_si256(load_half(tile + 16 * LAST));
+    const auto up = [&](int by) {  // by one less in the upper half; both lead one way, as LAST and `by` are even
+      return by > 0 ? _mm256_sllv_epi64(one, _mm256_set_epi64x(by - 1, by - 1, by, by))
+                    : _mm256_srlv_epi64(one, _mm256_set_epi64x(1 - by, 1 - by, -by, -by));
+    };
+    v = {join(v.a, up(LAST - 4 * half), 1 << LAST), join(v.b, up(LAST - 4 * half - 2), 1 << LAST)};
+  }
+  return v;
 }

@@ -28,6 +28,7 @@ inline I magnitude_bits(F x) { return _mm512_and_si512(_mm512_castps_si512(x), _
 inline I max_i(I x, I y) { return _mm512_max_epi32(x, y); }
 inline int32_t highest(I x) { return _mm512_reduce_max_epi32(x); }
 inline I zero_i() { return _mm512_setzero_si512(); }
+inline I set1_i(int32_t x) { return _mm512_set1_epi32(x); }
 inline I add_i(I x, I y) { return _mm512_add_epi32(x, y); }
 inline int32_t total(I x) { return _mm512_reduce_add_epi32(x); }
 inline I round_to_s8(F x, int8_t* out) {  // half to even
@@ -183,6 +184,19 @@ inline B nibble_pairs(const uint8_t* tile, int shift, const uint16_t* table) {
 }
 #endif
 
+inline I mul_i(I x, I y) { return _mm512_mullo_epi32(x, y); }
+inline I load_i(const int32_t* p) { return _mm512_loadu_si512(p); }
+inline void store_i(int32_t* p, I v) { _mm512_storeu_si512(p, v); }
+inline I load_scales(const uint8_t* p, bool is_signed) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return is_signed ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes);
+}
+inline I load_pairs(const uint8_t* first, const uint8_t* second, bool is_signed) {  // 16 bits each
+  const I low = _mm512_and_si512(load_scales(first, is_signed), _mm512_set1_epi32(0xffff));
+  return _mm512_or_si512(low, _mm512_slli_epi32(load_scales(second, is_signed), 16));
+}
+inline I add_pairs(I sum, I pairs, I others) { return _mm512_dpwssd_epi32(sum, pairs, others); }
+
 inline F load_numbers(const void* p, Dtype dtype, int64_t i) {
   const auto* h = static_cast<const uint16_t*>(p) + i;
   const auto* c = static_cast<const uint8_t*>(p) + i;
@@ -212,28 +226,24 @@ inline void store_numbers(void* p, Dtype dtype, int64_t i, F v) {
   _mm256_storeu_si256(h, _mm512_cvtepi32_epi16(_mm512_mask_blend_epi32(_mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), rounded, nan)));
 }
 
-#ifdef __AVX512VBMI__
-#define QK_EXPAND
-[[gnu::always_inline]] inline B expanded(const uint8_t* stream, int bits) {  // 8 codes a 64-bit lane
-  const I bytes = _mm512_set1_epi64(0x0706050403020100), octets = _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0);
-  const I firsts = _mm512_mullo_epi64(octets, _mm512_set1_epi64(bits * 0x0101010101010101));
-  const I packed = _mm512_maskz_loadu_epi8((uint64_t(1) << (8 * bits)) - 1, stream);
-  const I lanes = _mm512_permutexvar_epi8(_mm512_add_epi8(firsts, bytes), packed);
-  const I shifted = _mm512_multishift_epi64_epi8(_mm512_set1_epi64(bits * 0x0706050403020100), lanes);
-  return {_mm512_and_si512(shifted, _mm512_set1_epi8(char((1 << bits) - 1)))};
-}
-inline void expand_bits(const uint8_t* stream, int bits, uint8_t* codes) { store_b(codes, expanded(stream, bits)); }
-#else
-#include "cpu/bits.h"
-inline void expand_bits(const uint8_t* stream, int bits, uint8_t* codes) {
-  switch (bits) {
-    case 1: return deposit<1>(stream, codes);
-    case 2: return deposit<2>(stream, codes);
-    case 3: return deposit<3>(stream, codes);
-    case 5: return deposit<5>(stream, codes);
-    case 6: return deposit<6>(stream, codes);
-    case 7: return deposit<7>(stream, codes);
+// Codes of several planes, or of another than one of 4 or 8 bits: see kernels.h. half: which 64 of the tile's.
+template <int BITS>
+[[gnu::always_inline]] inline B planes(const uint8_t* tile, int half) {
+  constexpr int FOUR = BITS & 4, LAST = BITS - 1;
+  // Every 64 bits go round by so many; what is wanted of a byte comes to its place there.
+  const auto join = [](I to, I from, I by, int mask) {
+    return _mm512_ternarylogic_epi32(_mm512_rolv_epi64(from, by), _mm512_set1_epi8(char(mask)), to, 0xea);  // from & mask | to
+  };
+  I v = FOUR ? nibbles(load_b(tile), half).v : zero_i();
+  if constexpr ((BITS & 2) != 0) {
+    const I two = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile + 16 * FOUR)));
+    const int64_t first = FOUR - 4 * half, second = first - 2;
+    v = join(v, two, _mm512_set_epi64(second, second, second, second, first, first, first, first), 3 << FOUR);
   }
-  __builtin_unreachable();
+  if constexpr ((BITS & 1) != 0) {
+    const I one = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(tile + 16 * LAST)));
+    const int64_t by = LAST - 4 * half;
+    v = join(v, one, _mm512_set_epi64(by - 3, by - 3, by - 2, by - 2, by - 1, by - 1, by, by), 1 << LAST);
+  }
+  return {v};
 }
-#endif

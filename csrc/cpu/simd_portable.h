@@ -59,6 +59,17 @@ inline int32_t highest(I a) {
   for (int32_t v : a.v) r = v > r ? v : r;
   return r;
 }
+inline I set1_i(int32_t x) {
+  I r;
+  for (auto& v : r.v) v = x;
+  return r;
+}
+inline F to_float(I a) {
+  F r;
+  for (int i = 0; i < 16; i++) r.v[i] = float(a.v[i]);
+  return r;
+}
+inline void hold(F&) {}  // registers are GCC's to choose here
 inline I zero_i() { return I{}; }
 inline I add_i(I a, I b) {
   for (int i = 0; i < 16; i++) a.v[i] += b.v[i];
@@ -102,11 +113,7 @@ struct DotS8 {  // sum[n] += sum of w[4n+i] * x[i]
       for (int i = 0; i < 4; i++) sum.v[n] += int(w.v[4 * n + i]) * x[i];
   }
   void fold() {}
-  F value() const {
-    F r;
-    for (int i = 0; i < 16; i++) r.v[i] = float(sum.v[i]);
-    return r;
-  }
+  F value() const { return to_float(sum); }
 };
 struct DotF32 {
   static constexpr int FOLD_K = MAX_BLOCK;
@@ -140,6 +147,33 @@ inline F e5m2_values(const uint8_t* half, int i) {
   for (int n = 0; n < 16; n++) r.v[n] = from_f16(uint16_t(half[4 * n + i] << 8));
   return r;
 }
+inline I mul_i(I a, I b) {
+  for (int i = 0; i < 16; i++) a.v[i] *= b.v[i];
+  return a;
+}
+inline I load_i(const int32_t* p) {
+  I r;
+  __builtin_memcpy(r.v, p, 64);
+  return r;
+}
+inline void store_i(int32_t* p, I a) { __builtin_memcpy(p, a.v, 64); }
+inline I load_scales(const uint8_t* p, bool is_signed) {
+  I r;
+  for (int i = 0; i < 16; i++) r.v[i] = is_signed ? int8_t(p[i]) : p[i];
+  return r;
+}
+inline I load_pairs(const uint8_t* first, const uint8_t* second, bool is_signed) {  // 16 bits each
+  I a = load_scales(first, is_signed);
+  const I b = load_scales(second, is_signed);
+  for (int i = 0; i < 16; i++) a.v[i] = int32_t(uint32_t(uint16_t(a.v[i])) | uint32_t(b.v[i]) << 16);
+  return a;
+}
+inline I add_pairs(I sum, I pairs, I others) {
+  for (int i = 0; i < 16; i++)
+    sum.v[i] += int16_t(pairs.v[i]) * int16_t(others.v[i]) + int16_t(pairs.v[i] >> 16) * int16_t(others.v[i] >> 16);
+  return sum;
+}
+
 inline F load_numbers(const void* p, Dtype dtype, int64_t i) {
   F r;
   for (int n = 0; n < 16; n++) r.v[n] = load_number(p, dtype, i + n);
@@ -148,10 +182,14 @@ inline F load_numbers(const void* p, Dtype dtype, int64_t i) {
 inline void store_numbers(void* p, Dtype dtype, int64_t i, F v) {
   for (int n = 0; n < 16; n++) store_number(p, dtype, i + n, v.v[n]);
 }
-inline void expand_bits(const uint8_t* stream, int bits, uint8_t* codes) {  // 64 codes of `bits` bits, one a byte
-  for (int o = 0; o < 8; o++, stream += bits, codes += 8) {
-    uint64_t word = 0;
-    for (int j = 0; j < bits; j++) word |= uint64_t(stream[j]) << (8 * j);
-    for (int i = 0; i < 8; i++) codes[i] = uint8_t(word >> (bits * i) & ((1u << bits) - 1));
-  }
+template <int BITS>
+inline B planes(const uint8_t* tile, int half) {  // codes of several planes: see kernels.h. half: which 64 of the tile's
+  B r{};
+  int below = 0;
+  for (int bits = 4; bits > 0; tile += BITS & bits ? 16 * bits : 0, below += BITS & bits, bits /= 2)
+    for (int i = 0; i < 64 && (BITS & bits) != 0; i++) {
+      const int code = 64 * half + i;
+      r.v[i] = uint8_t(r.v[i] | (tile[code % (16 * bits)] >> bits * (code / (16 * bits)) & ((1 << bits) - 1)) << below);
+    }
+  return r;
 }

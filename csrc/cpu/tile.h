@@ -50,34 +50,30 @@ inline int32_t bias_of(const Weight& w) {
 #ifdef QK_LANES
 // What codes are lessened by where that is all that their values lack, and 16 bits then hold the sum of a group, as it is short; else 0.
 inline int middle_of(const Weight& w) {
+  if (w.inner != 0) return w.kind == CodeKind::integer ? w.offset : 0;
   using Five = DotLanes<31>;
-  using Six = DotLanes<63>;
-  const bool table = is_narrow(w), six = w.kind == CodeKind::integer && w.bits == 6, five = w.kind == CodeKind::integer && w.bits == 5;
-  if (!(table || six || five) || w.geometry.group_padded > (six ? Six::LONGEST : Five::LONGEST)) return 0;
-  const int middle = table ? 128 - w.lowest : w.offset, half = six ? Six::HALF : Five::HALF, above = table ? w.span - middle : half;
-  return 0 < middle && middle <= half && above <= half && (table || middle == half) ? middle : 0;
+  const bool table = is_narrow(w), five = w.kind == CodeKind::integer && w.bits == 5;
+  if (!(table || five) || w.geometry.group_padded > Five::LONGEST) return 0;
+  const int middle = table ? 128 - w.lowest : w.offset, above = table ? w.span - middle : Five::HALF;
+  return 0 < middle && middle <= Five::HALF && above <= Five::HALF && (table || middle == Five::HALF) ? middle : 0;
 }
-template <int LARGEST>
-struct S8Lanes : S8Unpacked<LARGEST> {
-  using Dot = DotLanes<LARGEST>;
+struct S8Lanes : S8Unpacked<31> {
+  using Dot = DotLanes<31>;
 };
 struct S8NarrowLanes : S8Narrow {
   using Dot = DotLanes<31>;
 };
 #endif
 
-#ifdef QK_EXPAND
 template <int BITS>
-struct S8Bits : S8<(1 << BITS) - 1> {  // integers
+struct S8Planes : S8<(1 << BITS) - 1> {  // integers of other widths
   static constexpr int TILE_BYTES = 16 * BITS, IDLE_ROWS = 1;
-  static B weight(const uint8_t* tile, int step, const Weight&) { return expanded(tile + 8 * BITS * step, BITS); }
+  static B weight(const uint8_t* tile, int step, const Weight&) { return planes<BITS>(tile, step); }
 };
 #ifdef QK_LANES
-template <int BITS>
-struct S8BitsLanes : S8Bits<BITS> {
-  using Dot = DotLanes<(1 << BITS) - 1>;
+struct S8PlanesLanes : S8Planes<5> {
+  using Dot = DotLanes<31>;
 };
-#endif
 #endif
 
 #ifdef QK_PAIRS
@@ -142,6 +138,24 @@ constexpr bool is_bf16 = sizeof(typename Source::X) == 2;
 template <class Source>
 constexpr bool is_paired = is_s8<Source> && Source::STEPS == 1;
 
+#ifndef QK_LANES
+// Sums that integer scales multiply, see scaled.h.
+template <class Dot>
+struct ScaledDot : Dot {
+  static constexpr int PIECE = MAX_BLOCK;
+  I scale;
+  I scaled(I total) const { return add_i(total, mul_i(this->sum, scale)); }
+};
+#endif
+
+// A source of which every few columns have an integer scale: see scaled.h.
+template <class Source>
+struct Scaled : Source {
+  using Dot = ScaledDot<typename Source::Dot>;
+};
+template <class Source>
+constexpr bool is_scaled = requires(typename Source::Dot dot) { dot.scale; };
+
 // ---- the tile ---------------------------------------------------------------------------------------------------------------------
 
 // f(0), f(1), … with constants: what they index stays in registers.
@@ -194,10 +208,13 @@ struct Sums {
     constexpr int STEP_K = TILE_K / Source::STEPS;
     each<Source::STEPS>(QK_WITH(i) {
       const auto weight = [&](int p) { return Source::weight(codes + p * Source::TILE_BYTES, i, w); };
-      if constexpr (STREAMED && takes_memory<Source>) {
+      if constexpr (STREAMED && (takes_memory<Source> || ROWS == 1)) {  // a panel's at a time: few registers
         each<PANELS>(QK_WITH(p) {
           const auto of_panel = weight(p);
-          each<ROWS>(QK_WITH(r) { dot[r][p].add_memory(of_panel, x + r * x_stride + STEP_K * i); });
+          each<ROWS>(QK_WITH(r) {
+            if constexpr (takes_memory<Source>) dot[r][p].add_memory(of_panel, x + r * x_stride + STEP_K * i);
+            else dot[r][p].add(of_panel, x + r * x_stride + STEP_K * i);
+          });
         });
       } else {
         decltype(weight(0)) weights[PANELS];
@@ -260,6 +277,10 @@ struct Chunk {  // of K, for PANELS panels of a strip
   float* shifts;  // likewise: what the scale does not multiply, as in scale * code + shift; or null
   const int32_t* columns;  // [count, PANELS, 16], of paired codes: what they add among themselves
   const float* nested;  // [count, panels of the strip, 16], scales of blocks that came apart
+  // Where scales are integers: [count, inner groups, PANELS, 16] and [count, inner groups / 2, PANELS, 16], in the forms of load_scales and
+  // load_pairs; and what multiplies the minima, as `scales` multiply the sums.
+  int32_t *inner, *minima;
+  float* minima_scales;
   Ahead ahead;  // unless weights are streamed
   int passes;  // over these columns, this one and those to come: the strip's other panels
 };
@@ -352,14 +373,14 @@ constexpr int64_t SHIFT_SUMS = MOST_ROWS * STRIP * PANEL;
 
 template <int ROWS, int PANELS>
 [[gnu::always_inline]] inline void add_shifts(const float* shifts, const float* sums, int64_t m, int64_t blocks, float* acc) {
-  DotF32 total[ROWS][PANELS];
-  each<ROWS>(QK_WITH(r) { each<PANELS>(QK_WITH(p) { total[r][p].sum = load_f(acc + (r * PANELS + p) * PANEL); }); });
+  F total[ROWS][PANELS];
+  each<ROWS>(QK_WITH(r) { each<PANELS>(QK_WITH(p) { total[r][p] = load_f(acc + (r * PANELS + p) * PANEL); }); });
   for (int64_t b = 0; b < blocks; b++, shifts += PANELS * PANEL, sums += m)
     each<PANELS>(QK_WITH(p) {
       const F shift = load_f(shifts + p * PANEL);
-      each<ROWS>(QK_WITH(r) { total[r][p].add(shift, sums + r); });
+      each<ROWS>(QK_WITH(r) { total[r][p] = fma(shift, set1_f(sums[r]), total[r][p]), hold(total[r][p]); });
     });
-  each<ROWS>(QK_WITH(r) { each<PANELS>(QK_WITH(p) { store_f(acc + (r * PANELS + p) * PANEL, total[r][p].sum); }); });
+  each<ROWS>(QK_WITH(r) { each<PANELS>(QK_WITH(p) { store_f(acc + (r * PANELS + p) * PANEL, total[r][p]); }); });
 }
 
 // Rows m0…m1; out of line: where there is nothing to shift, GCC finds better registers for the rest.
@@ -439,54 +460,4 @@ void tile(const Weight& w, const Activations& x, Chunk& chunk, int64_t m, float*
     w_scales += NEXT, columns += PANELS * PANEL, scales += x.m, starts += x.m;
   }
   if constexpr (!STREAMED) chunk.ahead = ahead;
-}
-
-template <class Source>
-constexpr int MOST_SUMS = is_s8<Source> ? S8_ACCUMULATORS : ACCUMULATORS;
-#ifdef QK_PAIRS
-template <>
-constexpr int MOST_SUMS<S8Pairs> = PAIR_ACCUMULATORS;
-#endif
-// A single panel is what remains of N beyond its strips: 8 rows are as many chains of sums as a product's 4 cycles in 2 pipes want (not
-// timed), and more would be a share of the build.
-template <int PANELS>
-constexpr int HIGHEST = PANELS == 1 ? 8 : 12;
-template <class Source, int PANELS>
-constexpr int MAX_ROWS = MOST_SUMS<Source> / PANELS < HIGHEST<PANELS> ? MOST_SUMS<Source> / PANELS : HIGHEST<PANELS>;
-
-// Codes of 8 bits would gain as much from one more row, but then the next row would cost a third more.
-template <class Source>
-constexpr int STREAMED_ROWS = MAX_ROWS<Source, STRIP> + (takes_memory<Source> && Source::TILE_BYTES == 64);
-
-using Tile = void (*)(const Weight&, const Activations&, Chunk&, int64_t m, float* acc);
-template <class Source, int PANELS, bool STREAMED, int LENGTH>
-constexpr auto TILES = []<int... R>(std::integer_sequence<int, R...>) {  // by height, from 1
-  // What is compiled for a length pays where a block's beginning and end are much of it, and in heights that are often met.
-  constexpr bool LONG = LENGTH > 32;
-  return std::array<Tile, sizeof...(R)>{tile<Source, R + 1, PANELS, STREAMED, (STREAMED || (R > 1 && !LONG) ? LENGTH : 0)>...};
-}(std::make_integer_sequence<int, STREAMED ? STREAMED_ROWS<Source> : MAX_ROWS<Source, PANELS>>{});
-
-// For the blocks of a chunk, which have k columns in all.
-template <class Source, int PANELS, bool STREAMED, int... LENGTHS>
-Tile tile_of(const Chunk& chunk, int64_t k, int64_t rows, std::integer_sequence<int, LENGTHS...>) {
-  Tile found = TILES<Source, PANELS, STREAMED, 0>[size_t(rows - 1)];
-  const auto take = [&](auto length) {
-    if (chunk.block.length == length && k == length * chunk.count) found = TILES<Source, PANELS, STREAMED, length>[size_t(rows - 1)];
-  };
-  if constexpr (is_s8<Source>) (take(std::integral_constant<int, LENGTHS>{}), ...);
-  return found;
-}
-
-// All rows m0…m1, in tiles of nearly equal height (so that no M is much dearer than the next).
-template <class Source, int PANELS>
-void rows_of_tiles(const Weight& w, const Activations& x, Chunk& chunk, int64_t m0, int64_t m1, float* acc) {
-  if (chunk.shifts != nullptr) add_shifts<PANELS>(chunk.shifts, x, chunk.first, chunk.count, m0, m1, acc + SHIFT_SUMS);
-  const int64_t tiles = (m1 - m0 + MAX_ROWS<Source, PANELS> - 1) / MAX_ROWS<Source, PANELS>;
-  const int64_t tiles_of_k = tiles * chunk.passes * (chunk.k / TILE_K);
-  chunk.ahead.per_tile = ((chunk.ahead.end - chunk.ahead.at) / tiles_of_k + 63) / 64 * 64;
-  const int64_t least = (m1 - m0) / tiles, higher = (m1 - m0) % tiles;
-  for (int64_t t = 0, m = m0, rows; t < tiles; t++, m += rows) {
-    rows = least + (t < higher);
-    tile_of<Source, PANELS, false>(chunk, chunk.k, rows, LENGTHS{})(w, x, chunk, m, acc + (m - m0) * PANELS * PANEL);
-  }
 }

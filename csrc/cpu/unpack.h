@@ -2,11 +2,17 @@
 
 // 64 codes, one a byte: where they lie, or in `room`. bits is a number of the caller's own: a byte stored to memory might change w's,
 // and all that follows from them would be worked out again each time.
-inline const uint8_t* half_codes(int bits, const uint8_t* tile, int half, uint8_t* room) {
-  if (bits == 8) return tile + 64 * half;
-  if (bits == 4) store_b(room, nibbles(load_b(tile), half));
-  else expand_bits(tile + 8 * bits * half, bits, room);
-  return room;
+[[gnu::always_inline]] inline const uint8_t* half_codes(int bits, const uint8_t* tile, int half, uint8_t* room) {
+  switch (bits) {
+    case 1: return store_b(room, planes<1>(tile, half)), room;
+    case 2: return store_b(room, planes<2>(tile, half)), room;
+    case 3: return store_b(room, planes<3>(tile, half)), room;
+    case 4: return store_b(room, nibbles(load_b(tile), half)), room;
+    case 5: return store_b(room, planes<5>(tile, half)), room;
+    case 6: return store_b(room, planes<6>(tile, half)), room;
+    case 7: return store_b(room, planes<7>(tile, half)), room;
+  }
+  return tile + 64 * half;
 }
 
 // Values of column j of a half tile whose codes lie one a byte.

@@ -1,4 +1,4 @@
-// The AVX-512 intrinsics that our levels use, in plain C++ for GCC and Clang, to Intel's documented results. `make emulate` puts this
+// The AVX-512 and AMX intrinsics that our levels use, in plain C++ for GCC and Clang, to Intel's documented results. `make emulate` puts this
 // folder before the compiler's own headers: the levels then compile unchanged, and are tested, on machines that could not run them.
 // An intrinsic that a kernel uses for the first time is an error of that compilation until it has its lines here.
 #pragma once
@@ -118,6 +118,7 @@ inline void _mm512_mask_storeu_epi8(void* p, __mmask64 mask, __m512i v) {  // li
     if (mask >> i & 1) static_cast<uint8_t*>(p)[i] = bytes[i];
 }
 inline __m128i _mm_cvtsi32_si128(int x) { return __m128i{static_cast<long long>(uint32_t(x)), 0}; }
+inline __m512i _mm512_broadcast_i64x4(__m256i v) { return __m512i{v[0], v[1], v[2], v[3], v[0], v[1], v[2], v[3]}; }
 inline __m512i _mm512_broadcast_i32x4(__m128i v) { return __m512i{v[0], v[1], v[0], v[1], v[0], v[1], v[0], v[1]}; }
 
 // ---- bits and integers
@@ -159,7 +160,8 @@ inline __m512i _mm512_maskz_add_epi8(__mmask64 mask, __m512i a, __m512i b) {
 }
 inline __m512i _mm512_sub_epi32(__m512i a, __m512i b) { return (__m512i)((emulated::u32x16)a - (emulated::u32x16)b); }
 inline __m512i _mm512_add_epi32(__m512i a, __m512i b) { return (__m512i)((emulated::u32x16)a + (emulated::u32x16)b); }
-inline __m512i _mm512_mullo_epi64(__m512i a, __m512i b) { return (__m512i)((emulated::u64x8)a * (emulated::u64x8)b); }
+inline __m512i _mm512_sub_epi8(__m512i a, __m512i b) { return (__m512i)((emulated::u8x64)a - (emulated::u8x64)b); }
+inline __m512i _mm512_mullo_epi32(__m512i a, __m512i b) { return (__m512i)((emulated::u32x16)a * (emulated::u32x16)b); }
 inline __m512i _mm512_max_epi32(__m512i a, __m512i b) {
   const auto x = (emulated::i32x16)a, y = (emulated::i32x16)b;
   return (__m512i)emulated::lanes<emulated::i32x16>([&](size_t i) { return x[i] > y[i] ? x[i] : y[i]; });
@@ -198,11 +200,14 @@ inline __m512i _mm512_dpbusd_epi32(__m512i sum, __m512i a, __m512i b) {  // unsi
     return s[i] + uint32_t(four);
   });
 }
-inline unsigned long long _pdep_u64(unsigned long long from, unsigned long long mask) {  // from's low bits to the places of mask's ones
-  unsigned long long to = 0;
-  for (; mask != 0; mask &= mask - 1, from >>= 1)
-    if (from & 1) to |= mask & -mask;
-  return to;
+inline __m512i _mm512_dpwssd_epi32(__m512i sum, __m512i a, __m512i b) {  // signed pairs; the sum wraps around
+  const auto s = (emulated::u32x16)sum;
+  const auto x = (emulated::u16x32)a;
+  const auto y = (emulated::u16x32)b;
+  return (__m512i)emulated::lanes<emulated::u32x16>([&](size_t i) {
+    const auto product = [&](size_t j) { return uint32_t(int16_t(x[j]) * int16_t(y[j])); };
+    return s[i] + product(2 * i) + product(2 * i + 1);
+  });
 }
 
 // ---- lanes to other places: of an index, its low bits count
@@ -210,10 +215,6 @@ inline unsigned long long _pdep_u64(unsigned long long from, unsigned long long 
 inline __m512i _mm512_shuffle_epi8(__m512i v, __m512i index) {  // in each 128 bits by themselves; zero where the index is negative
   const auto x = (emulated::u8x64)v, at = (emulated::u8x64)index;
   return (__m512i)emulated::lanes<emulated::u8x64>([&](size_t i) { return at[i] & 0x80 ? uint8_t(0) : x[(i & 48) | (at[i] & 15)]; });
-}
-inline __m512i _mm512_permutexvar_epi8(__m512i index, __m512i v) {
-  const auto x = (emulated::u8x64)v, at = (emulated::u8x64)index;
-  return (__m512i)emulated::lanes<emulated::u8x64>([&](size_t i) { return x[at[i] & 63]; });
 }
 inline __m512i _mm512_permutexvar_epi16(__m512i index, __m512i v) {
   const auto x = (emulated::u16x32)v, at = (emulated::u16x32)index;
@@ -227,13 +228,10 @@ inline __m512 _mm512_permutexvar_ps(__m512i index, __m512 v) {
   const auto at = (emulated::u32x16)index;
   return emulated::lanes<__m512>([&](size_t i) { return v[at[i] & 15]; });
 }
-inline __m512i _mm512_multishift_epi64_epi8(__m512i index, __m512i v) {  // bytes that begin at any bit of their 64, which go round
-  const auto at = (emulated::u8x64)index;
+inline __m512i _mm512_rolv_epi64(__m512i v, __m512i counts) {
   const auto x = (emulated::u64x8)v;
-  return (__m512i)emulated::lanes<emulated::u8x64>([&](size_t i) {
-    const unsigned n = at[i] & 63;
-    return uint8_t(x[i / 8] >> n | x[i / 8] << (-n & 63));
-  });
+  const auto by = (emulated::u64x8)counts;
+  return (__m512i)emulated::lanes<emulated::u64x8>([&](size_t i) { return x[i] << (by[i] & 63) | x[i] >> (-by[i] & 63); });
 }
 inline __m512 _mm512_mask_blend_ps(__mmask16 mask, __m512 zeros, __m512 ones) {
   return emulated::lanes<__m512>([&](size_t i) { return mask >> i & 1 ? ones[i] : zeros[i]; });
@@ -290,5 +288,56 @@ inline __m512 _mm512_dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {  // two rou
   return emulated::lanes<__m512>(
       [&](size_t i) { return emulated::fma_bf16(a[2 * i], b[2 * i], emulated::fma_bf16(a[2 * i + 1], b[2 * i + 1], sum[i])); });
 }
+
+// ---- AMX: a thread's tiles, as it has configured them; what the CPU would refuse is a trap
+
+namespace emulated {
+struct Tiles {
+  uint8_t bytes[8][16][64];
+  int rows[8], row_bytes[8];
+};
+inline Tiles& tiles() {
+  static thread_local Tiles all{};
+  return all;
+}
+template <class B>  // the type of b's bytes
+inline void dot_tiles(int sum, int a, int b) {  // sum [M, N] += a [M, K] · b [K / 4, N, 4]
+  Tiles& t = tiles();
+  const int m = t.rows[sum], n = t.row_bytes[sum] / 4, k = t.row_bytes[a];
+  if (m == 0 || n == 0 || k == 0 || t.rows[a] != m || t.row_bytes[b] != 4 * n || t.rows[b] * 4 != k) __builtin_trap();
+  for (int i = 0; i < m; i++)
+    for (int j = 0; j < n; j++) {
+      auto total = load<uint32_t>(&t.bytes[sum][i][4 * j]);
+      for (int l = 0; l < k; l++) total += uint32_t(int8_t(t.bytes[a][i][l]) * B(t.bytes[b][l / 4][4 * j + l % 4]));
+      std::memcpy(&t.bytes[sum][i][4 * j], &total, 4);
+    }
+}
+}  // namespace emulated
+
+inline void _tile_loadconfig(const void* p) {  // palette, first row, 14 reserved; bytes of a row, 16 bits each; rows
+  const auto* config = static_cast<const uint8_t*>(p);
+  emulated::Tiles& t = emulated::tiles();
+  t = {};
+  if (config[0] != 1) __builtin_trap();
+  for (int i = 0; i < 8; i++) {
+    t.row_bytes[i] = emulated::load<uint16_t>(config + 16 + 2 * i), t.rows[i] = config[48 + i];
+    if (t.row_bytes[i] > 64 || t.rows[i] > 16 || (t.rows[i] == 0) != (t.row_bytes[i] == 0)) __builtin_trap();
+  }
+}
+inline void _tile_release() { emulated::tiles() = {}; }
+inline void _tile_zero(int tile) { std::memset(emulated::tiles().bytes[tile], 0, sizeof(emulated::Tiles::bytes[0])); }
+inline void _tile_loadd(int tile, const void* p, long stride) {
+  emulated::Tiles& t = emulated::tiles();
+  if (t.rows[tile] == 0) __builtin_trap();
+  _tile_zero(tile);
+  for (int i = 0; i < t.rows[tile]; i++) std::memcpy(t.bytes[tile][i], static_cast<const char*>(p) + i * stride, size_t(t.row_bytes[tile]));
+}
+inline void _tile_stored(int tile, void* p, long stride) {
+  emulated::Tiles& t = emulated::tiles();
+  if (t.rows[tile] == 0) __builtin_trap();
+  for (int i = 0; i < t.rows[tile]; i++) std::memcpy(static_cast<char*>(p) + i * stride, t.bytes[tile][i], size_t(t.row_bytes[tile]));
+}
+inline void _tile_dpbssd(int sum, int a, int b) { emulated::dot_tiles<int8_t>(sum, a, b); }
+inline void _tile_dpbsud(int sum, int a, int b) { emulated::dot_tiles<uint8_t>(sum, a, b); }
 
 }  // namespace

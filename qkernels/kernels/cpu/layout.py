@@ -3,9 +3,8 @@
 Panels of 16 output rows; in a panel, tiles of 16 rows x 8 k; every group of K padded to a multiple of 8 with code 0. Four panels are a
 strip, which holds its tiles, scales and zeros in order of k, then of panels; the panels that remain follow one by one.
 
-    4 bits   (n, k) of a tile -> byte 4n + k % 4, low nibble for k < 4, high nibble for k >= 4
-    8 bits   (n, k) of a tile -> byte 64 (k // 4) + 4n + k % 4
-    others   as 8 bits, each 64 codes squeezed into a little-endian bit stream
+    (n, k) of a tile -> code c = 64 (k // 4) + 4n + k % 4, in planes of 8 bits or of 4, 2 and 1 whose sum is the width, lowest bits first
+    a plane of b     -> 16 b bytes: byte c % 16b, from bit b (c // 16b) on
 
 Nested blocks (ggml's) come apart into the same: codes of one width, and numbers of the groups that share the finest scale. Where scales
 have a scale themselves, that of every block lies in strips as they do. Vector codebooks (IQ1, IQ2, IQ3) and TQ1_0, whose codes would take
@@ -14,6 +13,7 @@ more than their blocks, are kept as they lie, row by row, and come apart a few c
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -58,15 +58,15 @@ def prepare(q: QuantTensor) -> Packed:
         return Packed(q.format, q.shape, memory.empty(q.codes.numel()).copy_(q.codes.flatten()), None, None, None, q.perm)
     codes, scales, zeros, tensor_scale = _apart(q)
     codes = F.pad(_pad_groups(codes, q.format, n, k), (0, 0, 0, -n % PANEL))
-    tiles = codes.view(-1, PANEL, codes.shape[1] // TILE_K, 2, 4).permute(0, 2, 3, 1, 4)  # panel, tile, half, row, k
-    weight = tiles[:, :, 0] | (tiles[:, :, 1] << 4) if bits == 4 else pack(tiles.reshape(*tiles.shape[:3], 64), bits)
+    tiles = codes.view(-1, PANEL, codes.shape[1] // TILE_K, 2, 4).permute(0, 2, 3, 1, 4).flatten(2)  # panel, tile, (half, row, k)
+    weight = torch.cat([_plane(tiles >> below & (1 << b) - 1, b) for b, below in _planes(bits)], -1)
     scales = _panel_rows(scales, q.format, n, k, _scale_lanes(q.format, n, k))
     zeros = None if zeros is None else _panel_rows(zeros, q.format, n, k, PANEL)
     if tensor_scale is not None and q.format.block is not None:
         tensor_scale = _panel_rows(tensor_scale, q.format, n, k, PANEL)
     if scales.dtype == torch.float8_e8m0fnu:  # a dtype that the stable ABI does not carry yet
         scales = scales.view(torch.uint8)
-    return Packed(q.format, q.shape, _strips(weight.flatten(2)), scales, zeros, tensor_scale, q.perm)
+    return Packed(q.format, q.shape, _strips(weight), scales, zeros, tensor_scale, q.perm)
 
 
 def restore(packed: Packed) -> QuantTensor:
@@ -76,7 +76,7 @@ def restore(packed: Packed) -> QuantTensor:
         return QuantTensor(format, packed.shape, packed.weight.clone().view(n, -1), perm=packed.perm)
     panels = -(-n // PANEL)
     tiles = _codes(_panels(packed.weight.view(panels, -1, PANEL * format.bits)), format.bits)
-    codes = tiles.permute(0, 3, 1, 2, 4).reshape(panels * PANEL, -1)[:n]
+    codes = tiles.unflatten(-1, (2, PANEL, 4)).permute(0, 3, 1, 2, 4).reshape(panels * PANEL, -1)[:n]
     numbers = (None if t is None else _canonical_rows(t, format, n, k, lanes) for t, lanes in _numbers(packed))
     return _canonical(packed, codes, *numbers)
 
@@ -89,13 +89,15 @@ def rows(packed: Packed, index: Tensor) -> QuantTensor:
     if nested.is_kept(packed.format):
         return QuantTensor(packed.format, (len(index), packed.shape[1]), packed.weight.view(packed.shape[0], -1)[index], perm=packed.perm)
     bits, panels, panel, lane = packed.format.bits, -(-packed.shape[0] // PANEL), index // PANEL, index % PANEL
-    # What is taken is as little as begins at a byte: a row of 4 bits in a tile, of others two rows of half a tile.
-    units, unit = ((1, PANEL, 4), lane) if bits == 4 else ((2, PANEL // 2, bits), lane // 2)
-    taken = _units(packed.weight.view(panels, -1, PANEL * bits), units, panel, unit)
-    if bits == 4:
-        codes = torch.cat([taken & 15, taken >> 4], 2)
-    else:
-        codes = unpack(taken, bits, 8).unflatten(-1, (2, 4))[torch.arange(len(index), device=index.device), :, :, lane % 2]
+    strips = packed.weight.view(panels, -1, PANEL * bits)
+    codes = torch.zeros(len(index), strips.shape[1], 2, 4, dtype=torch.uint8, device=index.device)
+    for b, below in _planes(bits):
+        plane, rows_apart = strips[..., PANEL * below : PANEL * (below + b)], min(4 * b, PANEL)  # a row's 4 bytes serve others, too
+        taken = _units(plane, (2 if b == 8 else 1, rows_apart, 4), panel, lane % rows_apart)
+        at = (b * (lane // rows_apart))[:, None, None].to(torch.uint8)
+        for half in range(2):
+            found = taken[:, :, half] if b == 8 else taken[:, :, 0] >> at + 4 * half & (1 << b) - 1
+            codes[:, :, half] |= found << below
     numbers = (None if t is None else _lanes(t, panels, panel, lane) for t, _ in _numbers(packed))
     return _canonical(packed, codes.flatten(1), *numbers)
 
@@ -121,12 +123,24 @@ def _units(strips: Tensor, units: tuple[int, int, int], panel: Tensor, unit: Ten
     return alone
 
 
-def _codes(panels: Tensor, bits: int) -> Tensor:
-    """Codes of tiles: [panels, tiles, bytes of one] -> [panels, tiles, 2, 16, 4]."""
-    if bits == 4:
-        bytes_ = panels.unflatten(2, (PANEL, 4))
-        return torch.stack([bytes_ & 15, bytes_ >> 4], 2)
-    return unpack(panels.unflatten(2, (2, 8 * bits)), bits, 64).unflatten(-1, (PANEL, 4))
+def _planes(bits: int) -> list[tuple[int, int]]:
+    """Bits of each plane, and how many of a code lie in those before it."""
+    return [(b, bits & -2 * b) for b in (8, 4, 2, 1) if bits & b]
+
+
+def _plane(codes: Tensor, b: int) -> Tensor:
+    """A tile's codes of b bits [..., 128] -> [..., 16 b]."""
+    parts = codes.unflatten(-1, (8 // b, PANEL * b)).unbind(-2)
+    return functools.reduce(torch.bitwise_or, (part << b * i for i, part in enumerate(parts)))
+
+
+def _codes(tiles: Tensor, bits: int) -> Tensor:
+    """Codes [..., 128] of tiles [..., 16 * bits]."""
+    out = torch.zeros(*tiles.shape[:-1], 128, dtype=torch.uint8, device=tiles.device)
+    for b, below in _planes(bits):
+        plane = tiles[..., PANEL * below : PANEL * (below + b)]
+        out |= torch.cat([plane >> b * i & (1 << b) - 1 for i in range(8 // b)], -1) << below
+    return out
 
 
 def _numbers(packed: Packed) -> tuple[tuple[Tensor | None, int], ...]:

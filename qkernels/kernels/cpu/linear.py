@@ -1,6 +1,7 @@
 """The two CPU kernels over one packed layout: int8 activations (exact int32 sums in blocks of up to 256) and exact fp32.
 
-Layout: see layout.py; arithmetic: csrc/cpu/multiply.h. Activations take -127…127, with integer codes of up to 4 bits -120…120.
+Layout: see layout.py; arithmetic: csrc/cpu/multiply.h. Activations take -127…127, with integer codes of up to 4 bits -120…120. They have
+a scale for every group of the weight's, but where groups have integer scales for all 256 columns of a block (csrc/cpu/scaled.h).
 A result depends on K alone: not on the threads, nor on the other rows.
 
 Source: interleaving output rows so that no sum crosses lanes, as in llama.cpp's repacked types; unsigned weights against signed
