@@ -234,7 +234,8 @@ def build(library: Path, recipe: Recipe, compilers: ThreadPoolExecutor) -> None:
     key = hashlib.sha256(repr((recipe.info, recipe.compile, recipe.flags_of)).encode()).hexdigest()[:12]
     folder = ROOT / "build" / f"objects-{key}"
     folder.mkdir(parents=True, exist_ok=True)
-    headers = max((p.stat().st_mtime for p in (ROOT / "csrc").rglob("*.*h")), default=0.0)
+    folders = {ROOT / source for source in map(os.path.dirname, recipe.sources)} | {ROOT / "csrc/common", ROOT / "csrc/emulated"}
+    headers = max((p.stat().st_mtime for found in folders for p in found.glob("*.*h")), default=0.0)
 
     def compile_one(source: str) -> str:
         stem = Path(source).stem

@@ -85,7 +85,8 @@ struct Weight {
   alignas(64) float table[16];
   alignas(64) uint16_t table_bf16[32];  // the same, twice over
   alignas(64) uint8_t table_u8[16];  // as int8 + 128, for the int8 kernels, in units of 1/127 of the largest or exact
-  alignas(16) uint8_t table_low[16];  // these less the lowest of them
+  alignas(16) uint8_t table_s8[16], table_magnitudes[16];  // as int8 without the 128; and their magnitudes
+  alignas(16) uint8_t table_low[16];  // table_u8 less the lowest of it
   int lowest, span;  // of table_u8
   float centre;
   float alpha;  // multiplies everything

@@ -158,7 +158,10 @@ void set_table(Weight& w, const Tensor& table, bool int8) {
   for (int i = 0; i < 16; i++) w.table_u8[i] = uint8_t(int(std::nearbyint(t[i] / unit)) + 128);
   const auto [lowest, highest] = std::minmax_element(w.table_u8, w.table_u8 + 16);
   w.lowest = *lowest, w.span = *highest - *lowest;
-  for (int i = 0; i < 16; i++) w.table_low[i] = uint8_t(w.table_u8[i] - w.lowest);
+  for (int i = 0; i < 16; i++) {
+    const int value = w.table_u8[i] - 128;
+    w.table_low[i] = uint8_t(w.table_u8[i] - w.lowest), w.table_s8[i] = uint8_t(value), w.table_magnitudes[i] = uint8_t(std::abs(value));
+  }
   w.offset = 128, w.alpha *= unit;
 }
 

@@ -98,21 +98,33 @@ struct DotS8 {  // sums of pairs, as many as fit 16 bits
   }
   F value() const { return to_float(sum); }
 };
-template <>
-struct DotS8<255> {  // codes minus 128, as |w| times x with the sign of w: 2 * 128 * 127 fits
-  static constexpr int FOLD_K = MAX_BLOCK, BIAS = 128;
+// Signed values as |w| times x with the sign of w: 2 * 128 * 127 fits. scale: 1, or what multiplies all of them.
+inline __m256i signed_dot(__m256i sum, __m256i w, __m256i magnitude, __m256i x, __m256i scale) {
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(x, w)), scale));
+}
+struct Signed {
+  B value, magnitude;
+};
+inline Signed less_128(B w) {  // of codes
+  const __m256i flip = _mm256_set1_epi8(-128), a = _mm256_xor_si256(w.a, flip), b = _mm256_xor_si256(w.b, flip);
+  return {{a, b}, {_mm256_abs_epi8(a), _mm256_abs_epi8(b)}};
+}
+inline Signed entries(const Weight& w, B index) { return {look_up(w.table_s8, index), look_up(w.table_magnitudes, index)}; }
+struct SignedSum {
+  static constexpr int FOLD_K = MAX_BLOCK, PIECE = MAX_BLOCK, BIAS = 128;
   I sum;
   void start(int32_t value) { sum = set1_i(value); }
-  static __m256i dot(__m256i acc, __m256i w, __m256i x) {
-    w = _mm256_xor_si256(w, _mm256_set1_epi8(-128));
-    return _mm256_add_epi32(acc, pairs_to_i32(_mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w))));
-  }
-  void add(B w, const int8_t* x) {
+  void add(const Signed& w, const int8_t* x, I scale) {
     const __m256i v = broadcast_4(x);
-    sum = {dot(sum.a, w.a, v), dot(sum.b, w.b, v)};
+    sum = {signed_dot(sum.a, w.value.a, w.magnitude.a, v, scale.a), signed_dot(sum.b, w.value.b, w.magnitude.b, v, scale.b)};
     __asm__("" : "+x"(sum.a), "+x"(sum.b));  // as above: six of eight sums would lie on the stack
   }
   void fold() {}
+};
+template <>
+struct DotS8<255> : SignedSum {  // codes minus 128
+  void add(const Signed& w, const int8_t* x) { SignedSum::add(w, x, {_mm256_set1_epi16(1), _mm256_set1_epi16(1)}); }
+  void add(B w, const int8_t* x) { add(less_128(w), x); }
   F value() const { return to_float(sum); }
 };
 // Of a block of LONGEST columns at most: codes less the middle of theirs, in 16 bits to the end. What overflows on the way comes back, as the
@@ -150,20 +162,11 @@ struct ScaledDot<DotS8<LARGEST>> : DotLanes<LARGEST> {
   I scaled(I total) const { return add_i(total, {_mm256_madd_epi16(this->a, scale.a), _mm256_madd_epi16(this->b, scale.b)}); }
 };
 template <>
-struct ScaledDot<DotS8<255>> {
-  static constexpr int FOLD_K = MAX_BLOCK, PIECE = MAX_BLOCK;
-  I sum, scale;
+struct ScaledDot<DotS8<255>> : SignedSum {
+  I scale;
   void start(int32_t) { sum = zero_i(); }
-  static __m256i dot(__m256i sum, __m256i w, __m256i x, __m256i scale) {
-    w = _mm256_xor_si256(w, _mm256_set1_epi8(-128));
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w)), scale));
-  }
-  void add(B w, const int8_t* x) {
-    const __m256i v = broadcast_4(x);
-    sum = {dot(sum.a, w.a, v, scale.a), dot(sum.b, w.b, v, scale.b)};
-    __asm__("" : "+x"(sum.a), "+x"(sum.b));  // as above
-  }
-  void fold() {}
+  void add(const Signed& w, const int8_t* x) { SignedSum::add(w, x, scale); }
+  void add(B w, const int8_t* x) { add(less_128(w), x); }
   I scaled(I total) const { return add_i(total, sum); }
 };
 inline I load_scales(const uint8_t* p, bool is_signed) {

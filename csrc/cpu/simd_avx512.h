@@ -43,6 +43,7 @@ inline B nibbles(B x, int high) { return {_mm512_and_si512(high ? _mm512_srli_ep
 inline B look_up(const uint8_t* table, B index) {
   return {_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table))), index.v)};
 }
+inline B entries(const Weight& w, B index) { return look_up(w.table_u8, index); }
 // An accumulator stays in its register: GCC 12 would write it to the stack after every use, at a third of the speed.
 #ifdef QKERNELS_EMULATE  // no such registers
 template <class V>

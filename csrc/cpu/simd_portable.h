@@ -100,6 +100,7 @@ inline B look_up(const uint8_t* table, B index) {
   for (auto& v : index.v) v = table[v & 15];
   return index;
 }
+inline B entries(const Weight& w, B index) { return look_up(w.table_u8, index); }
 
 template <int LARGEST>
 struct DotS8 {  // sum[n] += sum of w[4n+i] * x[i]

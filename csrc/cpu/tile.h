@@ -34,7 +34,7 @@ struct S8Nibbles : S8<15> {
 };
 struct S8Table : S8<255> {
   static constexpr int TILE_BYTES = 64, IDLE_ROWS = 2;
-  static B weight(const uint8_t* tile, int step, const Weight& w) { return look_up(w.table_u8, nibbles(load_b(tile), step)); }
+  static auto weight(const uint8_t* tile, int step, const Weight& w) { return entries(w, nibbles(load_b(tile), step)); }
 };
 struct S8Narrow : S8<31> {
   static constexpr int TILE_BYTES = 64, IDLE_ROWS = 2;
@@ -428,7 +428,7 @@ void tile(const Weight& w, const Activations& x, Chunk& chunk, int64_t m, float*
       for_scales<PANELS>(w, chunk.place, block.group, [&](auto p, F scale) __attribute__((always_inline)) { factors[p] = scale; });
       fetch_numbers<PANELS>(w.scales, w.scale_dtype, w.scale_lanes, next);
       if (chunk.shifts != nullptr) {
-        each<PANELS>(QK_WITH(p) { store_f(chunk.scales + p * PANEL, factors[p]); });
+        if (!is_s8<Source> || !w.minima) each<PANELS>(QK_WITH(p) { store_f(chunk.scales + p * PANEL, factors[p]); });  // else not asked for
         add_block_shifts<!is_s8<Source>, PANELS>(w, chunk.place, block.group, chunk.scales, x.sums + b * x.m + m, ROWS, acc + SHIFT_SUMS);
         if (w.zeros != nullptr) fetch_numbers<PANELS>(w.zeros, w.zero_dtype, PANEL, next);
       }
