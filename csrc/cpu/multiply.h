@@ -84,7 +84,7 @@ void by_own_chunks(const Job& j, int64_t most_k, const Codes& codes_of) {
     chunk.ahead = {next, j.w.nested != Nested::none ? next : bytes < end - next ? next + bytes : end, 0};
     for (int p = 0; p < ALL; p += PANELS) {
       chunk.place = place_of(j.w, j.panel + p), chunk.codes = codes + p * Source::TILE_BYTES, chunk.passes = (ALL - p) / PANELS;
-      if constexpr (is_scaled<Source>) decode_scaled<PANELS>(j.w, chunk, chunk.first, chunk.count, true);
+      if constexpr (is_scaled<Source>) decode_scaled<PANELS>(j.w, chunk);
       else decode<!is_s8<Source>, PANELS>(j.w, chunk);
       rows_of_tiles<Source, PANELS>(j.w, j.x, chunk, j.m0, j.m1, j.acc() + j.rows() * p * PANEL);
     }

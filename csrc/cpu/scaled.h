@@ -15,20 +15,35 @@ inline I inner_minima(const Weight& w, const Place& place, int64_t block, int64_
   return load_pairs(first, first + place.panels * PANEL, w.zero_dtype == Dtype::i8);
 }
 
-// What belongs to all rows, of `count` blocks: inner_too: their integer scales as well.
+// An inner group's numbers are fetched while the strip before is at work, as those of tile() are.
 template <int PANELS>
-[[gnu::noinline]] void decode_scaled(const Weight& w, const Chunk& chunk, int64_t block, int64_t count, bool inner_too) {
+[[gnu::always_inline]] inline void fetch_inner(const Weight& w, const Place& place, int64_t block, int64_t group) {
+  const int64_t strip = PANELS * w.geometry.groups * (MAX_BLOCK / w.inner), next = inner_at(w, place, block, group) + strip;
+  fetch_numbers<PANELS>(w.scales, Dtype::u8, PANEL, next);
+  if (w.zeros != nullptr) fetch_numbers<PANELS>(w.zeros, Dtype::u8, PANEL, next);
+}
+
+// What multiplies a block's scales, or minima [PANELS, 16].
+template <int PANELS>
+[[gnu::always_inline]] inline void decode_outer(const Weight& w, const Place& place, int64_t block, bool of_minima, float* out) {
+  const uint16_t* outer = outer_at(w, place, block, of_minima);
+  each<PANELS>(QK_WITH(p) {
+    const F number = load_numbers(outer, Dtype::f16, p * PANEL);
+    store_f(out + p * PANEL, of_minima ? number : mul(number, set1_f(w.alpha)));
+  });
+}
+
+template <int PANELS>
+[[gnu::noinline]] void decode_scaled(const Weight& w, const Chunk& chunk) {
   const int64_t groups = MAX_BLOCK / w.inner;
   int32_t *inner = chunk.inner, *minima = chunk.minima;
-  float *scales = chunk.scales, *of_minima = chunk.minima_scales;
-  for (const int64_t end = block + count; block < end; block++, scales += PANELS * PANEL, of_minima += PANELS * PANEL) {
-    const uint16_t* outer = outer_at(w, chunk.place, block, false);
-    each<PANELS>(QK_WITH(p) { store_f(scales + p * PANEL, mul(load_numbers(outer, Dtype::f16, p * PANEL), set1_f(w.alpha))); });
-    for (int64_t g = 0; inner_too && g < groups; g++)
+  for (int64_t b = 0; b < chunk.count; b++) {
+    const int64_t block = chunk.first + b;
+    decode_outer<PANELS>(w, chunk.place, block, false, chunk.scales + b * PANELS * PANEL);
+    for (int64_t g = 0; g < groups; g++)
       for (int p = 0; p < PANELS; p++, inner += PANEL) store_i(inner, inner_scales(w, chunk.place, block, g, p));
     if (w.zeros == nullptr) continue;
-    outer = outer_at(w, chunk.place, block, true);
-    each<PANELS>(QK_WITH(p) { store_f(of_minima + p * PANEL, load_numbers(outer, Dtype::f16, p * PANEL)); });
+    decode_outer<PANELS>(w, chunk.place, block, true, chunk.minima_scales + b * PANELS * PANEL);
     for (int64_t g = 0; g < groups; g += 2)
       for (int p = 0; p < PANELS; p++, minima += PANEL) store_i(minima, inner_minima(w, chunk.place, block, g, p));
   }
@@ -46,6 +61,11 @@ template <int ROWS, int PANELS, class Total>
   });
 }
 
+inline int32_t two_sums(const Activations& x, int64_t at, int64_t group) {  // of x in a group and the next
+  int32_t two;
+  __builtin_memcpy(&two, x.inner_sums + at * MOST_INNER + group, 4);
+  return two;
+}
 // What the minima of block b of a chunk of so many panels add to the rows from m on, for PANELS of them from the panel p on.
 template <int PANELS>
 [[gnu::noinline]] void add_minima(const Weight& w, const Activations& x, const Chunk& chunk, int64_t b, int64_t block, int p, int panels,
@@ -56,9 +76,8 @@ template <int PANELS>
     I totals[PANELS];
     each<PANELS>(QK_WITH(q) { totals[q] = zero_i(); });
     for (int64_t g = 0; g < groups; g += 2) {
-      int32_t two;
-      __builtin_memcpy(&two, x.inner_sums + (at + r) * MOST_INNER + g, 4);
-      each<PANELS>(QK_WITH(q) { totals[q] = add_pairs(totals[q], load_i(minima + (g / 2 * panels + q) * PANEL), set1_i(two)); });
+      const I two = set1_i(two_sums(x, at + r, g));
+      each<PANELS>(QK_WITH(q) { totals[q] = add_pairs(totals[q], load_i(minima + (g / 2 * panels + q) * PANEL), two); });
     }
     const auto total = [&](int, int q) __attribute__((always_inline)) { return totals[q]; };
     add_totals<1, PANELS>(total, chunk.minima_scales + (b * panels + p) * PANEL, x.scales + at + r, 0, acc);
@@ -78,14 +97,25 @@ void scaled_tile(const Weight& w, const Activations& x, Chunk& chunk, int64_t m,
   const int32_t *inner = chunk.inner, *columns = chunk.columns;
   for (int64_t b = 0; b < chunk.count; b++) {
     const int64_t block = chunk.first + b, at = block * x.m + m;
-    if constexpr (STREAMED) decode_scaled<PANELS>(w, chunk, block, 1, false);
     const int8_t* rows = static_cast<const int8_t*>(x.values) + at * MAX_BLOCK;
     const int32_t* starts = x.starts + block * groups * x.m + m;
-    I totals[ROWS][PANELS];
-    each<ROWS>(QK_WITH(r) { each<PANELS>(QK_WITH(p) { totals[r][p] = zero_i(); }); });
+    if constexpr (STREAMED) {  // wanted at the block's end
+      fetch_numbers<PANELS>(outer_at(w, chunk.place, block, false), Dtype::f16, PANEL, 0);
+      if (w.zeros != nullptr) fetch_numbers<PANELS>(outer_at(w, chunk.place, block, true), Dtype::f16, PANEL, 0);
+    }
+    I totals[ROWS][PANELS], least[ROWS][PANELS];
+    each<ROWS>(QK_WITH(r) { each<PANELS>(QK_WITH(p) { totals[r][p] = least[r][p] = zero_i(); }); });
     for (int64_t g = 0; g < groups; g++, rows += length, starts += x.m) {
       if constexpr (FETCH_X && !STREAMED)
         for (int64_t i = 0; i < ROWS * length; i += 64) __builtin_prefetch(rows + ROWS * MAX_BLOCK + g * (ROWS - 1) * length + i);
+      if constexpr (STREAMED) {
+        fetch_inner<PANELS>(w, chunk.place, block, g);
+        if (w.zeros != nullptr && g % 2 == 0)  // here, and not at the end, that the codes' memory is not kept waiting
+          each<PANELS>(QK_WITH(p) {
+            const I both = inner_minima(w, chunk.place, block, g, p);
+            each<ROWS>(QK_WITH(r) { least[r][p] = add_pairs(least[r][p], both, set1_i(two_sums(x, at + r, g))); });
+          });
+      }
       I scales[PANELS];
       each<PANELS>(QK_WITH(p) {
         if constexpr (STREAMED) scales[p] = inner_scales(w, chunk.place, block, g, p);
@@ -108,12 +138,22 @@ void scaled_tile(const Weight& w, const Activations& x, Chunk& chunk, int64_t m,
       if constexpr (!STREAMED) inner += PANELS * PANEL;
       if constexpr (is_paired<Source>) columns += PANELS * PANEL;
     }
-    const int64_t of_chunk = STREAMED ? 0 : b;
     float* out = acc;
     __asm__("" : "+r"(out));  // as in tile()
-    const auto total = [&](int r, int p) __attribute__((always_inline)) { return totals[r][p]; };
-    add_totals<ROWS, PANELS>(total, chunk.scales + of_chunk * PANELS * PANEL, x.scales + at, PANELS * PANEL, out);
-    if (w.zeros != nullptr) add_minima<PANELS>(w, x, chunk, of_chunk, block, 0, PANELS, m, ROWS, acc);
+    const auto add = [&](const I(&sums)[ROWS][PANELS], const float* factors) __attribute__((always_inline)) {
+      const auto total = [&](int r, int p) __attribute__((always_inline)) { return sums[r][p]; };
+      add_totals<ROWS, PANELS>(total, factors, x.scales + at, PANELS * PANEL, out);
+    };
+    if constexpr (STREAMED) {
+      decode_outer<PANELS>(w, chunk.place, block, false, chunk.scales);
+      add(totals, chunk.scales);
+      if (w.zeros == nullptr) continue;
+      decode_outer<PANELS>(w, chunk.place, block, true, chunk.scales);
+      add(least, chunk.scales);
+    } else {
+      add(totals, chunk.scales + b * PANELS * PANEL);
+      if (w.zeros != nullptr) add_minima<PANELS>(w, x, chunk, b, block, 0, PANELS, m, ROWS, acc);
+    }
   }
   if constexpr (!STREAMED) chunk.ahead = ahead;
 }
