@@ -151,17 +151,18 @@ void from_nested(const Job& j) {
 template <int PANELS, int ALL>
 void by_scaled(const Job& j) {
   const bool integers = j.w.kind == CodeKind::integer;
-  if constexpr (ALL == STRIP && STREAMS)
+  if constexpr (ALL == STRIP && STREAMS_PLANES)
     if (integers && j.rows() <= STREAMED_ROWS<Scaled<S8Planes<5>>>) switch (j.w.bits) {
         case 2: return streamed<Scaled<S8Planes<2>>>(j);
         case 3: return streamed<Scaled<S8Planes<3>>>(j);
         case 5: return streamed<Scaled<S8Planes<5>>>(j);
         case 6: return streamed<Scaled<S8Planes<6>>>(j);
       }
-  if (j.w.bits == 4 && j.rows() <= FEW_S8)
-    return integers ? direct<Scaled<S8Nibbles>, PANELS, ALL>(j) : direct<Scaled<S8Table>, PANELS, ALL>(j);
-  if (integers && j.w.bits <= 4) return through_scratch<Scaled<S8Unpacked<15>>, PANELS, ALL>(j);
+  if constexpr (ALL == STRIP)  // a panel alone is not worth the build of its tiles
+    if (j.w.bits == 4 && j.rows() <= FEW_S8)
+      return integers ? direct<Scaled<S8Nibbles>, PANELS, ALL>(j) : direct<Scaled<S8Table>, PANELS, ALL>(j);
   if constexpr (NARROW != 0) {  // else all codes cost the same
+    if (integers && j.w.bits <= 4) return through_scratch<Scaled<S8Unpacked<15>>, PANELS, ALL>(j);
     if (j.w.bits == 5) return through_scratch<Scaled<S8Unpacked<31>>, PANELS, ALL>(j);
     if (j.w.bits == 6) return through_scratch<Scaled<S8Unpacked<63>>, PANELS, ALL>(j);
   }
@@ -171,7 +172,7 @@ void by_scaled(const Job& j) {
 // Integers of the commoner odd widths, for as few rows as one tile holds; false for others.
 template <int ALL>
 bool streamed_bits(const Job& j) {
-  if constexpr (ALL != STRIP || !STREAMS) {
+  if constexpr (ALL != STRIP || !STREAMS_PLANES) {
     return false;
   } else {
     if (j.w.kind != CodeKind::integer || j.rows() > STREAMED_ROWS<S8Planes<5>>) return false;
@@ -218,8 +219,8 @@ struct ByS8 {
 #endif
     if (j.w.bits == 8) return direct<S8Bytes, PANELS, ALL>(j);
     if (j.w.bits == 4 && j.rows() <= FEW_S8) return integers ? direct<S8Nibbles, PANELS, ALL>(j) : tables<PANELS, ALL>(j);
-    if (j.w.bits <= 4 && integers) return through_scratch<S8Unpacked<15>, PANELS, ALL>(j);
     if constexpr (NARROW != 0) {  // else all codes cost the same
+      if (j.w.bits <= 4 && integers) return through_scratch<S8Unpacked<15>, PANELS, ALL>(j);
       if (is_narrow(j.w) || (integers && j.w.bits == 5)) return through_scratch<S8Unpacked<31>, PANELS, ALL>(j);
       if (integers && j.w.bits == 6) return through_scratch<S8Unpacked<63>, PANELS, ALL>(j);
     }

@@ -9,7 +9,8 @@ struct B {
   __m256i a, b;
 };
 constexpr int ACCUMULATORS = 6, S8_ACCUMULATORS = 4, WIDE = 1;  // register tile: rows of x times panels; panels at most
-constexpr bool STREAMS = true, FETCH_X = true;  // rows that one tile holds take a strip in one go; the next rows of x are fetched
+constexpr bool STREAMS = true, STREAMS_PLANES = true,
+               FETCH_X = true;  // rows that one tile holds take a strip in one go; the next rows of x are fetched
 using LENGTHS = std::integer_sequence<int, 16, 32, 128>;  // of blocks that get loops of their own
 constexpr int NARROW = 31;  // tables that span as little are multiplied like integers of 5 bits
 constexpr int64_t FEW_S8 = 36, FEW_INTEGERS = 36, FEW_TABLE = 6, FEW_BYTES = 36;  // see multiply.h

@@ -12,6 +12,11 @@ constexpr int ACCUMULATORS = 24, WIDE = 4;  // register tile: rows of x times pa
 constexpr int S8_ACCUMULATORS = ACCUMULATORS, NARROW = 0;
 using LENGTHS = std::integer_sequence<int>;
 constexpr bool STREAMS = true, FETCH_X = false;
+#ifdef __AVX512BF16__
+constexpr bool STREAMS_PLANES = true;
+#else
+constexpr bool STREAMS_PLANES = false;  // a level for few CPUs: not worth its share of the build
+#endif
 constexpr int64_t FEW_S8 = ALWAYS, FEW_INTEGERS = ALWAYS, FEW_TABLE = ALWAYS, FEW_BYTES = 72;  // see multiply.h
 
 inline F zero_f() { return _mm512_setzero_ps(); }

@@ -11,7 +11,7 @@ struct B {
 constexpr int ACCUMULATORS = 4, WIDE = 1;  // register tile: rows of x times panels; panels at most
 constexpr int S8_ACCUMULATORS = ACCUMULATORS, NARROW = 0;
 using LENGTHS = std::integer_sequence<int>;
-constexpr bool STREAMS = false, FETCH_X = false;
+constexpr bool STREAMS = false, STREAMS_PLANES = false, FETCH_X = false;
 constexpr int64_t FEW_S8 = 4, FEW_INTEGERS = 4, FEW_TABLE = 4, FEW_BYTES = 4;  // see multiply.h
 
 inline F zero_f() { return F{}; }
