@@ -233,6 +233,18 @@ def test_more_rows_than_are_worked_on_at_a_time(kernel, name):
         assert torch.equal(torch.cat([kernel.run(part, packed, None) for part in x.split(100)]), y)
 
 
+@pytest.mark.parametrize("name", ["int4", "int8", "u4_g32_zm_sf16", "q2_k", "q4_k", "q6_k"])
+def test_activations_that_l2_does_not_hold(name):
+    """A CPU with AMX then takes several strips of the weight side by side."""
+    kernel, (n, k, m) = kernels.get("cpu_s8_wN_dot"), (34 * 16, 1024, 1100)
+    need(kernel, formats.get(name), n, k)
+    q, x = random_quant(formats.get(name), n, k), torch.randn(m, k)
+    packed = kernel.prepare(q)
+    y = kernel.run(x, packed, None)
+    check(kernel, q, y, x, None)
+    assert torch.equal(torch.cat([kernel.run(part, packed, None) for part in x.split(100)]), y)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("kernel", "format"), PAIRS)
 def test_bits_do_not_depend_on_threads_or_batch(kernel, format, dtype):

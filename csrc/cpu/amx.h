@@ -6,8 +6,8 @@
 
 constexpr int64_t AMX_ROWS = 16, AMX_K = 64;
 // Rows of x times columns of a group (64 at most) from which it is faster than DotS8, where unpacking and scaling are less of the work: 32
-// rows of groups of 64 and more, 128 of groups of 16. Found on a Xeon.
-constexpr int64_t AMX_FROM = 2048, AMX_LEAST_GROUP = 16;
+// rows of groups of 64 and more, 128 of groups of 16; and of rows where scales are integers. Found on a Xeon.
+constexpr int64_t AMX_FROM = 2048, AMX_LEAST_GROUP = 16, AMX_FROM_SCALED = 24;
 constexpr int64_t AMX_COLUMNS = 512;  // of a strip in scratch: 32 KiB, most of L1
 constexpr int AMX_BATCH = 2;  // blocks whose sums are scaled together: they share a trip of the accumulators through registers
 
@@ -31,6 +31,7 @@ inline void unpack(S8Amx, const Weight& w, const uint8_t* codes, const Chunk& ch
     for (int64_t k = 0; k < block.length; k += TILE_K, out += 128)
       for (int p = 0; p < STRIP; p++, codes += 16 * bits)
         for (int half = 0; half < 2; half++) {
+          if (64 * half < 16 * bits) __builtin_prefetch(codes + 64 * half + AHEAD);
           uint8_t* to = out + p * panel_bytes + 64 * half;
           const B found = load_b(half_codes(bits, codes, half, to));
           store_b(to, {_mm512_sub_epi8((table ? look_up(w.table_u8, found) : found).v, offset)});
@@ -40,7 +41,8 @@ inline void unpack(S8Amx, const Weight& w, const uint8_t* codes, const Chunk& ch
   }
 }
 inline bool by_amx(const Weight& w, int64_t rows) {
-  const int64_t run = w.inner != 0 ? w.inner : w.geometry.group_padded, group = run < AMX_K ? run : AMX_K;
+  if (w.inner != 0) return rows >= AMX_FROM_SCALED;
+  const int64_t group = w.geometry.group_padded < AMX_K ? w.geometry.group_padded : AMX_K;
   const bool fits = w.nested == Nested::none && (w.bits < 8 || w.offset == 0 || w.offset == 128);
   return fits && group >= AMX_LEAST_GROUP && rows * group >= AMX_FROM;
 }
@@ -62,6 +64,44 @@ inline void configure(int64_t rows, int64_t columns) {
   _tile_loadconfig(&config);
 }
 
+// The instructions themselves: GCC 12's intrinsics want literal numbers, and _tile_loadd does not say that it reads memory.
+#ifdef QKERNELS_EMULATE
+template <int TILE>
+inline void clear_tile() {
+  _tile_zero(TILE);
+}
+template <int TILE>
+inline void load_tile(const void* p, int64_t stride) {
+  _tile_loadd(TILE, p, stride);
+}
+template <int TILE>
+inline void store_tile(void* p) {
+  _tile_stored(TILE, p, 64);
+}
+template <bool SIGNED, int SUM, int X, int WEIGHTS>
+inline void dot_tiles() {
+  SIGNED ? _tile_dpbssd(SUM, X, WEIGHTS) : _tile_dpbsud(SUM, X, WEIGHTS);
+}
+#else
+template <int TILE>
+[[gnu::always_inline]] inline void clear_tile() {
+  __asm__ volatile("tilezero %%tmm%c0" : : "i"(TILE));
+}
+template <int TILE>
+[[gnu::always_inline]] inline void load_tile(const void* p, int64_t stride) {
+  __asm__ volatile("tileloadd (%1,%2,1), %%tmm%c0" : : "i"(TILE), "r"(p), "r"(stride) : "memory");
+}
+template <int TILE>
+[[gnu::always_inline]] inline void store_tile(void* p) {
+  __asm__ volatile("tilestored %%tmm%c0, (%1,%2,1)" : : "i"(TILE), "r"(p), "r"(int64_t(64)) : "memory");
+}
+template <bool SIGNED, int SUM, int X, int WEIGHTS>
+[[gnu::always_inline]] inline void dot_tiles() {
+  if (SIGNED) __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(SUM), "i"(X), "i"(WEIGHTS));
+  else __asm__ volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(SUM), "i"(X), "i"(WEIGHTS));
+}
+#endif
+
 struct TileSums {
   alignas(64) int32_t of[2][2][AMX_ROWS][PANEL];  // half of the rows, panel
 };
@@ -69,42 +109,31 @@ struct TileSums {
 // x [16 * HALVES, length], rows x_stride apart, times two panels
 template <bool SIGNED, int HALVES>
 inline void multiply_tiles(const int8_t* x, int64_t x_stride, int64_t length, const uint8_t* weights, int64_t panel_bytes, TileSums& sums) {
-  __asm__ volatile("" : : : "memory");  // GCC's _tile_loadd does not say that it reads memory
   const int64_t columns = tile_columns(length);
-  _tile_zero(0);
-  _tile_zero(1);
+  clear_tile<0>();
+  clear_tile<1>();
   if (HALVES == 2) {
-    _tile_zero(2);
-    _tile_zero(3);
+    clear_tile<2>();
+    clear_tile<3>();
   }
   for (int64_t k = 0; k < length; k += columns, weights += columns * PANEL) {
     const uint8_t* other = weights + panel_bytes;
-    _tile_loadd(4, x + k, x_stride);
-    _tile_loadd(6, weights, 64);
-    _tile_loadd(7, other, 64);
-    if (SIGNED) {
-      _tile_dpbssd(0, 4, 6);
-      _tile_dpbssd(1, 4, 7);
-    } else {
-      _tile_dpbsud(0, 4, 6);
-      _tile_dpbsud(1, 4, 7);
-    }
+    load_tile<4>(x + k, x_stride);
+    load_tile<6>(weights, 64);
+    load_tile<7>(other, 64);
+    dot_tiles<SIGNED, 0, 4, 6>();
+    dot_tiles<SIGNED, 1, 4, 7>();
     if (HALVES == 2) {
-      _tile_loadd(5, x + AMX_ROWS * x_stride + k, x_stride);
-      if (SIGNED) {
-        _tile_dpbssd(2, 5, 6);
-        _tile_dpbssd(3, 5, 7);
-      } else {
-        _tile_dpbsud(2, 5, 6);
-        _tile_dpbsud(3, 5, 7);
-      }
+      load_tile<5>(x + AMX_ROWS * x_stride + k, x_stride);
+      dot_tiles<SIGNED, 2, 5, 6>();
+      dot_tiles<SIGNED, 3, 5, 7>();
     }
   }
-  _tile_stored(0, sums.of[0][0], 64);
-  _tile_stored(1, sums.of[0][1], 64);
+  store_tile<0>(sums.of[0][0]);
+  store_tile<1>(sums.of[0][1]);
   if (HALVES == 2) {
-    _tile_stored(2, sums.of[1][0], 64);
-    _tile_stored(3, sums.of[1][1], 64);
+    store_tile<2>(sums.of[1][0]);
+    store_tile<3>(sums.of[1][1]);
   }
 }
 
@@ -161,57 +190,12 @@ void amx_rows(const Weight& w, const Activations& x, const Chunk& chunk, int64_t
   }
 }
 
-// Rows r0…r1 of the sums of a batch of inner groups with two panels, times their integer scales [AMX_BATCH, STRIP, 16].
-inline void add_integers(const TileSums* sums, const int32_t* scales, int64_t r0, int64_t r1, int32_t (*totals)[2][PANEL]) {
-  I first[AMX_BATCH], second[AMX_BATCH];
-  each<AMX_BATCH>(QK_WITH(b) { first[b] = load_i(scales + b * STRIP * PANEL), second[b] = load_i(scales + (b * STRIP + 1) * PANEL); });
-  for (int64_t r = r0; r < r1; r++) {
-    I one = load_i(totals[r][0]), other = load_i(totals[r][1]);
-    each<AMX_BATCH>(QK_WITH(b) {
-      const int32_t* sum = sums[b].of[r / AMX_ROWS][0][r % AMX_ROWS];
-      one = add_i(one, mul_i(first[b], load_i(sum))), other = add_i(other, mul_i(second[b], load_i(sum + AMX_ROWS * PANEL)));
-    });
-    store_i(totals[r][0], one), store_i(totals[r][1], other);
-  }
-}
-
-// As amx_rows, where inner groups have integer scales: see scaled.h.
-template <bool SIGNED, int HALVES>
-void amx_scaled_rows(const Weight& w, const Activations& x, const Chunk& chunk, int64_t m, int64_t rows, int64_t& configured, float* acc) {
-  TileSums sums[2][AMX_BATCH];
-  alignas(64) int32_t totals[2 * AMX_ROWS][2][PANEL];
-  const int64_t length = w.inner, groups = MAX_BLOCK / length, batches = groups / AMX_BATCH, panel_bytes = chunk.room * PANEL;
-  if (configured != rows * AMX_K + length) configure(rows, length), configured = rows * AMX_K + length;
-  for (int64_t b = 0; b < chunk.count; b++)
-    for (int64_t p = 0; p < STRIP; p += 2) {
-      const int64_t at = (chunk.first + b) * x.m + m, first = b * groups * STRIP + p;
-      const auto* values = static_cast<const int8_t*>(x.values) + at * MAX_BLOCK;
-      const uint8_t* codes = chunk.codes + p * panel_bytes + b * MAX_BLOCK * PANEL;
-      __builtin_memset(totals, 0, size_t(rows) * sizeof(totals[0]));
-      for (int64_t i = 0; i <= batches; i++)
-        for (int64_t j = 0; j < AMX_BATCH; j++) {
-          const int64_t k = (i * AMX_BATCH + j) * length;
-          if (i < batches) multiply_tiles<SIGNED, HALVES>(values + k, MAX_BLOCK, length, codes + k * PANEL, panel_bytes, sums[i % 2][j]);
-          if (i > 0)
-            add_integers(sums[(i + 1) % 2], chunk.inner + (first + (i - 1) * AMX_BATCH * STRIP) * PANEL, rows * j / AMX_BATCH,
-                         rows * (j + 1) / AMX_BATCH, totals);
-        }
-      for (int64_t r = 0; r < rows; r++)
-        add_totals<1, 2>([&](int, int q) { return load_i(totals[r][q]); }, chunk.scales + (b * STRIP + p) * PANEL, x.scales + at + r, 0,
-                         acc + (r * STRIP + p) * PANEL);
-      if (w.zeros != nullptr) add_minima<2>(w, x, chunk, b, chunk.first + b, int(p), STRIP, m, rows, acc + p * PANEL);
-    }
-}
-
 template <class OfHeight>  // work of 16 and of 32 rows at most
 inline void amx_tiles(const Weight& w, const Activations& x, Chunk& chunk, int64_t m0, int64_t m1, OfHeight low, OfHeight tall,
                       float* acc) {
-  const int64_t tiles = (m1 - m0 + 2 * AMX_ROWS - 1) / (2 * AMX_ROWS);
-  chunk.ahead.per_tile = ((chunk.ahead.end - chunk.ahead.at) / tiles + 63) / 64 * 64;
   int64_t configured = 0;
   for (int64_t m = m0, rows; m < m1; m += rows, acc += rows * STRIP * PANEL) {
     rows = m1 - m < 2 * AMX_ROWS ? m1 - m : 2 * AMX_ROWS;
-    chunk.ahead.fetch(nullptr);
     const auto of_height = rows > AMX_ROWS ? tall : low;
     of_height(w, x, chunk, m, rows, configured, acc);
   }
@@ -223,45 +207,60 @@ void rows_of_tiles<S8Amx, STRIP>(const Weight& w, const Activations& x, Chunk& c
   if (w.offset != 0) amx_tiles(w, x, chunk, m0, m1, amx_rows<true, 1>, amx_rows<true, 2>, acc);
   else amx_tiles(w, x, chunk, m0, m1, amx_rows<false, 1>, amx_rows<false, 2>, acc);
 }
-template <>
-void rows_of_tiles<Scaled<S8Amx>, STRIP>(const Weight& w, const Activations& x, Chunk& chunk, int64_t m0, int64_t m1, float* acc) {
-  if (w.offset != 0) amx_tiles(w, x, chunk, m0, m1, amx_scaled_rows<true, 1>, amx_scaled_rows<true, 2>, acc);
-  else amx_tiles(w, x, chunk, m0, m1, amx_scaled_rows<false, 1>, amx_scaled_rows<false, 2>, acc);
+#include "cpu/amx_scaled.h"
+
+constexpr int64_t AMX_STRIPS = 4;  // side by side: their sums take half of L2, where a chunk of the activations waits for the next strip
+
+template <class Source>
+void by_amx_chunks(const Job& first, int64_t strips) {
+  Chunk chunks[AMX_STRIPS];
+  const auto job_of = [&](int64_t s) {
+    Job j = first;
+    j.panel += s * STRIP;
+    if (s > 0) j.acc = reinterpret_cast<float*>(j.scratch + SCRATCH + (s - 1) * SCRATCH_ACC);
+    return j;
+  };
+  for (int64_t s = 0; s < strips; s++) chunks[s] = chunk_of<Source>(job_of(s), STRIP);
+  while (chunks[0].first < first.w.geometry.blocks)
+    for (int64_t s = 0; s < strips; s++) {
+      const Job j = job_of(s);
+      const auto codes_of = [&](Chunk& chunk) {
+        const uint8_t* codes = codes_at(j.w, j.panel, chunk.block.k0);
+        if constexpr (is_scaled<Source>) chunk.digits = unpack_digits(j.w, codes, chunk, j.unpacked());
+        else unpack(S8Amx{}, j.w, codes, chunk, j.unpacked());
+        return j.unpacked();
+      };
+      add_chunk<Source, STRIP, STRIP>(j, chunks[s], AMX_COLUMNS, codes_of);
+    }
+  for (int64_t s = 0; s < strips; s++) write_strip<STRIP, STRIP>(job_of(s), chunks[s]);
+  _tile_release();
 }
 
-struct ByAmx {
-  template <class Source>
-  static void of(const Job& j) {
-    by_own_chunks<Source, STRIP, STRIP>(j, AMX_COLUMNS, [&](const Chunk& chunk) {
-      unpack(S8Amx{}, j.w, codes_at(j.w, j.panel, chunk.block.k0), chunk, j.unpacked());
-      return j.unpacked();
-    });
-    _tile_release();
-  }
-  template <int PANELS, int ALL>
-  static void panels(const Job& j) {
-    if constexpr (ALL == STRIP)
-      if (by_amx(j.w, j.rows())) return j.w.inner != 0 ? of<Scaled<S8Amx>>(j) : of<S8Amx>(j);
-    ByS8::panels<PANELS, ALL>(j);
-  }
-};
+void multiply_by_amx(const Weight& w, const Activations& x, const Output& out, int64_t m0, int64_t m1, int64_t p0, int64_t p1,
+                     char* scratch) {
+  const int64_t strips = (p1 - p0) / STRIP, rest = p0 + strips * STRIP;
+  if (!by_amx(w, m1 - m0)) return multiply<ByS8>(w, x, out, m0, m1, p0, p1, scratch);
+  const Job j{w, x, out, m0, m1, p0, scratch, reinterpret_cast<float*>(scratch)};
+  if (strips > 0) w.inner != 0 ? by_amx_chunks<Scaled<S8Amx>>(j, strips) : by_amx_chunks<S8Amx>(j, strips);
+  multiply<ByS8>(w, x, out, m0, m1, rest, p1, scratch);
+}
 
 int64_t probe_amx(int64_t rounds) {
   alignas(64) static const uint8_t codes[1024] = {};
   configure(2 * AMX_ROWS, AMX_K);
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  _tile_loadd(4, codes, 64);
-  _tile_loadd(5, codes, 64);
-  _tile_loadd(6, codes, 64);
-  _tile_loadd(7, codes, 64);
+  clear_tile<0>();
+  clear_tile<1>();
+  clear_tile<2>();
+  clear_tile<3>();
+  load_tile<4>(codes, 64);
+  load_tile<5>(codes, 64);
+  load_tile<6>(codes, 64);
+  load_tile<7>(codes, 64);
   for (int64_t i = 0; i < rounds; i++) {
-    _tile_dpbsud(0, 4, 6);
-    _tile_dpbsud(1, 4, 7);
-    _tile_dpbsud(2, 5, 6);
-    _tile_dpbsud(3, 5, 7);
+    dot_tiles<false, 0, 4, 6>();
+    dot_tiles<false, 1, 4, 7>();
+    dot_tiles<false, 2, 5, 6>();
+    dot_tiles<false, 3, 5, 7>();
   }
   _tile_release();
   return rounds * 4 * AMX_ROWS * PANEL * AMX_K;

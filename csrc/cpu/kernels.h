@@ -150,10 +150,12 @@ struct Rows {  // x [m, k]
 struct Arithmetic {  // one way to multiply; a level that lacks it has nulls
   int value_bytes;  // of an activation
   void (*prepare_rows)(const Rows&, const Weight&, int64_t m0, int64_t m1, const Activations&);  // rows m0…m1
-  // rows m0…m1, MOST_ROWS at most, times panels p0…p1, a strip or what remains of them; scratch: scratch_bytes of this thread, 64-byte aligned
+  // rows m0…m1, MOST_ROWS at most, times panels p0…p1, some strips or what remains of them; scratch: scratch_bytes of this thread, 64-byte
+  // aligned
   void (*multiply)(const Weight&, const Activations&, const Output&, int64_t m0, int64_t m1, int64_t p0, int64_t p1, char* scratch);
   // roofline probe: `rounds` register tiles of independent multiply-adds; returns how many multiply-adds that was
   int64_t (*probe)(int64_t rounds);
+  int64_t strips;  // that multiply() takes at most, side by side: the activations then come from beyond L2 once for them all
 };
 
 constexpr int MAX_CANDIDATES = 64;

@@ -28,8 +28,8 @@ struct Job {  // rows m0…m1 times the strip that begins with `panel`
   const Output& out;
   int64_t m0, m1, panel;
   char* scratch;
+  float* acc;  // [panels of the strip / those of a tile, rows, those of a tile, 16], and as much for the shifts: the first of the scratch
   int64_t rows() const { return m1 - m0; }
-  float* acc() const { return reinterpret_cast<float*>(scratch); }
   float* scales() const { return reinterpret_cast<float*>(scratch + SCRATCH_ACC); }
   int32_t* columns() const { return reinterpret_cast<int32_t*>(scratch + SCRATCH_ACC + 2 * SCRATCH_SCALES); }
   float* nested() const { return reinterpret_cast<float*>(columns()); }  // a weight has the one or the other
@@ -64,34 +64,40 @@ Chunk chunk_of(const Job& j, int panels) {  // of the strip; its sums start from
   chunk.scales = j.scales(), chunk.shifts = shifted ? chunk.scales + SCRATCH_SCALES / 4 : nullptr, chunk.columns = j.columns();
   chunk.nested = j.nested();
   chunk.inner = j.inner(), chunk.minima = chunk.inner + SCRATCH_INNER / 4, chunk.minima_scales = chunk.scales + SCRATCH_SCALES / 4;
-  __builtin_memset(j.acc(), 0, size_t(j.rows() * panels * PANEL * 4));
-  if (shifted) __builtin_memset(j.acc() + SHIFT_SUMS, 0, size_t(j.rows() * panels * PANEL * 4));
+  __builtin_memset(j.acc, 0, size_t(j.rows() * panels * PANEL * 4));
+  if (shifted) __builtin_memset(j.acc + SHIFT_SUMS, 0, size_t(j.rows() * panels * PANEL * 4));
   return chunk;
 }
 
-// In chunks of up to most_k columns, which all the rows take before the next: what of the weight they use again is in the cache.
-// codes_of(chunk) gives a chunk's codes, in the form of the source.
+// A chunk of up to most_k columns, which all the rows take before the next: what of the weight they use again is in the cache.
+// codes_of(chunk) gives its codes, in the form of the source.
 template <class Source, int PANELS, int ALL, class Codes>  // ALL: panels of the strip
-void by_own_chunks(const Job& j, int64_t most_k, const Codes& codes_of) {
-  const Geometry& g = j.w.geometry;
+void add_chunk(const Job& j, Chunk& chunk, int64_t most_k, const Codes& codes_of) {
   const uint8_t* end = codes_at(j.w, panels_of(j.w.n), 0);  // of all: the next strip is ours, or nearly always
-  Chunk chunk = chunk_of<Source>(j, ALL);
-  for (; chunk.first < g.blocks; chunk.first += chunk.count) {
-    const Block after = fill<Source>(chunk, g, most_k);
-    const uint8_t* codes = codes_of(chunk);
-    const int64_t bytes = chunk.k * 2 * j.w.bits * ALL;
-    const uint8_t* next = codes_at(j.w, j.panel, chunk.block.k0) + bytes;  // may be of the next strip
-    chunk.ahead = {next, j.w.nested != Nested::none ? next : bytes < end - next ? next + bytes : end, 0};
-    for (int p = 0; p < ALL; p += PANELS) {
-      chunk.place = place_of(j.w, j.panel + p), chunk.codes = codes + p * Source::TILE_BYTES, chunk.passes = (ALL - p) / PANELS;
-      if constexpr (is_scaled<Source>) decode_scaled<PANELS>(j.w, chunk);
-      else decode<!is_s8<Source>, PANELS>(j.w, chunk);
-      rows_of_tiles<Source, PANELS>(j.w, j.x, chunk, j.m0, j.m1, j.acc() + j.rows() * p * PANEL);
-    }
-    chunk.block = after;
+  const Block after = fill<Source>(chunk, j.w.geometry, most_k);
+  const uint8_t* codes = codes_of(chunk);
+  const int64_t bytes = chunk.k * 2 * j.w.bits * ALL;
+  const uint8_t* next = codes_at(j.w, j.panel, chunk.block.k0) + bytes;  // may be of the next strip
+  chunk.ahead = {next, j.w.nested != Nested::none ? next : bytes < end - next ? next + bytes : end, 0};
+  for (int p = 0; p < ALL; p += PANELS) {
+    chunk.place = place_of(j.w, j.panel + p), chunk.codes = codes + p * Source::TILE_BYTES, chunk.passes = (ALL - p) / PANELS;
+    if constexpr (is_scaled<Source>) decode_scaled<PANELS>(j.w, chunk);
+    else decode<!is_s8<Source>, PANELS>(j.w, chunk);
+    rows_of_tiles<Source, PANELS>(j.w, j.x, chunk, j.m0, j.m1, j.acc + j.rows() * p * PANEL);
   }
+  chunk.first += chunk.count, chunk.block = after;
+}
+template <int PANELS, int ALL>
+void write_strip(const Job& j, const Chunk& chunk) {
   for (int p = 0; p < ALL; p += PANELS)
-    write_rows(j.w, j.out, j.m0, j.m1, j.panel + p, PANELS, chunk.shifts != nullptr, j.acc() + j.rows() * p * PANEL);
+    write_rows(j.w, j.out, j.m0, j.m1, j.panel + p, PANELS, chunk.shifts != nullptr, j.acc + j.rows() * p * PANEL);
+}
+
+template <class Source, int PANELS, int ALL, class Codes>
+void by_own_chunks(const Job& j, int64_t most_k, const Codes& codes_of) {
+  Chunk chunk = chunk_of<Source>(j, ALL);
+  while (chunk.first < j.w.geometry.blocks) add_chunk<Source, PANELS, ALL>(j, chunk, most_k, codes_of);
+  write_strip<PANELS, ALL>(j, chunk);
 }
 
 template <class Source, int PANELS, int ALL, class Codes>
@@ -108,8 +114,8 @@ template <class Source>
 void streamed(const Job& j) {  // a whole strip, for rows that one tile holds
   Chunk chunk = chunk_of<Source>(j, STRIP);
   chunk.count = j.w.geometry.blocks, chunk.codes = codes_at(j.w, j.panel, 0);
-  tile_of<Source, STRIP, true>(j.w, chunk, j.w.geometry.k_padded, j.rows(), LENGTHS{})(j.w, j.x, chunk, j.m0, j.acc());
-  write_rows(j.w, j.out, j.m0, j.m1, j.panel, STRIP, chunk.shifts != nullptr, j.acc());
+  tile_of<Source, STRIP, true>(j.w, chunk, j.w.geometry.k_padded, j.rows(), LENGTHS{})(j.w, j.x, chunk, j.m0, j.acc);
+  write_rows(j.w, j.out, j.m0, j.m1, j.panel, STRIP, chunk.shifts != nullptr, j.acc);
 }
 
 template <class Source, int PANELS, int ALL>
@@ -278,29 +284,31 @@ struct ByBf16 {
 
 template <class By>
 void multiply(const Weight& w, const Activations& x, const Output& out, int64_t m0, int64_t m1, int64_t p0, int64_t p1, char* scratch) {
-  Job j{w, x, out, m0, m1, p0, scratch};
-  if (p1 - p0 == STRIP) return By::template panels<WIDE, STRIP>(j);
+  Job j{w, x, out, m0, m1, p0, scratch, reinterpret_cast<float*>(scratch)};
+  for (; j.panel + STRIP <= p1; j.panel += STRIP) By::template panels<WIDE, STRIP>(j);
   for (; j.panel < p1; j.panel++) By::template panels<1, 1>(j);
 }
 
 #ifdef QK_AMX
 #include "cpu/amx.h"
-constexpr Arithmetic S8_ARITHMETIC = {1, rows_to_s8<false>, multiply<ByAmx>, probe_amx};
+constexpr Arithmetic S8_ARITHMETIC = {1, rows_to_s8<false>, multiply_by_amx, probe_amx, AMX_STRIPS};
+constexpr int64_t LEVEL_SCRATCH = SCRATCH + (AMX_STRIPS - 1) * SCRATCH_ACC;
 #else
-constexpr Arithmetic S8_ARITHMETIC = {1, rows_to_s8<false>, multiply<ByS8>, probe<S8Unpacked<15>>};
+constexpr Arithmetic S8_ARITHMETIC = {1, rows_to_s8<false>, multiply<ByS8>, probe<S8Unpacked<15>>, 1};
+constexpr int64_t LEVEL_SCRATCH = SCRATCH;
 #endif
 #ifdef QK_PAIRS
-constexpr Arithmetic PAIRS_ARITHMETIC = {1, rows_to_s8<true>, multiply<ByPairs>, nullptr};
+constexpr Arithmetic PAIRS_ARITHMETIC = {1, rows_to_s8<true>, multiply<ByPairs>, nullptr, 1};
 #else
 constexpr Arithmetic PAIRS_ARITHMETIC = {};
 #endif
-constexpr Arithmetic F32_ARITHMETIC = {4, rows_to_f32, multiply<ByF32>, probe<F32Unpacked>};
+constexpr Arithmetic F32_ARITHMETIC = {4, rows_to_f32, multiply<ByF32>, probe<F32Unpacked>, 1};
 #ifdef QK_BF16_DOT
-constexpr Arithmetic BF16_ARITHMETIC = {2, rows_to_bf16, multiply<ByBf16>, probe<Bf16Unpacked>};
+constexpr Arithmetic BF16_ARITHMETIC = {2, rows_to_bf16, multiply<ByBf16>, probe<Bf16Unpacked>, 1};
 #else
 constexpr Arithmetic BF16_ARITHMETIC = {};
 #endif
 
-#define QK_LEVEL(NAME)                                                                         \
-  {NAME,       S8_ARITHMETIC, PAIRS_ARITHMETIC, F32_ARITHMETIC, BF16_ARITHMETIC, int(SCRATCH), \
+#define QK_LEVEL(NAME)                                                                               \
+  {NAME,       S8_ARITHMETIC, PAIRS_ARITHMETIC, F32_ARITHMETIC, BF16_ARITHMETIC, int(LEVEL_SCRATCH), \
    dequantize, to_floats,     best_scales,      encode,         read_bytes}

@@ -198,6 +198,8 @@ Weight weight_of(const Tensor& qweight, const std::optional<Tensor>& scales, con
   return w;
 }
 
+constexpr size_t L2_BYTES = 2 << 20;  // of the CPUs with AMX
+
 struct alignas(64) Run {  // of tasks
   std::atomic<int64_t> next{0};
   int64_t end = 0;
@@ -222,15 +224,17 @@ void share(int64_t count, bool small, const Work& work) {
   threads == 1 ? work_from(0, 1) : torch::stable::parallel_for(0, threads, 1, work_from);
 }
 
-// work(m0, m1, p0, p1) for all the rows, cut as much as memory and the threads ask for, and every strip of panels.
+// work(m0, m1, p0, p1) for all the rows, cut as much as memory and the threads ask for, and every strip of panels, up to `together` at a time.
 template <class Work>
-void share_strips(int64_t m, int64_t n, bool small, const Work& work) {
-  const int64_t panels = panels_of(n), strips = (panels + STRIP - 1) / STRIP;
-  const int64_t idle = std::clamp<int64_t>(torch::stable::get_num_threads() / strips, 1, std::max<int64_t>(1, m / 16));
+void share_strips(int64_t m, int64_t n, int64_t together, bool small, const Work& work) {
+  const int64_t panels = panels_of(n), strips = (panels + STRIP - 1) / STRIP, threads = torch::stable::get_num_threads();
+  const int64_t idle = std::clamp<int64_t>(threads / strips, 1, std::max<int64_t>(1, m / 16));
   const int64_t parts = std::max(idle, (m + MOST_ROWS - 1) / MOST_ROWS);
-  share(parts * strips, small, [&](int64_t task) {
-    const int64_t part = task / strips, panel = task % strips * STRIP;
-    work(m * part / parts, m * (part + 1) / parts, panel, std::min<int64_t>(panel + STRIP, panels));
+  const int64_t taken = std::clamp<int64_t>(parts * strips / (4 * threads), 1, together);  // so that every thread has several tasks
+  const int64_t tasks = (strips + taken - 1) / taken;
+  share(parts * tasks, small, [&](int64_t task) {
+    const int64_t part = task / tasks, panel = task % tasks * taken * STRIP;
+    work(m * part / parts, m * (part + 1) / parts, panel, std::min<int64_t>(panel + taken * STRIP, panels));
   });
 }
 
@@ -308,7 +312,8 @@ Tensor linear(Tensor x, Tensor qweight, std::optional<Tensor> scales, std::optio
   const Rows rows{x.const_data_ptr(), dtype, stride, checked_perm(perm, k)};
   share_rows(m, m * k < 64 * 1024, [&](int64_t m0, int64_t m1) { by.prepare_rows(rows, w, m0, m1, a); });
   const Output out{y.mutable_data_ptr(), dtype, bias_floats(bias, n, level, bias_buffer)};
-  share_strips(m, n, m * n * k < 256 * 1024, [&](int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
+  const int64_t together = values > L2_BYTES / 2 ? by.strips : 1;
+  share_strips(m, n, together, m * n * k < 256 * 1024, [&](int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
     static thread_local Buffer scratch;
     by.multiply(w, a, out, m0, m1, p0, p1, scratch.at_least(size_t(level.scratch_bytes)));
   });
@@ -321,7 +326,7 @@ Tensor dequantize(Tensor qweight, std::optional<Tensor> scales, std::optional<Te
   const Weight w = weight_of(qweight, scales, zeros, table, tensor_scale, n, k, bits, group, code, offset, minima, false);
   Tensor out = torch::stable::new_empty(qweight, {n, k}, ScalarType::Float);
   auto* p = static_cast<float*>(out.mutable_data_ptr());
-  share_strips(1, n, n * k < 64 * 1024, [&](int64_t, int64_t, int64_t p0, int64_t p1) { best_level()->dequantize(w, p0, p1, p); });
+  share_strips(1, n, 1, n * k < 64 * 1024, [&](int64_t, int64_t, int64_t p0, int64_t p1) { best_level()->dequantize(w, p0, p1, p); });
   return out;
 }
 

@@ -281,6 +281,7 @@ struct Chunk {  // of K, for PANELS panels of a strip
   // load_pairs; and what multiplies the minima, as `scales` multiply the sums.
   int32_t *inner, *minima;
   float* minima_scales;
+  int digits;  // likewise, by AMX: of the values times their scales
   Ahead ahead;  // unless weights are streamed
   int passes;  // over these columns, this one and those to come: the strip's other panels
 };

@@ -1,16 +1,22 @@
 // Codes unpacked into scratch, once for many rows of x, and whole weights into floats.
 
-// 64 codes, one a byte: where they lie, or in `room`. bits is a number of the caller's own: a byte stored to memory might change w's,
+template <int BITS>
+[[gnu::always_inline]] inline B codes_of(const uint8_t* tile, int half) {  // 64, one a byte
+  if constexpr (BITS == 8) return load_b(tile + 64 * half);
+  else if constexpr (BITS == 4) return nibbles(load_b(tile), half);
+  else return planes<BITS>(tile, half);
+}
+// The same: where they lie, or in `room`. bits is a number of the caller's own: a byte stored to memory might change w's,
 // and all that follows from them would be worked out again each time.
 [[gnu::always_inline]] inline const uint8_t* half_codes(int bits, const uint8_t* tile, int half, uint8_t* room) {
   switch (bits) {
-    case 1: return store_b(room, planes<1>(tile, half)), room;
-    case 2: return store_b(room, planes<2>(tile, half)), room;
-    case 3: return store_b(room, planes<3>(tile, half)), room;
-    case 4: return store_b(room, nibbles(load_b(tile), half)), room;
-    case 5: return store_b(room, planes<5>(tile, half)), room;
-    case 6: return store_b(room, planes<6>(tile, half)), room;
-    case 7: return store_b(room, planes<7>(tile, half)), room;
+    case 1: return store_b(room, codes_of<1>(tile, half)), room;
+    case 2: return store_b(room, codes_of<2>(tile, half)), room;
+    case 3: return store_b(room, codes_of<3>(tile, half)), room;
+    case 4: return store_b(room, codes_of<4>(tile, half)), room;
+    case 5: return store_b(room, codes_of<5>(tile, half)), room;
+    case 6: return store_b(room, codes_of<6>(tile, half)), room;
+    case 7: return store_b(room, codes_of<7>(tile, half)), room;
   }
   return tile + 64 * half;
 }

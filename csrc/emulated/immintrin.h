@@ -97,6 +97,9 @@ inline __m512 _mm512_set1_ps(float x) {
 inline __m512i _mm512_set1_epi8(char x) {
   return (__m512i)emulated::lanes<emulated::u8x64>([=](size_t) { return uint8_t(x); });
 }
+inline __m512i _mm512_set1_epi16(short x) {
+  return (__m512i)emulated::lanes<emulated::u16x32>([=](size_t) { return uint16_t(x); });
+}
 inline __m512i _mm512_set1_epi32(int x) {
   return (__m512i)emulated::lanes<emulated::i32x16>([=](size_t) { return x; });
 }
@@ -133,6 +136,9 @@ inline __m512i _mm512_slli_epi32(__m512i v, unsigned count) {
 inline __m512i _mm512_srli_epi16(__m512i v, unsigned count) {
   return count > 15 ? __m512i{} : (__m512i)((emulated::u16x32)v >> uint16_t(count));
 }
+inline __m512i _mm512_slli_epi16(__m512i v, unsigned count) {
+  return count > 15 ? __m512i{} : (__m512i)((emulated::u16x32)v << uint16_t(count));
+}
 inline __m512i _mm512_srl_epi32(__m512i v, __m128i count) {  // by the low 64 bits of count
   const uint64_t n = ((emulated::u64x2)count)[0];
   return n > 31 ? __m512i{} : (__m512i)((emulated::u32x16)v >> uint32_t(n));
@@ -161,6 +167,9 @@ inline __m512i _mm512_maskz_add_epi8(__mmask64 mask, __m512i a, __m512i b) {
 inline __m512i _mm512_sub_epi32(__m512i a, __m512i b) { return (__m512i)((emulated::u32x16)a - (emulated::u32x16)b); }
 inline __m512i _mm512_add_epi32(__m512i a, __m512i b) { return (__m512i)((emulated::u32x16)a + (emulated::u32x16)b); }
 inline __m512i _mm512_sub_epi8(__m512i a, __m512i b) { return (__m512i)((emulated::u8x64)a - (emulated::u8x64)b); }
+inline __m512i _mm512_add_epi16(__m512i a, __m512i b) { return (__m512i)((emulated::u16x32)a + (emulated::u16x32)b); }
+inline __m512i _mm512_sub_epi16(__m512i a, __m512i b) { return (__m512i)((emulated::u16x32)a - (emulated::u16x32)b); }
+inline __m512i _mm512_mullo_epi16(__m512i a, __m512i b) { return (__m512i)((emulated::u16x32)a * (emulated::u16x32)b); }
 inline __m512i _mm512_mullo_epi32(__m512i a, __m512i b) { return (__m512i)((emulated::u32x16)a * (emulated::u32x16)b); }
 inline __m512i _mm512_max_epi32(__m512i a, __m512i b) {
   const auto x = (emulated::i32x16)a, y = (emulated::i32x16)b;
@@ -190,6 +199,7 @@ inline __mmask16 _mm512_cmpeq_epi32_mask(__m512i a, __m512i b) {
   for (int i = 0; i < 16; i++) mask |= unsigned(x[i] == y[i]) << i;
   return __mmask16(mask);
 }
+inline __mmask16 _mm512_test_epi32_mask(__m512i a, __m512i b) { return __mmask16(~_mm512_cmpeq_epi32_mask(a & b, __m512i{})); }
 inline __m512i _mm512_dpbusd_epi32(__m512i sum, __m512i a, __m512i b) {  // unsigned a, signed b; the sum wraps around
   const auto s = (emulated::u32x16)sum;
   const auto x = (emulated::u8x64)a;
