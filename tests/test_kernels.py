@@ -234,11 +234,12 @@ def test_more_rows_than_are_worked_on_at_a_time(kernel, name):
 
 
 @pytest.mark.parametrize("name", ["int4", "int8", "u4_g32_zm_sf16", "q2_k", "q4_k", "q6_k"])
-def test_activations_that_l2_does_not_hold(name):
+@pytest.mark.parametrize(("kernel", "dtype"), [("cpu_s8_wN_dot", torch.float32), ("cpu_f32_wN_dot", torch.bfloat16)])
+def test_activations_that_l2_does_not_hold(kernel, dtype, name):
     """A CPU with AMX then takes several strips of the weight side by side."""
-    kernel, (n, k, m) = kernels.get("cpu_s8_wN_dot"), (34 * 16, 1024, 1100)
+    kernel, (n, k, m) = kernels.get(kernel), (34 * 16, 1024, 1100)
     need(kernel, formats.get(name), n, k)
-    q, x = random_quant(formats.get(name), n, k), torch.randn(m, k)
+    q, x = random_quant(formats.get(name), n, k), torch.randn(m, k).to(dtype)
     packed = kernel.prepare(q)
     y = kernel.run(x, packed, None)
     check(kernel, q, y, x, None)
@@ -258,6 +259,24 @@ def test_bits_do_not_depend_on_threads_or_batch(kernel, format, dtype):
     for i in (0, 16, 32):
         assert torch.equal(kernel.run(x[i : i + 1], packed, None), y[i : i + 1]), i
     for m in range(2, 14):  # every height of a tile
+        assert torch.equal(kernel.run(x[:m], packed, None), y[:m]), m
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("format", of_each_reason(kernels.get("cpu_f32_wN_dot")), ids=lambda f: f.name)
+def test_bits_of_sums_that_cancel(format, dtype):
+    """A result of 16 bits hides the order of its sums, unless it is small beside them."""
+    kernel, n, k = kernels.get("cpu_f32_wN_dot"), 130, 512
+    need(kernel, format, n, 2 * k, dtype=dtype)
+    if format.group[1] < 0 or k % format.group[1]:
+        pytest.skip("one scale for both halves")
+    half = random_quant(format, n, k)
+    twice = {part: torch.cat([getattr(half, part)] * 2, 1) for part in ("codes", "scales", "zeros") if getattr(half, part) is not None}
+    packed = kernel.prepare(dataclasses.replace(half, shape=(n, 2 * k), **twice))
+    x = torch.randn(33, k)
+    x = torch.cat([x, -x * (1 + (torch.rand(33, k) < 1 / 16) / 128)], 1).to(dtype)
+    y = kernel.run(x, packed, None)
+    for m in range(1, 33):
         assert torch.equal(kernel.run(x[:m], packed, None), y[:m]), m
 
 

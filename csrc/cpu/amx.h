@@ -82,6 +82,10 @@ template <bool SIGNED, int SUM, int X, int WEIGHTS>
 inline void dot_tiles() {
   SIGNED ? _tile_dpbssd(SUM, X, WEIGHTS) : _tile_dpbsud(SUM, X, WEIGHTS);
 }
+template <int SUM, int X, int WEIGHTS>
+inline void dot_bf16_tiles() {
+  _tile_dpbf16ps(SUM, X, WEIGHTS);
+}
 #else
 template <int TILE>
 [[gnu::always_inline]] inline void clear_tile() {
@@ -99,6 +103,10 @@ template <bool SIGNED, int SUM, int X, int WEIGHTS>
 [[gnu::always_inline]] inline void dot_tiles() {
   if (SIGNED) __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(SUM), "i"(X), "i"(WEIGHTS));
   else __asm__ volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(SUM), "i"(X), "i"(WEIGHTS));
+}
+template <int SUM, int X, int WEIGHTS>
+[[gnu::always_inline]] inline void dot_bf16_tiles() {
+  __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(SUM), "i"(X), "i"(WEIGHTS));
 }
 #endif
 
@@ -211,6 +219,19 @@ void rows_of_tiles<S8Amx, STRIP>(const Weight& w, const Activations& x, Chunk& c
 
 constexpr int64_t AMX_STRIPS = 4;  // side by side: their sums take half of L2, where a chunk of the activations waits for the next strip
 
+template <int PANELS>
+const uint8_t* unpack_bf16(const Job& j, const Chunk& chunk);  // amx_bf16.h
+
+// The next chunk of a strip, in the form of its source.
+template <class Source>
+const uint8_t* amx_codes(const Job& j, Chunk& chunk) {
+  if constexpr (is_bf16<Source>) return unpack_bf16<STRIP>(j, chunk);
+  const uint8_t* codes = codes_at(j.w, j.panel, chunk.block.k0);
+  if constexpr (is_scaled<Source>) chunk.digits = unpack_digits(j.w, codes, chunk, j.unpacked());
+  else if constexpr (is_s8<Source>) unpack(S8Amx{}, j.w, codes, chunk, j.unpacked());
+  return j.unpacked();
+}
+
 template <class Source>
 void by_amx_chunks(const Job& first, int64_t strips) {
   Chunk chunks[AMX_STRIPS];
@@ -224,25 +245,19 @@ void by_amx_chunks(const Job& first, int64_t strips) {
   while (chunks[0].first < first.w.geometry.blocks)
     for (int64_t s = 0; s < strips; s++) {
       const Job j = job_of(s);
-      const auto codes_of = [&](Chunk& chunk) {
-        const uint8_t* codes = codes_at(j.w, j.panel, chunk.block.k0);
-        if constexpr (is_scaled<Source>) chunk.digits = unpack_digits(j.w, codes, chunk, j.unpacked());
-        else unpack(S8Amx{}, j.w, codes, chunk, j.unpacked());
-        return j.unpacked();
-      };
-      add_chunk<Source, STRIP, STRIP>(j, chunks[s], AMX_COLUMNS, codes_of);
+      add_chunk<Source, STRIP, STRIP>(j, chunks[s], AMX_COLUMNS, [&](Chunk& chunk) { return amx_codes<Source>(j, chunk); });
     }
   for (int64_t s = 0; s < strips; s++) write_strip<STRIP, STRIP>(job_of(s), chunks[s]);
-  _tile_release();
 }
 
 void multiply_by_amx(const Weight& w, const Activations& x, const Output& out, int64_t m0, int64_t m1, int64_t p0, int64_t p1,
                      char* scratch) {
-  const int64_t strips = (p1 - p0) / STRIP, rest = p0 + strips * STRIP;
   if (!by_amx(w, m1 - m0)) return multiply<ByS8>(w, x, out, m0, m1, p0, p1, scratch);
+  const int64_t strips = (p1 - p0) / STRIP;
   const Job j{w, x, out, m0, m1, p0, scratch, reinterpret_cast<float*>(scratch)};
   if (strips > 0) w.inner != 0 ? by_amx_chunks<Scaled<S8Amx>>(j, strips) : by_amx_chunks<S8Amx>(j, strips);
-  multiply<ByS8>(w, x, out, m0, m1, rest, p1, scratch);
+  _tile_release();
+  multiply<ByS8>(w, x, out, m0, m1, p0 + strips * STRIP, p1, scratch);
 }
 
 int64_t probe_amx(int64_t rounds) {
@@ -265,3 +280,5 @@ int64_t probe_amx(int64_t rounds) {
   _tile_release();
   return rounds * 4 * AMX_ROWS * PANEL * AMX_K;
 }
+
+#include "cpu/amx_bf16.h"

@@ -41,10 +41,10 @@ bool has_avx512bf16() { return has_avx512vnni() && __builtin_cpu_supports("avx51
 #ifdef __linux__
 // Tiles take 8 KiB a thread: Linux saves them for a process that has asked, which holds for all its threads, once for ever.
 bool has_amx() {
-  constexpr unsigned TILE = 1u << 24, INT8 = 1u << 25;
+  constexpr unsigned NEEDED = 1u << 22 | 1u << 24 | 1u << 25;  // bf16, tiles, int8
   constexpr long REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-  if (!has_avx512bf16() || !__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & (TILE | INT8)) != (TILE | INT8)) return false;
+  if (!has_avx512bf16() || !__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & NEEDED) != NEEDED) return false;
   static const bool allowed = syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
   return allowed;
 }

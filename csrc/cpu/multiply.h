@@ -100,14 +100,24 @@ void by_own_chunks(const Job& j, int64_t most_k, const Codes& codes_of) {
   write_strip<PANELS, ALL>(j, chunk);
 }
 
-template <class Source, int PANELS, int ALL, class Codes>
-void by_chunks(const Job& j, [[maybe_unused]] int64_t most_k, [[maybe_unused]] const Codes& codes_of) {
 #ifdef QK_BASE  // a level whose loops are the same, but for those that stream: they are not compiled a second time
+template <class Source>
+constexpr bool AS_BASE = !is_in_tiles<Source>;
+template <class Source>
+void by_base(const Job& j, int panels) {
   const Arithmetic& same = is_paired<Source> ? QK_BASE.pairs : is_s8<Source> ? QK_BASE.s8 : is_bf16<Source> ? QK_BASE.bf16 : QK_BASE.f32;
-  same.multiply(j.w, j.x, j.out, j.m0, j.m1, j.panel, j.panel + ALL, j.scratch);
+  same.multiply(j.w, j.x, j.out, j.m0, j.m1, j.panel, j.panel + panels, j.scratch);
+}
 #else
-  by_own_chunks<Source, PANELS, ALL>(j, most_k, codes_of);
+template <class Source>
+constexpr bool AS_BASE = false;
+template <class Source>
+void by_base(const Job&, int) {}
 #endif
+template <class Source, int PANELS, int ALL, class Codes>
+void by_chunks(const Job& j, int64_t most_k, const Codes& codes_of) {
+  if constexpr (AS_BASE<Source>) by_base<Source>(j, ALL);
+  else by_own_chunks<Source, PANELS, ALL>(j, most_k, codes_of);
 }
 
 template <class Source>
@@ -258,17 +268,21 @@ struct ByPairs {  // through scratch
 };
 #endif
 
-struct ByF32 {
+template <template <class> class Of>  // of a source of floats
+struct ByFloats {
   template <int PANELS, int ALL>
   static void panels(const Job& j) {
-    if (j.w.nested != Nested::none) return from_nested<F32Unpacked, PANELS, ALL>(j);
+    if (j.w.nested != Nested::none) return from_nested<Of<F32Unpacked>, PANELS, ALL>(j);
     const bool integers = j.w.kind == CodeKind::integer;
-    if (j.w.bits == 4 && integers && j.rows() <= FEW_INTEGERS) direct<F32Integers, PANELS, ALL>(j);
-    else if (j.w.bits == 4 && j.rows() <= FEW_TABLE) direct<F32Table, PANELS, ALL>(j);
-    else if (j.w.bits == 8 && integers && j.rows() <= FEW_BYTES) direct_tall<F32Bytes, PANELS, ALL>(j);
-    else through_scratch<F32Unpacked, PANELS, ALL>(j);
+    if (j.w.bits == 4 && integers && j.rows() <= FEW_INTEGERS) direct<Of<F32Integers>, PANELS, ALL>(j);
+    else if (j.w.bits == 4 && j.rows() <= FEW_TABLE) direct<Of<F32Table>, PANELS, ALL>(j);
+    else if (j.w.bits == 8 && integers && j.rows() <= FEW_BYTES) direct_tall<Of<F32Bytes>, PANELS, ALL>(j);
+    else through_scratch<Of<F32Unpacked>, PANELS, ALL>(j);
   }
 };
+template <class Source>
+using AsIs = Source;
+using ByF32 = ByFloats<AsIs>;
 
 #ifdef QK_BF16_DOT
 struct ByBf16 {
@@ -303,7 +317,9 @@ constexpr Arithmetic PAIRS_ARITHMETIC = {1, rows_to_s8<true>, multiply<ByPairs>,
 constexpr Arithmetic PAIRS_ARITHMETIC = {};
 #endif
 constexpr Arithmetic F32_ARITHMETIC = {4, rows_to_f32, multiply<ByF32>, probe<F32Unpacked>, 1};
-#ifdef QK_BF16_DOT
+#if defined(QK_AMX)
+constexpr Arithmetic BF16_ARITHMETIC = {4, rows_for_amx_bf16, multiply_bf16_by_amx, probe_amx_bf16, AMX_STRIPS};
+#elif defined(QK_BF16_DOT)
 constexpr Arithmetic BF16_ARITHMETIC = {2, rows_to_bf16, multiply<ByBf16>, probe<Bf16Unpacked>, 1};
 #else
 constexpr Arithmetic BF16_ARITHMETIC = {};

@@ -154,6 +154,8 @@ struct Scaled : Source {
   using Dot = ScaledDot<typename Source::Dot>;
 };
 template <class Source>
+constexpr bool is_in_tiles = requires(typename Source::Dot dot) { dot.chains; };  // see amx_bf16.h
+template <class Source>
 constexpr bool is_scaled = requires(typename Source::Dot dot) { dot.scale; };
 
 // ---- the tile ---------------------------------------------------------------------------------------------------------------------
@@ -198,6 +200,12 @@ struct FarAhead {
 template <class Source>
 constexpr bool takes_memory = requires(typename Source::Dot dot) { dot.add_memory(B{}, nullptr); };
 
+template <int STEP, class Dot, class Value, class X>  // of the steps of a tile, for sums to which it makes a difference
+[[gnu::always_inline]] inline void add_step(Dot& dot, const Value& w, const X* x) {
+  if constexpr (requires { dot.template add_step<STEP>(w, x); }) dot.template add_step<STEP>(w, x);
+  else dot.add(w, x);
+}
+
 template <class Source, int ROWS, int PANELS, bool STREAMED = false>
 struct Sums {
   using X = typename Source::X;
@@ -213,13 +221,13 @@ struct Sums {
           const auto of_panel = weight(p);
           each<ROWS>(QK_WITH(r) {
             if constexpr (takes_memory<Source>) dot[r][p].add_memory(of_panel, x + r * x_stride + STEP_K * i);
-            else dot[r][p].add(of_panel, x + r * x_stride + STEP_K * i);
+            else add_step<i>(dot[r][p], of_panel, x + r * x_stride + STEP_K * i);
           });
         });
       } else {
         decltype(weight(0)) weights[PANELS];
         each<PANELS>(QK_WITH(p) { weights[p] = weight(p); });
-        each<ROWS>(QK_WITH(r) { each<PANELS>(QK_WITH(p) { dot[r][p].add(weights[p], x + r * x_stride + STEP_K * i); }); });
+        each<ROWS>(QK_WITH(r) { each<PANELS>(QK_WITH(p) { add_step<i>(dot[r][p], weights[p], x + r * x_stride + STEP_K * i); }); });
       }
     });
   }

@@ -347,6 +347,20 @@ inline void _tile_stored(int tile, void* p, long stride) {
   if (t.rows[tile] == 0) __builtin_trap();
   for (int i = 0; i < t.rows[tile]; i++) std::memcpy(static_cast<char*>(p) + i * stride, t.bytes[tile][i], size_t(t.row_bytes[tile]));
 }
+inline void _tile_dpbf16ps(int sum, int a, int b) {  // sum [M, N] += a [M, K, 2] · b [K, N, 2]
+  emulated::Tiles& t = emulated::tiles();
+  const int m = t.rows[sum], n = t.row_bytes[sum] / 4, k = t.row_bytes[a] / 4;
+  if (m == 0 || n == 0 || k == 0 || t.rows[a] != m || t.row_bytes[b] != 4 * n || t.rows[b] != k) __builtin_trap();
+  for (int i = 0; i < m; i++)
+    for (int j = 0; j < n; j++) {
+      float chains[2] = {};
+      for (int l = 0; l < 2 * k; l++)
+        chains[l % 2] = emulated::fma_bf16(emulated::load<uint16_t>(&t.bytes[a][i][2 * l]),
+                                           emulated::load<uint16_t>(&t.bytes[b][l / 2][4 * j + 2 * (l % 2)]), chains[l % 2]);
+      const float total = emulated::flush(emulated::load<float>(&t.bytes[sum][i][4 * j]) + emulated::flush(chains[0] + chains[1]));
+      std::memcpy(&t.bytes[sum][i][4 * j], &total, 4);
+    }
+}
 inline void _tile_dpbssd(int sum, int a, int b) { emulated::dot_tiles<int8_t>(sum, a, b); }
 inline void _tile_dpbsud(int sum, int a, int b) { emulated::dot_tiles<uint8_t>(sum, a, b); }
 
