@@ -6,7 +6,7 @@
 // weight with blocks that do not come apart so, at any M, DotBf16.
 
 constexpr int64_t AMX_BF16_K = 32;
-constexpr int64_t AMX_BF16_FROM = 4;  // rows of x: the others take one tile of DotInTiles
+constexpr int64_t AMX_BF16_FROM = 4;  // rows of x: fewer are one tile of DotInTiles
 inline bool in_tiles(const Weight& w) {
   const Geometry& g = w.geometry;
   const auto fits = [](int64_t length) { return length % AMX_BF16_K == 0 || length < AMX_BF16_K; };
@@ -15,6 +15,10 @@ inline bool in_tiles(const Weight& w) {
 }
 
 // ---- few rows
+
+inline bool are_few(const Weight& w, int64_t rows) {  // e5m2 is rare, and becomes bf16 sooner than fp32
+  return rows < AMX_BF16_FROM && w.kind != CodeKind::e5m2;
+}
 
 struct DotInTiles {
   static constexpr int FOLD_K = AMX_BF16_K;
@@ -33,7 +37,21 @@ struct InTiles : Source {
   using Dot = DotInTiles;
 };
 template <class Source>
-constexpr int MOST_SUMS<InTiles<Source>> = 12;  // three registers each
+constexpr int MOST_SUMS<InTiles<Source>> = (AMX_BF16_FROM - 1) * WIDE;  // each takes three registers
+
+struct ByInTiles {
+  template <int PANELS, int ALL>
+  static void panels(const Job& j) {
+    if (j.w.nested != Nested::none) return from_nested<InTiles<F32Unpacked>, PANELS, ALL>(j);
+    if constexpr (ALL == STRIP) {
+      const bool integers = j.w.kind == CodeKind::integer;
+      if (j.w.bits == 4) return integers ? streamed<InTiles<F32Integers>>(j) : streamed<InTiles<F32Table>>(j);
+      if (j.w.bits == 8 && integers) return streamed<InTiles<F32Bytes>>(j);
+      if (j.w.kind == CodeKind::e4m3) return streamed<InTiles<F32E4m3>>(j);
+    }
+    through_scratch<InTiles<F32Unpacked>, PANELS, ALL>(j);
+  }
+};
 
 // ---- many rows
 
@@ -145,17 +163,17 @@ struct Flushing {  // subnormal numbers are zeros to vectors, too
 };
 
 void rows_for_amx_bf16(const Rows& rows, const Weight& w, int64_t m0, int64_t m1, const Activations& a) {
-  (a.m < AMX_BF16_FROM && in_tiles(w) ? rows_to_f32 : rows_to_bf16)(rows, w, m0, m1, a);
+  (in_tiles(w) && are_few(w, a.m) ? rows_to_f32 : rows_to_bf16)(rows, w, m0, m1, a);
 }
 
 void multiply_bf16_by_amx(const Weight& w, const Activations& x, const Output& out, int64_t m0, int64_t m1, int64_t p0, int64_t p1,
                           char* scratch) {
   if (!in_tiles(w)) return multiply<ByBf16>(w, x, out, m0, m1, p0, p1, scratch);
   const Flushing flushing;
-  if (x.m < AMX_BF16_FROM) {
+  if (are_few(w, x.m)) {
     Weight rounded = w;  // a table as the tiles have it
     for (int i = 0; i < 16; i++) rounded.table[i] = bits_to_float(uint32_t(w.table_bf16[i]) << 16);
-    return multiply<ByFloats<InTiles>>(rounded, x, out, m0, m1, p0, p1, scratch);
+    return multiply<ByInTiles>(rounded, x, out, m0, m1, p0, p1, scratch);
   }
   const int64_t strips = (p1 - p0) / STRIP;
   Job j{w, x, out, m0, m1, p0, scratch, reinterpret_cast<float*>(scratch)};

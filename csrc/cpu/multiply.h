@@ -268,21 +268,17 @@ struct ByPairs {  // through scratch
 };
 #endif
 
-template <template <class> class Of>  // of a source of floats
-struct ByFloats {
+struct ByF32 {
   template <int PANELS, int ALL>
   static void panels(const Job& j) {
-    if (j.w.nested != Nested::none) return from_nested<Of<F32Unpacked>, PANELS, ALL>(j);
+    if (j.w.nested != Nested::none) return from_nested<F32Unpacked, PANELS, ALL>(j);
     const bool integers = j.w.kind == CodeKind::integer;
-    if (j.w.bits == 4 && integers && j.rows() <= FEW_INTEGERS) direct<Of<F32Integers>, PANELS, ALL>(j);
-    else if (j.w.bits == 4 && j.rows() <= FEW_TABLE) direct<Of<F32Table>, PANELS, ALL>(j);
-    else if (j.w.bits == 8 && integers && j.rows() <= FEW_BYTES) direct_tall<Of<F32Bytes>, PANELS, ALL>(j);
-    else through_scratch<Of<F32Unpacked>, PANELS, ALL>(j);
+    if (j.w.bits == 4 && integers && j.rows() <= FEW_INTEGERS) direct<F32Integers, PANELS, ALL>(j);
+    else if (j.w.bits == 4 && j.rows() <= FEW_TABLE) direct<F32Table, PANELS, ALL>(j);
+    else if (j.w.bits == 8 && integers && j.rows() <= FEW_BYTES) direct_tall<F32Bytes, PANELS, ALL>(j);
+    else through_scratch<F32Unpacked, PANELS, ALL>(j);
   }
 };
-template <class Source>
-using AsIs = Source;
-using ByF32 = ByFloats<AsIs>;
 
 #ifdef QK_BF16_DOT
 struct ByBf16 {
@@ -291,6 +287,7 @@ struct ByBf16 {
     if (j.w.nested != Nested::none) from_nested<Bf16Unpacked, PANELS, ALL>(j);
     else if (j.w.bits == 4 && j.rows() <= FEW_INTEGERS) direct<Bf16Nibbles, PANELS, ALL>(j);
     else if (j.w.bits == 8 && j.w.kind == CodeKind::integer && j.rows() <= FEW_BYTES) direct_tall<Bf16Bytes, PANELS, ALL>(j);
+    else if (ALL == STRIP && j.w.kind == CodeKind::e4m3 && j.rows() <= STREAMED_ROWS<Bf16E4m3>) streamed<Bf16E4m3>(j);
     else through_scratch<Bf16Unpacked, PANELS, ALL>(j);
   }
 };

@@ -178,6 +178,9 @@ struct DotBf16 {  // lane n: two k of row n
 inline B bf16_pair(F first, F second) {  // of values that are bf16 already
   return {_mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(_mm512_castps_si512(first), 16), _mm512_castps_si512(second))};
 }
+inline F member_of(B pair, bool second) {
+  return _mm512_castsi512_ps(second ? _mm512_and_si512(pair.v, _mm512_set1_epi32(int(0xffff0000))) : _mm512_slli_epi32(pair.v, 16));
+}
 inline void store_bf16_tiles(uint16_t* p, F x) {  // of values that are bf16 already: two tiles of 8, each in the order 0 2 1 3 4 6 5 7
   const __m512i order = _mm512_set_epi32(15, 13, 14, 12, 11, 9, 10, 8, 7, 5, 6, 4, 3, 1, 2, 0);
   const __m512i top = _mm512_srli_epi32(_mm512_permutexvar_epi32(order, _mm512_castps_si512(x)), 16);
@@ -187,6 +190,31 @@ inline void store_bf16_tiles(uint16_t* p, F x) {  // of values that are bf16 alr
 inline B nibble_pairs(const uint8_t* tile, int shift, const uint16_t* table) {
   const I index = _mm512_srl_epi16(_mm512_loadu_si512(tile), _mm_cvtsi32_si128(shift));
   return {_mm512_permutexvar_epi16(index, _mm512_loadu_si512(table))};
+}
+// Bytes j and j + 2 of the lanes of half a tile, which hold FP8, as bf16: shifted and with another bias of the exponent, but for subnormal
+// numbers, of which a table has the few, and what is not finite.
+struct Fp8Halves {
+  I codes, magnitudes, values;
+};
+inline Fp8Halves fp8_halves(const uint8_t* half, int j, int shift, int bias) {
+  const I v = _mm512_loadu_si512(half), codes = j ? _mm512_srli_epi16(v, 8) : v, m = _mm512_and_si512(codes, _mm512_set1_epi16(127));
+  return {codes, m, _mm512_add_epi16(_mm512_sll_epi16(m, _mm_cvtsi32_si128(shift)), _mm512_set1_epi16(short(bias << 7)))};
+}
+inline B with_sign(I values, I codes) {
+  return {_mm512_ternarylogic_epi32(values, _mm512_slli_epi16(codes, 8), _mm512_set1_epi16(short(0x8000)), 0xf8)};  // values | codes & sign
+}
+inline B e4m3_pairs(const uint8_t* half, int j) {
+  const auto [codes, m, normal] = fp8_halves(half, j, 4, 120);
+  const I table = _mm512_set4_epi32(0x3c603c40, 0x3c203c00, 0x3bc03b80, 0x3b000000);  // 7 … 0 times 2^-9
+  const I some = _mm512_mask_permutexvar_epi16(normal, _mm512_cmplt_epu16_mask(m, _mm512_set1_epi16(8)), m, table);
+  return with_sign(_mm512_mask_blend_epi16(_mm512_cmpeq_epi16_mask(m, _mm512_set1_epi16(127)), some, _mm512_set1_epi16(0x7fc0)), codes);
+}
+inline B e5m2_pairs(const uint8_t* half, int j) {
+  const auto [codes, m, normal] = fp8_halves(half, j, 5, 112);
+  const I table = _mm512_set4_epi32(0, 0, 0x38403800, 0x37800000);  // 3 … 0 times 2^-16
+  const I some = _mm512_mask_permutexvar_epi16(normal, _mm512_cmplt_epu16_mask(m, _mm512_set1_epi16(4)), m, table);
+  const __mmask32 infinite = _mm512_cmplt_epu16_mask(_mm512_set1_epi16(0x7b), m);  // or NaN
+  return with_sign(_mm512_mask_add_epi16(some, infinite, some, _mm512_set1_epi16(112 << 7)), codes);
 }
 #endif
 

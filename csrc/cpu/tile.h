@@ -129,6 +129,16 @@ struct Bf16Bytes : Bf16 {  // 8-bit integers
     return bf16_pair(byte_integers(half, step & 1), byte_integers(half, (step & 1) + 2));
   }
 };
+struct Bf16E4m3 : Bf16 {
+  static constexpr int TILE_BYTES = 128;
+  static B weight(const uint8_t* tile, int step, const Weight&) { return e4m3_pairs(tile + 64 * (step >> 1), step & 1); }
+};
+struct F32E4m3 : F32 {
+  static constexpr int TILE_BYTES = 128;
+  static F weight(const uint8_t* tile, int step, const Weight&) {
+    return member_of(e4m3_pairs(tile + 64 * (step >> 2), step & 1), step & 2);
+  }
+};
 #endif
 
 template <class Source>

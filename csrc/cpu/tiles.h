@@ -11,9 +11,9 @@ constexpr int MOST_SUMS<Scaled<S8Pairs>> = PAIR_ACCUMULATORS;
 // A single panel is what remains of N beyond its strips: 8 rows are as many chains of sums as a product's 4 cycles in 2 pipes want (not
 // timed), and more would be a share of the build.
 template <class Source, int PANELS>
-constexpr int HIGHEST = PANELS > 1          ? 12
-                        : is_scaled<Source> ? 4
-                                            : 8;
+constexpr int HIGHEST = PANELS > 1                                 ? 12
+                        : is_scaled<Source> || is_in_tiles<Source> ? 4
+                                                                   : 8;
 template <class Source, int PANELS>
 constexpr int MAX_ROWS = MOST_SUMS<Source> / PANELS < HIGHEST<Source, PANELS> ? MOST_SUMS<Source> / PANELS : HIGHEST<Source, PANELS>;
 

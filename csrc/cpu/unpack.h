@@ -96,11 +96,13 @@ inline void unpack(F32, const Weight& w, const uint8_t* codes, int64_t k, uint8_
 
 #ifdef QK_BF16_DOT
 inline void unpack(Bf16, const Weight& w, const uint8_t* codes, int64_t k, uint8_t* out) {
-  if (w.bits == 4) {
-    for (int64_t i = 0; i < k; i += TILE_K, codes += 64)
-      for (int step = 0; step < 4; step++, out += 64) store_b(out, Bf16Nibbles::weight(codes, step, w));
-    return;
-  }
+  const auto all = [&](int tile_bytes, const auto& weight) {
+    for (int64_t i = 0; i < k; i += TILE_K, codes += tile_bytes)
+      for (int step = 0; step < 4; step++, out += 64) store_b(out, weight(step));
+  };
+  if (w.bits == 4) return all(64, [&](int step) { return Bf16Nibbles::weight(codes, step, w); });
+  if (w.kind == CodeKind::e4m3) return all(128, [&](int step) { return Bf16E4m3::weight(codes, step, w); });
+  if (w.kind == CodeKind::e5m2) return all(128, [&](int step) { return e5m2_pairs(codes + 64 * (step >> 1), step & 1); });
   for_halves(w, codes, k, [&](const auto& column) {
     for (int j = 0; j < 2; j++, out += 64) store_b(out, bf16_pair(column(j), column(j + 2)));
   });

@@ -103,6 +103,9 @@ inline __m512i _mm512_set1_epi16(short x) {
 inline __m512i _mm512_set1_epi32(int x) {
   return (__m512i)emulated::lanes<emulated::i32x16>([=](size_t) { return x; });
 }
+inline __m512i _mm512_set4_epi32(int d, int c, int b, int a) {
+  return (__m512i)emulated::lanes<emulated::i32x16>([=](size_t i) { return i % 4 == 0 ? a : i % 4 == 1 ? b : i % 4 == 2 ? c : d; });
+}
 inline __m512i _mm512_set_epi32(int p, int o, int n, int m, int l, int k, int j, int i, int h, int g, int f, int e, int d, int c, int b,
                                 int a) {
   return (__m512i)emulated::i32x16{a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p};
@@ -146,6 +149,10 @@ inline __m512i _mm512_srl_epi32(__m512i v, __m128i count) {  // by the low 64 bi
 inline __m512i _mm512_srl_epi16(__m512i v, __m128i count) {
   const uint64_t n = ((emulated::u64x2)count)[0];
   return n > 15 ? __m512i{} : (__m512i)((emulated::u16x32)v >> uint16_t(n));
+}
+inline __m512i _mm512_sll_epi16(__m512i v, __m128i count) {
+  const uint64_t n = ((emulated::u64x2)count)[0];
+  return n > 15 ? __m512i{} : (__m512i)((emulated::u16x32)v << uint16_t(n));
 }
 inline __m512i _mm512_sll_epi32(__m512i v, __m128i count) {
   const uint64_t n = ((emulated::u64x2)count)[0];
@@ -192,6 +199,18 @@ inline __m512i _mm512_ternarylogic_epi32(__m512i a, __m512i b, __m512i c, int ta
   for (int i = 0; i < 8; i++)
     if (table >> i & 1) result |= (i & 4 ? a : ~a) & (i & 2 ? b : ~b) & (i & 1 ? c : ~c);
   return result;
+}
+inline __mmask32 _mm512_cmpeq_epi16_mask(__m512i a, __m512i b) {
+  const auto x = (emulated::u16x32)a, y = (emulated::u16x32)b;
+  __mmask32 mask = 0;
+  for (int i = 0; i < 32; i++) mask |= __mmask32(x[i] == y[i]) << i;
+  return mask;
+}
+inline __mmask32 _mm512_cmplt_epu16_mask(__m512i a, __m512i b) {
+  const auto x = (emulated::u16x32)a, y = (emulated::u16x32)b;
+  __mmask32 mask = 0;
+  for (int i = 0; i < 32; i++) mask |= __mmask32(x[i] < y[i]) << i;
+  return mask;
 }
 inline __mmask16 _mm512_cmpeq_epi32_mask(__m512i a, __m512i b) {
   const auto x = (emulated::u32x16)a, y = (emulated::u32x16)b;
@@ -250,6 +269,12 @@ inline __m512 _mm512_mask_blend_ps(__mmask16 mask, __m512 zeros, __m512 ones) {
 inline __m512i _mm512_mask_blend_epi16(__mmask32 mask, __m512i zeros, __m512i ones) {
   const auto x = (emulated::u16x32)zeros, y = (emulated::u16x32)ones;
   return (__m512i)emulated::lanes<emulated::u16x32>([&](size_t i) { return mask >> i & 1 ? y[i] : x[i]; });
+}
+inline __m512i _mm512_mask_add_epi16(__m512i old, __mmask32 mask, __m512i a, __m512i b) {
+  return _mm512_mask_blend_epi16(mask, old, _mm512_add_epi16(a, b));
+}
+inline __m512i _mm512_mask_permutexvar_epi16(__m512i old, __mmask32 mask, __m512i index, __m512i v) {
+  return _mm512_mask_blend_epi16(mask, old, _mm512_permutexvar_epi16(index, v));
 }
 inline __m512i _mm512_mask_blend_epi32(__mmask16 mask, __m512i zeros, __m512i ones) {
   return (__m512i)_mm512_mask_blend_ps(mask, (__m512)zeros, (__m512)ones);
