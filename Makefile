@@ -85,7 +85,7 @@ emulate: build  ## the kernels' tests with AVX-512 emulated, for machines withou
 	mkdir -p $(EMULATED) && rm -rf $(EMULATED)/csrc $(EMULATED)/qkernels $(EMULATED)/tests
 	cp -rp csrc qkernels tests setup.py pyproject.toml README.md LICENSE $(EMULATED)
 	cd $(EMULATED) && QKERNELS_CPU=1 QKERNELS_CUDA=0 QKERNELS_EMULATE=1 $(BIN)/python setup.py --quiet build_ext --inplace
-	cd $(EMULATED) && $(BIN)/python -c 'from qkernels.kernels.cpu import library; print("level:", library.level())' | grep avx512
+	cd $(EMULATED) && $(BIN)/python -c 'from qkernels.kernels.cpu import library; print("level:", library.level())' | grep amx
 	cd $(EMULATED) && $(BIN)/python -m pytest -q tests/test_kernels.py tests/test_quantizers.py tests/test_golden.py
 
 sweep: build  ## all cases of the GPU kernels' tests, of which `make test` takes a part
