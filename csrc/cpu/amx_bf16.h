@@ -81,27 +81,24 @@ inline const uint8_t* unpack_bf16(const Job& j, const Chunk& chunk) {
   return j.unpacked();
 }
 
-struct Bf16Sums {
-  alignas(64) float of[2][2][AMX_ROWS][PANEL];  // half of the rows, panel
+struct Bf16Sums {  // 2 KiB: of 4, the stores of one unit would keep the loads of the one before waiting, as if of the same memory
+  alignas(64) float of[2][AMX_ROWS][PANEL];  // panel
 };
 
-// x [16 * HALVES, length] times some panels.
-template <int HALVES, int PANELS>
+// x [16, length] times some panels.
+template <int PANELS>
 inline void multiply_tiles(const uint16_t* x, int64_t length, const uint8_t* weights, int64_t panel_bytes, Bf16Sums& sums) {
-  each<HALVES>(QK_WITH(h) { each<PANELS>(QK_WITH(p) { clear_tile<2 * h + p>(); }); });
+  each<PANELS>(QK_WITH(p) { clear_tile<p>(); });
   for (int64_t k = 0; k < length; k += AMX_BF16_K, weights += AMX_BF16_K * 2 * PANEL) {
-    each<PANELS>(QK_WITH(p) { load_tile<6 + p>(weights + p * panel_bytes, 64); });
-    each<HALVES>(QK_WITH(h) {
-      load_tile<4 + h>(x + h * AMX_ROWS * length + k, 2 * length);
-      each<PANELS>(QK_WITH(p) { dot_bf16_tiles<2 * h + p, 4 + h, 6 + p>(); });
-    });
+    load_tile<4>(x + k, 2 * length);
+    each<PANELS>(QK_WITH(p) { load_tile<6 + p>(weights + p * panel_bytes, 64), dot_bf16_tiles<p, 4, 6 + p>(); });
   }
-  each<HALVES>(QK_WITH(h) { each<PANELS>(QK_WITH(p) { store_tile<2 * h + p>(sums.of[h][p]); }); });
+  each<PANELS>(QK_WITH(p) { store_tile<p>(sums.of[p]); });
 }
 
 // All blocks of a chunk and panels of a strip, a unit of PANELS panels and a block at a time; a unit's sums are scaled when the next one's
 // tiles are at work.
-template <int HALVES, int PANELS, int ALL>
+template <int PANELS, int ALL>
 void amx_bf16_rows(const Weight& w, const Activations& x, const Chunk& chunk, int64_t m, int64_t rows, int64_t& configured, float* acc) {
   Bf16Sums sums[2];
   const float* factors = nullptr;
@@ -111,8 +108,8 @@ void amx_bf16_rows(const Weight& w, const Activations& x, const Chunk& chunk, in
     if (factors == nullptr) return;
     for (int64_t r = 0; r < rows; r++)
       each<PANELS>(QK_WITH(p) {
-        float* sum = out + r * ALL * PANEL + p * PANEL;
-        store_f(sum, fma(load_f(factors + p * PANEL), load_f(sums[1 - at].of[r / AMX_ROWS][p][r % AMX_ROWS]), load_f(sum)));
+        float* sum = out + (r * ALL + p) * PANEL;
+        store_f(sum, fma(load_f(factors + p * PANEL), load_f(sums[1 - at].of[p][r]), load_f(sum)));
       });
     factors = nullptr;
   };
@@ -123,7 +120,7 @@ void amx_bf16_rows(const Weight& w, const Activations& x, const Chunk& chunk, in
       const int64_t columns = block.length < AMX_BF16_K ? block.length : AMX_BF16_K;
       if (configured != rows * AMX_K + columns) configure(rows, 2 * columns), configured = rows * AMX_K + columns;
       const auto* values = static_cast<const uint16_t*>(x.values) + x.m * block.k0 + m * block.length;
-      multiply_tiles<HALVES, PANELS>(values, block.length, weights, chunk.room * PANEL, sums[at]);
+      multiply_tiles<PANELS>(values, block.length, weights, chunk.room * PANEL, sums[at]);
       scale();
       factors = chunk.scales + (b * ALL + p) * PANEL, out = acc + p * PANEL, at = 1 - at;
       weights += block.length * 2 * PANEL;
@@ -138,9 +135,8 @@ inline void amx_bf16_strip(const Weight& w, const Activations& x, Chunk& chunk, 
   if (chunk.shifts != nullptr) add_shifts<ALL>(chunk.shifts, x, chunk.first, chunk.count, m0, m1, acc + SHIFT_SUMS);
   int64_t configured = 0;
   for (int64_t m = m0, rows; m < m1; m += rows, acc += rows * ALL * PANEL) {
-    rows = m1 - m < 2 * AMX_ROWS ? m1 - m : 2 * AMX_ROWS;
-    const auto of_height = rows > AMX_ROWS ? amx_bf16_rows<2, PANELS, ALL> : amx_bf16_rows<1, PANELS, ALL>;
-    of_height(w, x, chunk, m, rows, configured, acc);
+    rows = m1 - m < AMX_ROWS ? m1 - m : AMX_ROWS;
+    amx_bf16_rows<PANELS, ALL>(w, x, chunk, m, rows, configured, acc);
   }
 }
 template <>
