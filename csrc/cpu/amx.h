@@ -260,25 +260,19 @@ void multiply_by_amx(const Weight& w, const Activations& x, const Output& out, i
   multiply<ByS8>(w, x, out, m0, m1, p0 + strips * STRIP, p1, scratch);
 }
 
-int64_t probe_amx(int64_t rounds) {
+template <int64_t COLUMNS, class Products>  // products(): one into each tile of sums, of so many columns
+int64_t probe_tiles(int64_t rounds, const Products& products) {
   alignas(64) static const uint8_t codes[1024] = {};
   configure(2 * AMX_ROWS, AMX_K);
-  clear_tile<0>();
-  clear_tile<1>();
-  clear_tile<2>();
-  clear_tile<3>();
-  load_tile<4>(codes, 64);
-  load_tile<5>(codes, 64);
-  load_tile<6>(codes, 64);
-  load_tile<7>(codes, 64);
-  for (int64_t i = 0; i < rounds; i++) {
-    dot_tiles<false, 0, 4, 6>();
-    dot_tiles<false, 1, 4, 7>();
-    dot_tiles<false, 2, 5, 6>();
-    dot_tiles<false, 3, 5, 7>();
-  }
+  each<4>(QK_WITH(i) { clear_tile<i>(); });
+  load_tile<4>(codes, 64), load_tile<5>(codes, 64), load_tile<6>(codes, 64), load_tile<7>(codes, 64);
+  for (int64_t i = 0; i < rounds; i++) products();
   _tile_release();
-  return rounds * 4 * AMX_ROWS * PANEL * AMX_K;
+  return rounds * 4 * AMX_ROWS * PANEL * COLUMNS;
+}
+int64_t probe_amx(int64_t rounds) {
+  return probe_tiles<AMX_K>(
+      rounds, [] { dot_tiles<false, 0, 4, 6>(), dot_tiles<false, 1, 4, 7>(), dot_tiles<false, 2, 5, 6>(), dot_tiles<false, 3, 5, 7>(); });
 }
 
 #include "cpu/amx_bf16.h"

@@ -180,16 +180,6 @@ void multiply_bf16_by_amx(const Weight& w, const Activations& x, const Output& o
 }
 
 int64_t probe_amx_bf16(int64_t rounds) {
-  alignas(64) static const uint8_t codes[1024] = {};
-  configure(2 * AMX_ROWS, AMX_K);
-  each<4>(QK_WITH(i) { clear_tile<i>(); });
-  load_tile<4>(codes, 64), load_tile<5>(codes, 64), load_tile<6>(codes, 64), load_tile<7>(codes, 64);
-  for (int64_t i = 0; i < rounds; i++) {
-    dot_bf16_tiles<0, 4, 6>();
-    dot_bf16_tiles<1, 4, 7>();
-    dot_bf16_tiles<2, 5, 6>();
-    dot_bf16_tiles<3, 5, 7>();
-  }
-  _tile_release();
-  return rounds * 4 * AMX_ROWS * PANEL * AMX_BF16_K;
+  return probe_tiles<AMX_BF16_K>(
+      rounds, [] { dot_bf16_tiles<0, 4, 6>(), dot_bf16_tiles<1, 4, 7>(), dot_bf16_tiles<2, 5, 6>(), dot_bf16_tiles<3, 5, 7>(); });
 }

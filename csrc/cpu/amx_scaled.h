@@ -8,6 +8,7 @@ inline int64_t room_of<Scaled<S8Amx>>(int64_t length) {
   return 2 * length;
 }
 
+constexpr int64_t DIGIT = MAX_BLOCK * PANEL;  // bytes of one digit of a panel and block
 struct Digits {
   I of[2];
 };
@@ -24,7 +25,6 @@ inline Digits digits_of(I codes, I scale, I shift) {
 template <int BITS>
 int unpack_digits(const Weight& w, const uint8_t* codes, const Chunk& chunk, uint8_t* out) {
   const bool table = w.kind == CodeKind::table;
-  constexpr int64_t DIGIT = MAX_BLOCK * PANEL;
   I any = zero_i();
   for (int64_t k = 0; k < MAX_BLOCK; k += w.inner)
     for (int p = 0; p < STRIP; p++) {
@@ -65,7 +65,6 @@ class ScaledUnits {
   // Rows m…m + rows of x times the panel p of the strip.
   template <int SET>
   void add(int64_t m, int64_t rows, int p, float* acc) {
-    constexpr int64_t DIGIT = MAX_BLOCK * PANEL;
     const int8_t* values = static_cast<const int8_t*>(x_.values) + (chunk_.first * x_.m + m) * MAX_BLOCK;
     const uint8_t* weights = chunk_.codes + 2 * p * DIGIT;
     clear_tile<2 * SET>();

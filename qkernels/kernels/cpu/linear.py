@@ -22,7 +22,8 @@ from qkernels.kernels.cpu.layout import Packed, prepare, restore, rows
 from qkernels.kernels.registry import Kernel, Matmul, Problem, register
 
 # Reading in GB/s, then 10^9 operations a second with int8, fp32 and bf16 activations: what the kernels reached at M = 1 and M = 128 on two
-# Zen4 cores with QKERNELS_ISA set to the level (benchmarks/NOTES.md). They rank kernels; other CPUs differ, but not in the order.
+# Zen4 cores with QKERNELS_ISA set to the level, and on two of a Xeon with AMX (benchmarks/NOTES.md). They rank kernels; other CPUs differ,
+# but not in the order.
 _RATES = {
     "portable": (12.0, 30.0, 13.0, 13.0),
     "avx2": (29.0, 420.0, 185.0, 185.0),
