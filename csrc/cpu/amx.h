@@ -31,7 +31,7 @@ inline void unpack(S8Amx, const Weight& w, const uint8_t* codes, const Chunk& ch
     for (int64_t k = 0; k < block.length; k += TILE_K, out += 128)
       for (int p = 0; p < STRIP; p++, codes += 16 * bits)
         for (int half = 0; half < 2; half++) {
-          if (64 * half < 16 * bits) __builtin_prefetch(codes + 64 * half + AHEAD);
+          if (64 * half < 16 * bits) fetch_ahead(codes + 64 * half);
           uint8_t* to = out + p * panel_bytes + 64 * half;
           const B found = load_b(half_codes(bits, codes, half, to));
           store_b(to, {_mm512_sub_epi8((table ? look_up(w.table_u8, found) : found).v, offset)});
@@ -211,7 +211,6 @@ inline void amx_tiles(const Weight& w, const Activations& x, Chunk& chunk, int64
 
 template <>
 void rows_of_tiles<S8Amx, STRIP>(const Weight& w, const Activations& x, Chunk& chunk, int64_t m0, int64_t m1, float* acc) {
-  if (chunk.shifts != nullptr) add_shifts<STRIP>(chunk.shifts, x, chunk.first, chunk.count, m0, m1, acc + SHIFT_SUMS);
   if (w.offset != 0) amx_tiles(w, x, chunk, m0, m1, amx_rows<true, 1>, amx_rows<true, 2>, acc);
   else amx_tiles(w, x, chunk, m0, m1, amx_rows<false, 1>, amx_rows<false, 2>, acc);
 }

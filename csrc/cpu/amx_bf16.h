@@ -74,8 +74,8 @@ inline const uint8_t* unpack_bf16(const Job& j, const Chunk& chunk) {
   const int64_t panel_bytes = chunk.room * PANEL, tile_bytes = 16 * w.bits;
   for (int64_t k = 0; k < chunk.k; k += TILE_K)
     for (int p = 0; p < PANELS; p++, codes += tile_bytes) {
-      __builtin_prefetch(codes + AHEAD);
-      if (tile_bytes > 64) __builtin_prefetch(codes + AHEAD + 64);
+      fetch_ahead(codes);
+      if (tile_bytes > 64) fetch_ahead(codes + 64);
       unpack(Bf16{}, w, codes, TILE_K, j.unpacked() + p * panel_bytes + k * 2 * PANEL);
     }
   return j.unpacked();
@@ -132,7 +132,6 @@ void amx_bf16_rows(const Weight& w, const Activations& x, const Chunk& chunk, in
 template <int ALL>
 inline void amx_bf16_strip(const Weight& w, const Activations& x, Chunk& chunk, int64_t m0, int64_t m1, float* acc) {
   constexpr int PANELS = ALL < 2 ? ALL : 2;
-  if (chunk.shifts != nullptr) add_shifts<ALL>(chunk.shifts, x, chunk.first, chunk.count, m0, m1, acc + SHIFT_SUMS);
   int64_t configured = 0;
   for (int64_t m = m0, rows; m < m1; m += rows, acc += rows * ALL * PANEL) {
     rows = m1 - m < AMX_ROWS ? m1 - m : AMX_ROWS;

@@ -34,7 +34,7 @@ int unpack_digits(const Weight& w, const uint8_t* codes, const Chunk& chunk, uin
       for (int64_t i = k; i < k + w.inner; i += TILE_K)
         for (int half = 0; half < 2; half++) {
           const uint8_t* tile = codes + (i / TILE_K * STRIP + p) * 16 * BITS;
-          if (64 * half < 16 * BITS) __builtin_prefetch(tile + 64 * half + AHEAD);
+          if (64 * half < 16 * BITS) fetch_ahead(tile + 64 * half);
           const B found = codes_of<BITS>(tile, half);
           const Digits digits = digits_of((table ? look_up(w.table_u8, found) : found).v, scale, shift);
           uint8_t* to = out + 2 * p * DIGIT + i * PANEL + 64 * half;

@@ -126,7 +126,7 @@ static inline bool has_few_codes(const Weight& w) { return w.kind == CodeKind::i
 struct Activations {  // block by block: what a tile reads lies together, and rows are no power of two apart, which would share cache sets
   int64_t m;
   void* values;  // per block [m, length]: int8, float or bf16. bf16: the 8 of a tile in the order 0 2 1 3 4 6 5 7, see Bf16Nibbles
-  float* sums;  // [blocks, m]  sum of the values, times their scale
+  float* sums;  // [m, blocks]  sum of the values, times their scale
   float* scales;  // [blocks, m]  int8 only
   // int8 only: what a block's sum of products starts from, as codes are unsigned [blocks, m]; where scales are integers, an inner group's
   // [blocks, MAX_BLOCK / inner, m]

@@ -7,7 +7,7 @@
 #include "cpu/kernels.h"
 
 #define QK_AMX
-#define QK_FETCH_NEAR
+#define QK_FETCH_TWICE
 #define QK_BASE level_avx512bf16
 namespace qk {
 extern const Level level_avx512bf16;

@@ -6,7 +6,7 @@
 
 #include "cpu/kernels.h"
 
-#define QK_FETCH_NEAR  // AMD has no CPU that stops at this level
+#define QK_FETCH_TWICE  // AMD has no CPU that stops at this level
 namespace qk {
 namespace {
 #include "cpu/numbers.h"

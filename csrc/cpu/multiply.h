@@ -10,9 +10,9 @@
 #include "cpu/probe.h"
 #include "cpu/search.h"
 
-constexpr int64_t SCRATCH_ACC = 2 * SHIFT_SUMS * 4;
 constexpr int MAX_CHUNK = 32;  // blocks
-constexpr int64_t SCRATCH_SCALES = MAX_CHUNK * STRIP * PANEL * 4;  // and as much for the shifts, and the columns of pairs
+constexpr int64_t SCRATCH_SCALES = MAX_CHUNK * STRIP * PANEL * 4;  // as much for what multiplies minima, and the columns of pairs
+constexpr int64_t SCRATCH_ACC = 2 * SHIFT_SUMS * 4 + SCRATCH_SCALES;
 constexpr int64_t CHUNK_CODES = 8 << 10;  // bytes of packed codes: a quarter of L1
 constexpr int64_t PAIR_CODES = 8 << 10;  // bytes of unpacked codes: likewise
 constexpr int64_t SCRATCH_WEIGHTS =
@@ -28,8 +28,10 @@ struct Job {  // rows m0…m1 times the strip that begins with `panel`
   const Output& out;
   int64_t m0, m1, panel;
   char* scratch;
-  float* acc;  // [panels of the strip / those of a tile, rows, those of a tile, 16], and as much for the shifts: the first of the scratch
+  // The first of the scratch: [panels of the strip / those of a tile, rows, those of a tile, 16], as much for the sums of shifts, and shifts.
+  float* acc;
   int64_t rows() const { return m1 - m0; }
+  float* shifts(int p) const { return acc + 2 * SHIFT_SUMS + p * MAX_CHUNK * PANEL; }  // of a tile that begins with this panel of the strip
   float* scales() const { return reinterpret_cast<float*>(scratch + SCRATCH_ACC); }
   int32_t* columns() const { return reinterpret_cast<int32_t*>(scratch + SCRATCH_ACC + 2 * SCRATCH_SCALES); }
   float* nested() const { return reinterpret_cast<float*>(columns()); }  // a weight has the one or the other
@@ -61,12 +63,23 @@ Chunk chunk_of(const Job& j, int panels) {  // of the strip; its sums start from
   Chunk chunk;
   chunk.first = 0, chunk.block = first_block(j.w.geometry), chunk.place = place_of(j.w, j.panel);
   chunk.step = panels * Source::TILE_BYTES;
-  chunk.scales = j.scales(), chunk.shifts = shifted ? chunk.scales + SCRATCH_SCALES / 4 : nullptr, chunk.columns = j.columns();
+  chunk.scales = j.scales(), chunk.shifts = shifted ? j.shifts(0) : nullptr, chunk.waiting = 0, chunk.columns = j.columns();
   chunk.nested = j.nested();
   chunk.inner = j.inner(), chunk.minima = chunk.inner + SCRATCH_INNER / 4, chunk.minima_scales = chunk.scales + SCRATCH_SCALES / 4;
   __builtin_memset(j.acc, 0, size_t(j.rows() * panels * PANEL * 4));
   if (shifted) __builtin_memset(j.acc + SHIFT_SUMS, 0, size_t(j.rows() * panels * PANEL * 4));
   return chunk;
+}
+
+// All rows times the shifts that wait: those of a chunk alone would not be worth the trip of their sums, which lie in L2.
+template <int PANELS, int ALL>
+void add_waiting_shifts(const Job& j, Chunk& chunk) {
+  if (chunk.waiting == 0) return;
+  const int64_t all = j.w.geometry.blocks;
+  const float* sums = j.x.sums + j.m0 * all + chunk.first - chunk.waiting;
+  for (int p = 0; p < ALL; p += PANELS)
+    add_shifts<PANELS>(j.shifts(p), sums, all, chunk.waiting, j.rows(), j.acc + SHIFT_SUMS + j.rows() * p * PANEL);
+  chunk.waiting = 0;
 }
 
 // A chunk of up to most_k columns, which all the rows take before the next: what of the weight they use again is in the cache.
@@ -75,20 +88,25 @@ template <class Source, int PANELS, int ALL, class Codes>  // ALL: panels of the
 void add_chunk(const Job& j, Chunk& chunk, int64_t most_k, const Codes& codes_of) {
   const uint8_t* end = codes_at(j.w, panels_of(j.w.n), 0);  // of all: the next strip is ours, or nearly always
   const Block after = fill<Source>(chunk, j.w.geometry, most_k);
+  const bool shifted = chunk.shifts != nullptr;
+  if (chunk.waiting + chunk.count > MAX_CHUNK) add_waiting_shifts<PANELS, ALL>(j, chunk);
   const uint8_t* codes = codes_of(chunk);
   const int64_t bytes = chunk.k * 2 * j.w.bits * ALL;
   const uint8_t* next = codes_at(j.w, j.panel, chunk.block.k0) + bytes;  // may be of the next strip
   chunk.ahead = {next, j.w.nested != Nested::none ? next : bytes < end - next ? next + bytes : end, 0};
   for (int p = 0; p < ALL; p += PANELS) {
     chunk.place = place_of(j.w, j.panel + p), chunk.codes = codes + p * Source::TILE_BYTES, chunk.passes = (ALL - p) / PANELS;
+    if (shifted) chunk.shifts = j.shifts(p) + chunk.waiting * PANELS * PANEL;
     if constexpr (is_scaled<Source>) decode_scaled<PANELS>(j.w, chunk);
     else decode<!is_s8<Source>, PANELS>(j.w, chunk);
     rows_of_tiles<Source, PANELS>(j.w, j.x, chunk, j.m0, j.m1, j.acc + j.rows() * p * PANEL);
   }
   chunk.first += chunk.count, chunk.block = after;
+  if (shifted) chunk.waiting += chunk.count;
 }
 template <int PANELS, int ALL>
-void write_strip(const Job& j, const Chunk& chunk) {
+void write_strip(const Job& j, Chunk& chunk) {
+  add_waiting_shifts<PANELS, ALL>(j, chunk);
   for (int p = 0; p < ALL; p += PANELS)
     write_rows(j.w, j.out, j.m0, j.m1, j.panel + p, PANELS, chunk.shifts != nullptr, j.acc + j.rows() * p * PANEL);
 }

@@ -47,14 +47,14 @@ inline int32_t round_to_s8(const float* v, int64_t count, float times, int8_t* o
   return total(sum);
 }
 
-template <class Work>  // work(floats, length, position in values, position in what a block has one of)
+template <class Work>  // work(floats, length, position in values, in what a block has one of, in sums)
 inline void for_blocks(const Rows& rows, const Geometry& g, int64_t m0, int64_t m1, int64_t m_all, const Work& work) {
   alignas(64) float v[MAX_BLOCK];
   for (int64_t m = m0; m < m1; m++) {
     Block block = first_block(g);
     for (int64_t b = 0; b < g.blocks; b++, block = block_after(g, block)) {
       load_block(rows, m * rows.stride, g, block, v);
-      work(v, block.length, m_all * block.k0 + m * block.length, b * m_all + m);
+      work(v, block.length, m_all * block.k0 + m * block.length, b * m_all + m, m * g.blocks + b);
     }
   }
 }
@@ -68,7 +68,7 @@ void rows_to_s8(const Rows& rows, const Weight& w, int64_t m0, int64_t m1, const
 #ifdef QK_LANES
   const int middle = middle_of(w);
 #endif
-  for_blocks(rows, w.geometry, m0, m1, a.m, [&](const float* v, int64_t length, int64_t at, int64_t block) {
+  for_blocks(rows, w.geometry, m0, m1, a.m, [&](const float* v, int64_t length, int64_t at, int64_t block, int64_t sum_at) {
     I most = magnitude_bits(load_f(v));  // as integers, where a NaN is larger than all: it reaches the scale and the whole row
     for (int64_t i = 16; i < length; i += 16) most = max_i(most, magnitude_bits(load_f(v + i)));
     const float absmax = bits_to_float(uint32_t(highest(most)));
@@ -92,7 +92,7 @@ void rows_to_s8(const Rows& rows, const Weight& w, int64_t m0, int64_t m1, const
 #endif
     }
     a.scales[block] = finite ? absmax / largest_code : bits_to_float(0x7fc00000u);
-    a.sums[block] = a.scales[block] * float(total);
+    a.sums[sum_at] = a.scales[block] * float(total);
   });
 }
 
@@ -107,15 +107,15 @@ inline float sum_of(const float* v, int64_t length) {
 }
 
 void rows_to_f32(const Rows& rows, const Weight& w, int64_t m0, int64_t m1, const Activations& a) {
-  for_blocks(rows, w.geometry, m0, m1, a.m, [&](const float* v, int64_t length, int64_t at, int64_t block) {
+  for_blocks(rows, w.geometry, m0, m1, a.m, [&](const float* v, int64_t length, int64_t at, int64_t, int64_t sum_at) {
     __builtin_memcpy(static_cast<float*>(a.values) + at, v, size_t(length) * 4);
-    a.sums[block] = sum_of(v, length);
+    a.sums[sum_at] = sum_of(v, length);
   });
 }
 
 #ifdef QK_BF16_DOT
 void rows_to_bf16(const Rows& rows, const Weight& w, int64_t m0, int64_t m1, const Activations& a) {
-  for_blocks(rows, w.geometry, m0, m1, a.m, [&](const float* v, int64_t length, int64_t at, int64_t block) {
+  for_blocks(rows, w.geometry, m0, m1, a.m, [&](const float* v, int64_t length, int64_t at, int64_t, int64_t sum_at) {
     uint16_t* out = static_cast<uint16_t*>(a.values) + at;
     int64_t i = 0;
     for (; i + 16 <= length; i += 16) store_bf16_tiles(out + i, load_f(v + i));
@@ -124,7 +124,7 @@ void rows_to_bf16(const Rows& rows, const Weight& w, int64_t m0, int64_t m1, con
       store_bf16_tiles(last, load_f(v + i));
       __builtin_memcpy(out + i, last, TILE_K * 2);
     }
-    a.sums[block] = sum_of(v, length);
+    a.sums[sum_at] = sum_of(v, length);
   });
 }
 #endif

@@ -190,20 +190,25 @@ struct Ahead {  // those of the next chunk, or of the next strip's first
   }
 };
 
-// Codes that are read once are fetched so many bytes ahead of those in use. Zen4 and Zen5 want them far ahead, in L2, and where there is next
-// to nothing to do but read fetch by themselves what lies between every fourth line. An Intel Xeon reads int4 a quarter and q4_k a
-// third faster with all lines near, in L1.
-#ifdef QK_FETCH_NEAR
-constexpr bool NEAR = true;
+// Codes that are read once are fetched so many bytes ahead of those in use, into L1 and L2; 0: not. Zen4 and Zen5 want them far ahead, in L2,
+// and where there is next to nothing to do but read fetch by themselves what lies between every fourth line. An Intel Xeon wants all lines,
+// in L1 and before that in L2: int4 comes a quarter faster than by every fourth line far ahead, 8-bit codes 13 % faster than by L1 alone.
+#if defined(QK_FETCH_TWICE)
+constexpr int64_t AHEAD_L1 = 1 << 10, AHEAD_L2 = 3 << 10;
+#elif defined(QK_FETCH_NEAR)
+constexpr int64_t AHEAD_L1 = 2560, AHEAD_L2 = 0;
 #else
-constexpr bool NEAR = false;
+constexpr int64_t AHEAD_L1 = 0, AHEAD_L2 = 7 << 10;
 #endif
-constexpr int64_t AHEAD = NEAR ? 2560 : 7 << 10;
+[[gnu::always_inline]] inline void fetch_ahead(const uint8_t* codes) {  // a line
+  if (AHEAD_L1 != 0) __builtin_prefetch(codes + AHEAD_L1, 0, 3);
+  if (AHEAD_L2 != 0) __builtin_prefetch(codes + AHEAD_L2, 0, 2);
+}
 template <class Source, int ROWS, int PANELS>
 struct FarAhead {
-  static constexpr int BYTES = PANELS * Source::TILE_BYTES, APART = !NEAR && ROWS <= Source::IDLE_ROWS ? 256 : 64;
+  static constexpr int BYTES = PANELS * Source::TILE_BYTES, APART = AHEAD_L1 == 0 && ROWS <= Source::IDLE_ROWS ? 256 : 64;
   [[gnu::always_inline]] void fetch(const uint8_t* codes) {
-    each<(BYTES + APART - 1) / APART>(QK_WITH(i) { __builtin_prefetch(codes + AHEAD + i * APART, 0, NEAR ? 3 : 2); });
+    each<(BYTES + APART - 1) / APART>(QK_WITH(i) { fetch_ahead(codes + i * APART); });
   }
 };
 
@@ -293,6 +298,7 @@ struct Chunk {  // of K, for PANELS panels of a strip
   int64_t step;  // bytes to the next tile's: TILE_BYTES of every panel of the strip
   float* scales;  // [count, PANELS, 16]; where weights are streamed [PANELS, 16], of the block at hand
   float* shifts;  // likewise: what the scale does not multiply, as in scale * code + shift; or null
+  int64_t waiting;  // of how many blocks before the first the shifts are still to be added: they lie before those of the chunk
   const int32_t* columns;  // [count, PANELS, 16], of paired codes: what they add among themselves
   const float* nested;  // [count, panels of the strip, 16], scales of blocks that came apart
   // Where scales are integers: [count, inner groups, PANELS, 16] and [count, inner groups / 2, PANELS, 16], in the forms of load_scales and
@@ -391,25 +397,24 @@ template <int PANELS>
 constexpr int64_t SHIFT_SUMS = MOST_ROWS * STRIP * PANEL;
 
 template <int ROWS, int PANELS>
-[[gnu::always_inline]] inline void add_shifts(const float* shifts, const float* sums, int64_t m, int64_t blocks, float* acc) {
+[[gnu::always_inline]] inline void add_shifts(const float* shifts, const float* sums, int64_t all_blocks, int64_t blocks, float* acc) {
   F total[ROWS][PANELS];
   each<ROWS>(QK_WITH(r) { each<PANELS>(QK_WITH(p) { total[r][p] = load_f(acc + (r * PANELS + p) * PANEL); }); });
-  for (int64_t b = 0; b < blocks; b++, shifts += PANELS * PANEL, sums += m)
+  for (int64_t b = 0; b < blocks; b++, shifts += PANELS * PANEL)
     each<PANELS>(QK_WITH(p) {
       const F shift = load_f(shifts + p * PANEL);
-      each<ROWS>(QK_WITH(r) { total[r][p] = fma(shift, set1_f(sums[r]), total[r][p]), hold(total[r][p]); });
+      each<ROWS>(QK_WITH(r) { total[r][p] = fma(shift, set1_f(sums[r * all_blocks + b]), total[r][p]), hold(total[r][p]); });
     });
   each<ROWS>(QK_WITH(r) { each<PANELS>(QK_WITH(p) { store_f(acc + (r * PANELS + p) * PANEL, total[r][p]); }); });
 }
 
-// Rows m0…m1; out of line: where there is nothing to shift, GCC finds better registers for the rest.
+// For so many rows, whose sums lie all_blocks apart; out of line: where there is nothing to shift, GCC finds better registers for the rest.
 template <int PANELS>
-[[gnu::noinline]] void add_shifts(const float* shifts, const Activations& x, int64_t first, int64_t blocks, int64_t m0, int64_t m1,
-                                  float* acc) {
+[[gnu::noinline]] void add_shifts(const float* shifts, const float* sums, int64_t all_blocks, int64_t blocks, int64_t rows, float* acc) {
   constexpr int ROWS = 4;
-  const float* sums = x.sums + first * x.m;
-  for (; m0 + ROWS <= m1; m0 += ROWS, acc += ROWS * PANELS * PANEL) add_shifts<ROWS, PANELS>(shifts, sums + m0, x.m, blocks, acc);
-  for (; m0 < m1; m0++, acc += PANELS * PANEL) add_shifts<1, PANELS>(shifts, sums + m0, x.m, blocks, acc);
+  for (; rows >= ROWS; rows -= ROWS, sums += ROWS * all_blocks, acc += ROWS * PANELS * PANEL)
+    add_shifts<ROWS, PANELS>(shifts, sums, all_blocks, blocks, acc);
+  for (; rows > 0; rows--, sums += all_blocks, acc += PANELS * PANEL) add_shifts<1, PANELS>(shifts, sums, all_blocks, blocks, acc);
 }
 
 // A block's shifts, of a strip that is streamed, from where they lie: decoded and added in one go.
@@ -418,7 +423,7 @@ template <bool CENTRED, int PANELS>
                                         int rows, float* acc) {
   for_shifts<CENTRED, PANELS>(w, place, group, scales, [&](int p, F shift) __attribute__((always_inline)) {
     float* sum = acc + p * PANEL;
-    for (int r = 0; r < rows; r++, sum += PANELS * PANEL) store_f(sum, fma(shift, set1_f(sums[r]), load_f(sum)));
+    for (int r = 0; r < rows; r++, sum += PANELS * PANEL) store_f(sum, fma(shift, set1_f(sums[r * w.geometry.blocks]), load_f(sum)));
   });
 }
 
@@ -448,7 +453,8 @@ void tile(const Weight& w, const Activations& x, Chunk& chunk, int64_t m, float*
       fetch_numbers<PANELS>(w.scales, w.scale_dtype, w.scale_lanes, next);
       if (chunk.shifts != nullptr) {
         if (!is_s8<Source> || !w.minima) each<PANELS>(QK_WITH(p) { store_f(chunk.scales + p * PANEL, factors[p]); });  // else not asked for
-        add_block_shifts<!is_s8<Source>, PANELS>(w, chunk.place, block.group, chunk.scales, x.sums + b * x.m + m, ROWS, acc + SHIFT_SUMS);
+        add_block_shifts<!is_s8<Source>, PANELS>(w, chunk.place, block.group, chunk.scales, x.sums + m * w.geometry.blocks + b, ROWS,
+                                                 acc + SHIFT_SUMS);
         if (w.zeros != nullptr) fetch_numbers<PANELS>(w.zeros, w.zero_dtype, PANEL, next);
       }
     }

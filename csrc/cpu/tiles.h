@@ -53,7 +53,6 @@ Tile tile_of(const Weight& w, const Chunk& chunk, int64_t k, int64_t rows, std::
 // All rows m0…m1, in tiles of nearly equal height (so that no M is much dearer than the next).
 template <class Source, int PANELS>
 void rows_of_tiles(const Weight& w, const Activations& x, Chunk& chunk, int64_t m0, int64_t m1, float* acc) {
-  if (chunk.shifts != nullptr) add_shifts<PANELS>(chunk.shifts, x, chunk.first, chunk.count, m0, m1, acc + SHIFT_SUMS);
   const int64_t tiles = (m1 - m0 + MAX_ROWS<Source, PANELS> - 1) / MAX_ROWS<Source, PANELS>;
   const int64_t tiles_of_k = tiles * chunk.passes * (chunk.k / TILE_K);
   chunk.ahead.per_tile = ((chunk.ahead.end - chunk.ahead.at) / tiles_of_k + 63) / 64 * 64;
