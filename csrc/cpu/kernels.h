@@ -177,7 +177,7 @@ struct Grouped {  // a weight before it is quantised, with one scale and zero pe
   Grid grid;
 };
 
-enum class Read { one, four, fetched };  // streams; or one whose lines are fetched to L1 beforehand
+enum class Read { one, four, fetched };  // streams; or one whose lines are fetched beforehand, as kernels do
 
 struct Level {
   const char* name;

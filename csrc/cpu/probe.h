@@ -7,7 +7,7 @@ int64_t read_streams(const char* p, int64_t bytes) {
   uint64_t sum[STREAMS][STEP / 8] = {};
   for (int64_t i = 0; i < stride; i += STEP)
     for (int s = 0; s < STREAMS; s++) {
-      if (FETCH) __builtin_prefetch(p + s * stride + i + 2560);
+      if (FETCH) fetch_ahead(reinterpret_cast<const uint8_t*>(p) + s * stride + i);
       for (int j = 0; j < STEP / 8; j++) {
         uint64_t word;
         __builtin_memcpy(&word, p + s * stride + i + 8 * j, 8);
