@@ -5,9 +5,9 @@
 // tiles, which is why the activations beyond its end, whatever they are, add nothing.
 
 constexpr int64_t AMX_ROWS = 16, AMX_K = 64;
-// Rows of x times columns of a group (64 at most) from which it is faster than DotS8, where unpacking and scaling are less of the work: 32
-// rows of groups of 64 and more, 128 of groups of 16; and of rows where scales are integers. Found on a Xeon.
-constexpr int64_t AMX_FROM = 2048, AMX_LEAST_GROUP = 16, AMX_FROM_SCALED = 24;
+// Rows of x times columns of a group (64 at most) from which it is faster than DotS8, where unpacking and scaling are less of the work: 25
+// rows of groups of 64 and more, 100 of groups of 16; and half as many where DotS8 does not take the codes as they lie. Found on a Xeon.
+constexpr int64_t AMX_FROM = 1600, AMX_FROM_ODD_BITS = 768, AMX_LEAST_GROUP = 16;
 constexpr int64_t AMX_COLUMNS = 512;  // of a strip in scratch: 32 KiB, most of L1
 constexpr int AMX_BATCH = 2;  // blocks whose sums are scaled together: they share a trip of the accumulators through registers
 
@@ -41,10 +41,9 @@ inline void unpack(S8Amx, const Weight& w, const uint8_t* codes, const Chunk& ch
   }
 }
 inline bool by_amx(const Weight& w, int64_t rows) {
-  if (w.inner != 0) return rows >= AMX_FROM_SCALED;
   const int64_t group = w.geometry.group_padded < AMX_K ? w.geometry.group_padded : AMX_K;
   const bool fits = w.nested == Nested::none && (w.bits < 8 || w.offset == 0 || w.offset == 128);
-  return fits && group >= AMX_LEAST_GROUP && rows * group >= AMX_FROM;
+  return fits && group >= AMX_LEAST_GROUP && rows * group >= (w.bits == 4 || w.bits == 8 ? AMX_FROM : AMX_FROM_ODD_BITS);
 }
 
 struct TileConfig {  // what ldtilecfg reads

@@ -8,6 +8,9 @@ inline int64_t room_of<Scaled<S8Amx>>(int64_t length) {
   return 2 * length;
 }
 
+template <>
+constexpr bool UNPACKS_SCALES<Scaled<S8Amx>> = true;
+
 constexpr int64_t DIGIT = MAX_BLOCK * PANEL;  // bytes of one digit of a panel and block
 struct Digits {
   I of[2];

@@ -97,7 +97,7 @@ void add_chunk(const Job& j, Chunk& chunk, int64_t most_k, const Codes& codes_of
   for (int p = 0; p < ALL; p += PANELS) {
     chunk.place = place_of(j.w, j.panel + p), chunk.codes = codes + p * Source::TILE_BYTES, chunk.passes = (ALL - p) / PANELS;
     if (shifted) chunk.shifts = j.shifts(p) + chunk.waiting * PANELS * PANEL;
-    if constexpr (is_scaled<Source>) decode_scaled<PANELS>(j.w, chunk);
+    if constexpr (is_scaled<Source>) decode_scaled<Source, PANELS>(j.w, chunk);
     else decode<!is_s8<Source>, PANELS>(j.w, chunk);
     rows_of_tiles<Source, PANELS>(j.w, j.x, chunk, j.m0, j.m1, j.acc + j.rows() * p * PANEL);
   }
@@ -181,17 +181,30 @@ void from_nested(const Job& j) {
 
 // Up to a few rows (FEW_…, of the level), unpacking in registers again for every tile is cheaper than a trip through scratch.
 
+// Integers of the commoner odd widths, for as few rows as one tile holds; false for others.
+template <template <int> class Planes, int ALL>
+bool streamed_planes(const Job& j) {
+  if constexpr (ALL != STRIP || !STREAMS_PLANES) {
+    return false;
+  } else {
+    if (j.w.kind != CodeKind::integer || j.rows() > STREAMED_ROWS<Planes<5>>) return false;
+    switch (j.w.bits) {
+      case 2: return streamed<Planes<2>>(j), true;
+      case 3: return streamed<Planes<3>>(j), true;
+      case 5: return streamed<Planes<5>>(j), true;
+      case 6: return streamed<Planes<6>>(j), true;
+    }
+    return false;
+  }
+}
+template <int BITS>
+using ScaledPlanes = Scaled<S8Planes<BITS>>;
+
 // What has integer scales. Codes of 5 and 6 bits are such that ScaledDot holds their sums: see set_inner in ops.cpp.
 template <int PANELS, int ALL>
 void by_scaled(const Job& j) {
   const bool integers = j.w.kind == CodeKind::integer;
-  if constexpr (ALL == STRIP && STREAMS_PLANES)
-    if (integers && j.rows() <= STREAMED_ROWS<Scaled<S8Planes<5>>>) switch (j.w.bits) {
-        case 2: return streamed<Scaled<S8Planes<2>>>(j);
-        case 3: return streamed<Scaled<S8Planes<3>>>(j);
-        case 5: return streamed<Scaled<S8Planes<5>>>(j);
-        case 6: return streamed<Scaled<S8Planes<6>>>(j);
-      }
+  if (streamed_planes<ScaledPlanes, ALL>(j)) return;
   if constexpr (ALL == STRIP)  // a panel alone is not worth the build of its tiles
     if (j.w.bits == 4 && j.rows() <= FEW_S8)
       return integers ? direct<Scaled<S8Nibbles>, PANELS, ALL>(j) : direct<Scaled<S8Table>, PANELS, ALL>(j);
@@ -203,32 +216,13 @@ void by_scaled(const Job& j) {
   through_scratch<Scaled<S8Bytes>, PANELS, ALL>(j);
 }
 
-// Integers of the commoner odd widths, for as few rows as one tile holds; false for others.
-template <int ALL>
-bool streamed_bits(const Job& j) {
-  if constexpr (ALL != STRIP || !STREAMS_PLANES) {
-    return false;
-  } else {
-    if (j.w.kind != CodeKind::integer || j.rows() > STREAMED_ROWS<S8Planes<5>>) return false;
-    switch (j.w.bits) {
-      case 2: return streamed<S8Planes<2>>(j), true;
-      case 3: return streamed<S8Planes<3>>(j), true;
 #ifdef QK_LANES
-      case 5: return middle_of(j.w) != 0 ? streamed<S8PlanesLanes>(j) : streamed<S8Planes<5>>(j), true;
-#else
-      case 5: return streamed<S8Planes<5>>(j), true;
-#endif
-      case 6: return streamed<S8Planes<6>>(j), true;
-    }
-    return false;
-  }
-}
-
-#ifdef QK_LANES
-// Of weights that have a middle, which may be of 4 bits and few rows; false for others.
+// Of weights that have a middle; false for others.
 template <int PANELS, int ALL>
 bool by_lanes(const Job& j) {
   if (middle_of(j.w) == 0) return false;
+  if constexpr (ALL == STRIP && STREAMS_PLANES)
+    if (j.w.bits == 5 && j.rows() <= STREAMED_ROWS<S8PlanesLanes>) return streamed<S8PlanesLanes>(j), true;
   if (j.w.bits == 4 && j.rows() <= FEW_S8) direct<S8NarrowLanes, PANELS, ALL>(j);
   else through_scratch<S8Lanes, PANELS, ALL>(j);
   return true;
@@ -247,10 +241,10 @@ struct ByS8 {
     if (j.w.nested != Nested::none) return from_nested<S8Bytes, PANELS, ALL>(j);
     if (j.w.inner != 0) return by_scaled<PANELS, ALL>(j);
     const bool integers = j.w.kind == CodeKind::integer;
-    if (streamed_bits<ALL>(j)) return;
 #ifdef QK_LANES
     if (by_lanes<PANELS, ALL>(j)) return;
 #endif
+    if (streamed_planes<S8Planes, ALL>(j)) return;
     if (j.w.bits == 8) return direct<S8Bytes, PANELS, ALL>(j);
     if (j.w.bits == 4 && j.rows() <= FEW_S8) return integers ? direct<S8Nibbles, PANELS, ALL>(j) : tables<PANELS, ALL>(j);
     if constexpr (NARROW != 0) {  // else all codes cost the same

@@ -116,12 +116,18 @@ void set_outer(Weight& w, const Tensor& tensor_scale) {
   w.outer = static_cast<const uint16_t*>(tensor_scale.const_data_ptr()), w.per_outer = groups / count;
 }
 
-// Integer scales to multiply integer sums by, of the codes of which 16 bits hold a group's sums at every level; others are as good as floats.
+bool holds_sums_in_16_bits(const Weight& w, int64_t group) {  // of a group's products, at every level
+  if (w.kind == CodeKind::table) return w.bits == 4;
+  if (w.bits == 5) return w.offset == 0;
+  if (w.bits == 6) return w.offset == 32 && group == 16;
+  return w.bits <= 4 && w.offset < 16;
+}
+
+// Integer scales, to multiply integer sums by; where 16 bits do not hold those, they are as good as floats.
 void set_inner(Weight& w) {
   const int64_t group = w.geometry.group;
   if (w.outer == nullptr || group * w.per_outer != MAX_BLOCK || (group != 16 && group != 32)) return;
-  const bool low = w.bits <= 4 || (w.bits == 5 && w.offset == 0) || (w.bits == 6 && w.offset == 32 && group == 16);
-  if (!low || (w.kind == CodeKind::table ? w.bits != 4 : w.offset > 15 && w.bits <= 4)) return;
+  if (!holds_sums_in_16_bits(w, group)) return;
   w.inner = group, w.per_outer = 1, w.geometry = make_geometry(w.geometry.k, MAX_BLOCK);
 }
 

@@ -33,15 +33,19 @@ template <int PANELS>
   });
 }
 
-template <int PANELS>
+template <class Source>
+constexpr bool UNPACKS_SCALES = false;  // with the codes: nobody asks for them afterwards
+
+template <class Source, int PANELS>
 [[gnu::noinline]] void decode_scaled(const Weight& w, const Chunk& chunk) {
   const int64_t groups = MAX_BLOCK / w.inner;
   int32_t *inner = chunk.inner, *minima = chunk.minima;
   for (int64_t b = 0; b < chunk.count; b++) {
     const int64_t block = chunk.first + b;
     decode_outer<PANELS>(w, chunk.place, block, false, chunk.scales + b * PANELS * PANEL);
-    for (int64_t g = 0; g < groups; g++)
-      for (int p = 0; p < PANELS; p++, inner += PANEL) store_i(inner, inner_scales(w, chunk.place, block, g, p));
+    if constexpr (!UNPACKS_SCALES<Source>)
+      for (int64_t g = 0; g < groups; g++)
+        for (int p = 0; p < PANELS; p++, inner += PANEL) store_i(inner, inner_scales(w, chunk.place, block, g, p));
     if (w.zeros == nullptr) continue;
     decode_outer<PANELS>(w, chunk.place, block, true, chunk.minima_scales + b * PANELS * PANEL);
     for (int64_t g = 0; g < groups; g += 2)
@@ -123,13 +127,8 @@ void scaled_tile(const Weight& w, const Activations& x, Chunk& chunk, int64_t m,
       });
       each<LENGTH != 0 ? LENGTH / PIECE : 1>(QK_WITH(i) {
         Sums<Source, ROWS, PANELS, STREAMED> sums;
-        each<ROWS>(QK_WITH(r) {
-          each<PANELS>(QK_WITH(p) {
-            if constexpr (is_paired<Source>) sums.dot[r][p].start(starts[r], columns + p * PANEL);
-            else sums.dot[r][p].start(i == 0 ? starts[r] : 0);
-            sums.dot[r][p].scale = scales[p];
-          });
-        });
+        sums.start(i == 0 ? starts : nullptr, columns);
+        each<ROWS>(QK_WITH(r) { each<PANELS>(QK_WITH(p) { sums.dot[r][p].scale = scales[p]; }); });
         if constexpr (LENGTH != 0) sums.template add_tiles<PIECE / TILE_K>(w, codes, chunk.step, rows + i * PIECE, MAX_BLOCK, ahead);
         else sums.add(w, codes, chunk.step, rows, MAX_BLOCK, length, ahead);
         each<ROWS>(QK_WITH(r) { each<PANELS>(QK_WITH(p) { totals[r][p] = sums.dot[r][p].scaled(totals[r][p]); }); });

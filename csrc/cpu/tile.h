@@ -226,6 +226,15 @@ struct Sums {
   using X = typename Source::X;
   typename Source::Dot dot[ROWS][PANELS];
 
+  // starts: of the rows, or null for 0; columns: what paired codes add among themselves.
+  [[gnu::always_inline]] void start(const int32_t* starts, const int32_t* columns) {
+    each<ROWS>(QK_WITH(r) {
+      each<PANELS>(QK_WITH(p) {
+        if constexpr (is_paired<Source>) dot[r][p].start(starts[r], columns + p * PANEL);
+        else dot[r][p].start(starts != nullptr ? starts[r] : 0);
+      });
+    });
+  }
   // A tile of 8 k; x_stride leads to the next row.
   [[gnu::always_inline]] void add_tile(const Weight& w, const uint8_t* codes, const X* x, int64_t x_stride) {
     constexpr int STEP_K = TILE_K / Source::STEPS;
@@ -464,12 +473,7 @@ void tile(const Weight& w, const Activations& x, Chunk& chunk, int64_t m, float*
       for (int64_t i = 0; i < ROWS * length * int64_t(sizeof(*rows)); i += 64) __builtin_prefetch(next + i);
     }
     Sums<Source, ROWS, PANELS, STREAMED> total;
-    each<ROWS>(QK_WITH(r) {
-      each<PANELS>(QK_WITH(p) {
-        if constexpr (is_paired<Source>) total.dot[r][p].start(starts[r], columns + p * PANEL);
-        else total.dot[r][p].start(is_s8<Source> ? starts[r] : 0);
-      });
-    });
+    total.start(is_s8<Source> ? starts : nullptr, columns);
     total.template add_block<LENGTH>(w, codes, chunk.step, rows, length, ahead);
     float* out = acc;
     __asm__("" : "+r"(out));  // else GCC keeps acc in registers from block to block, and spills what it needs them for
