@@ -97,7 +97,7 @@ void add_chunk(const Job& j, Chunk& chunk, int64_t most_k, const Codes& codes_of
   for (int p = 0; p < ALL; p += PANELS) {
     chunk.place = place_of(j.w, j.panel + p), chunk.codes = codes + p * Source::TILE_BYTES, chunk.passes = (ALL - p) / PANELS;
     if (shifted) chunk.shifts = j.shifts(p) + chunk.waiting * PANELS * PANEL;
-    if constexpr (is_scaled<Source>) decode_scaled<Source, PANELS>(j.w, chunk);
+    if constexpr (is_scaled<Source>) decode_scaled<!UNPACKS_SCALES<Source>, PANELS>(j.w, chunk);
     else decode<!is_s8<Source>, PANELS>(j.w, chunk);
     rows_of_tiles<Source, PANELS>(j.w, j.x, chunk, j.m0, j.m1, j.acc + j.rows() * p * PANEL);
   }

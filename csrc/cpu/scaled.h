@@ -36,14 +36,14 @@ template <int PANELS>
 template <class Source>
 constexpr bool UNPACKS_SCALES = false;  // with the codes: nobody asks for them afterwards
 
-template <class Source, int PANELS>
+template <bool SCALES, int PANELS>  // and minima, always
 [[gnu::noinline]] void decode_scaled(const Weight& w, const Chunk& chunk) {
   const int64_t groups = MAX_BLOCK / w.inner;
   int32_t *inner = chunk.inner, *minima = chunk.minima;
   for (int64_t b = 0; b < chunk.count; b++) {
     const int64_t block = chunk.first + b;
     decode_outer<PANELS>(w, chunk.place, block, false, chunk.scales + b * PANELS * PANEL);
-    if constexpr (!UNPACKS_SCALES<Source>)
+    if constexpr (SCALES)
       for (int64_t g = 0; g < groups; g++)
         for (int p = 0; p < PANELS; p++, inner += PANEL) store_i(inner, inner_scales(w, chunk.place, block, g, p));
     if (w.zeros == nullptr) continue;
